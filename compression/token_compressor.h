@@ -1,0 +1,23 @@
+// VisualTokens in, fewer VisualTokens out. The seam between encoder and decoder.
+#ifndef SLUICE_COMPRESSION_TOKEN_COMPRESSOR_H_
+#define SLUICE_COMPRESSION_TOKEN_COMPRESSOR_H_
+
+#include <string>
+
+#include "runtime/exec_context.h"
+#include "vision/visual_tokens.h"
+
+namespace sluice {
+
+// One per stream (it may remember earlier frames); used by one thread at a time.
+class TokenCompressor {
+ public:
+  virtual ~TokenCompressor() = default;
+  virtual std::string name() const = 0;
+  // Keeps order; never invents positions; may return nothing for a frame.
+  virtual VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) = 0;
+};
+
+}  // namespace sluice
+
+#endif  // SLUICE_COMPRESSION_TOKEN_COMPRESSOR_H_

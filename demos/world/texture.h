@@ -1,0 +1,19 @@
+// Backgrounds of the demo world.
+#ifndef SLUICE_DEMOS_WORLD_TEXTURE_H_
+#define SLUICE_DEMOS_WORLD_TEXTURE_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "demos/world/random.h"
+
+namespace sluice::world {
+
+// A background, [144, 256, 3] u8: flat, a gradient, stripes, layered noise like sky, grass, sand,
+// wood or water, or a clutter of blurred pieces. Colours stay muted, so that the saturated,
+// outlined objects in front are never mistaken for it. Takes about a millisecond.
+std::vector<uint8_t> MakeTexture(Random& random);
+
+}  // namespace sluice::world
+
+#endif  // SLUICE_DEMOS_WORLD_TEXTURE_H_

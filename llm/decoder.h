@@ -1,0 +1,52 @@
+// The language model's layers over paged KV caches. Weights are const; calls on different contexts
+// and caches may overlap.
+#ifndef SLUICE_LLM_DECODER_H_
+#define SLUICE_LLM_DECODER_H_
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string_view>
+
+#include "llm/kv_cache.h"
+#include "runtime/exec_context.h"
+#include "runtime/tensor.h"
+
+namespace sluice {
+
+// Sees intermediate results by name ("layer.3", "norm", "logits"); for tests and tools.
+using DecoderProbe = std::function<void(std::string_view name, ConstTensorView value)>;
+
+// One sequence's part of a step.
+struct SequenceStep {
+  KvCache* cache = nullptr;    // positions continue at cache->length()
+  ConstTensorView embeddings;  // [S, E] f32: token embeddings and visual tokens, in order
+  TensorView logits;  // [1, V] f32 for the last position, [S, V] for all, or empty for none
+};
+
+class Decoder {
+ public:
+  virtual ~Decoder() = default;
+
+  // Runs all layers over the new positions of each sequence and appends to the caches. Throws
+  // ResourceExhausted when a cache cannot grow, InputError beyond max_positions(); caches are then
+  // unchanged.
+  virtual void Step(ExecContext& ctx, std::span<SequenceStep> sequences,
+                    const DecoderProbe& probe = nullptr) const = 0;
+
+  // Token embeddings. out: [ids.size(), E] f32. Throws Error on ids outside the vocabulary.
+  virtual void Embed(ExecContext& ctx, std::span<const int32_t> ids, TensorView out) const = 0;
+
+  virtual KvGeometry kv_geometry() const = 0;
+  virtual int64_t hidden_size() const = 0;
+  virtual int64_t vocab_size() const = 0;  // rows of the embedding
+  virtual int64_t max_positions() const = 0;
+  virtual double FlopsPerToken(
+      int64_t context) const = 0;  // products and attention at that context, without the lm_head
+  virtual double LmHeadFlops() const = 0;
+  virtual int64_t WeightBytesPerToken() const = 0;  // read to decode one token, lm_head included
+};
+
+}  // namespace sluice
+
+#endif  // SLUICE_LLM_DECODER_H_

@@ -1,0 +1,46 @@
+// The decode loop: sample, stop or emit, step. One call answers one question.
+#ifndef SLUICE_LLM_GENERATOR_H_
+#define SLUICE_LLM_GENERATOR_H_
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "llm/kv_cache.h"
+#include "llm/sampler.h"
+#include "llm/vlm.h"
+#include "runtime/exec_context.h"
+
+namespace sluice {
+
+struct GenerateOptions {
+  int max_new_tokens = 128;
+  SamplingOptions sampling;
+  std::vector<std::string> stop_strings;
+};
+
+enum class FinishReason { kStop, kLength, kCancelled };
+const char* Name(FinishReason reason);
+
+struct Generated {
+  std::string text;
+  std::vector<int32_t> ids;  // without the stop id
+  FinishReason reason = FinishReason::kStop;
+};
+
+// Called with each piece of finished text (whole characters); return false to cancel.
+using TextSink = std::function<bool(std::string_view piece)>;
+
+// Continues `cache` after `prompt` ([S, E] f32 embeddings, S >= 1). The cache then holds the prompt
+// and all emitted tokens but the last. Traces "prefill_question" and "decode". `prompt_ids` serves
+// the repetition penalty only.
+Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, ConstTensorView prompt,
+                   std::span<const int32_t> prompt_ids, const GenerateOptions& options,
+                   const TextSink& sink);
+
+}  // namespace sluice
+
+#endif  // SLUICE_LLM_GENERATOR_H_

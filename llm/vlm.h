@@ -1,0 +1,63 @@
+// A published vision-language checkpoint, loaded: configuration, tokenizer, prompt format, encoder,
+// decoder. Const and shareable between all sessions of the process.
+#ifndef SLUICE_LLM_VLM_H_
+#define SLUICE_LLM_VLM_H_
+
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "llm/decoder.h"
+#include "llm/prompt.h"
+#include "llm/tokenizer.h"
+#include "runtime/tensor.h"
+#include "vision/vision_encoder.h"
+
+namespace sluice {
+
+struct VlmOptions {
+  std::optional<DType> compute_type;  // f32 or bf16; default: CpuInfo::BestComputeType()
+};
+
+// What generation_config.json says.
+struct GenerationDefaults {
+  std::vector<int32_t> stop_ids;
+  bool do_sample = false;
+  float temperature = 1.0f, top_p = 1.0f;
+  int top_k = 0;
+  float repetition_penalty = 1.0f;
+};
+
+struct VlmInfo {
+  std::string name;          // the directory's
+  std::string architecture;  // "LlavaOnevisionForConditionalGeneration"
+  int64_t parameters = 0;
+  int64_t file_bytes = 0;
+  int64_t weight_bytes = 0;  // in the compute dtype
+  DType file_type = DType::kF32;
+  DType compute_type = DType::kF32;
+  double load_seconds = 0;
+};
+
+class Vlm {
+ public:
+  // Throws InputError in one line naming file, tensor or field, expected and found.
+  static std::shared_ptr<const Vlm> Load(const std::filesystem::path& directory,
+                                         const VlmOptions& options);
+  virtual ~Vlm() = default;
+
+  virtual const VlmInfo& info() const = 0;
+  virtual const Tokenizer& tokenizer() const = 0;
+  virtual const PromptFormat& prompt_format() const = 0;
+  virtual const VisionEncoder& encoder() const = 0;
+  virtual const Decoder& decoder() const = 0;
+  virtual const GenerationDefaults& generation_defaults() const = 0;
+  // The row that follows the last frame of a video, [E] f32 (`image_newline`).
+  virtual ConstTensorView newline_row() const = 0;
+};
+
+}  // namespace sluice
+
+#endif  // SLUICE_LLM_VLM_H_

@@ -1,0 +1,45 @@
+// What one step of work runs with: threads, scratch memory, the tracer. Passed, never looked up.
+// Belongs to one thread at a time; contexts of different threads share nothing.
+#ifndef SLUICE_RUNTIME_EXEC_CONTEXT_H_
+#define SLUICE_RUNTIME_EXEC_CONTEXT_H_
+
+#include <memory>
+
+#include "runtime/trace.h"
+#include "runtime/workspace.h"
+
+namespace sluice {
+
+class ProductCache;  // prepared oneDNN primitives, see runtime/ops/linear.cc
+
+// Which implementations ops may choose.
+enum class KernelChoice { kFast, kReference };
+
+struct ExecOptions {
+  int num_threads = 1;
+  KernelChoice kernels = KernelChoice::kFast;
+};
+
+class ExecContext {
+ public:
+  explicit ExecContext(const ExecOptions& options);
+  ~ExecContext();
+  ExecContext(const ExecContext&) = delete;
+  ExecContext& operator=(const ExecContext&) = delete;
+
+  int num_threads() const { return options_.num_threads; }
+  bool reference_kernels() const { return options_.kernels == KernelChoice::kReference; }
+  Workspace& workspace() { return workspace_; }
+  Tracer& tracer() { return tracer_; }
+  ProductCache& product_cache() { return *product_cache_; }
+
+ private:
+  ExecOptions options_;
+  Workspace workspace_;
+  Tracer tracer_;
+  std::unique_ptr<ProductCache> product_cache_;
+};
+
+}  // namespace sluice
+
+#endif  // SLUICE_RUNTIME_EXEC_CONTEXT_H_

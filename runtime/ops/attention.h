@@ -1,0 +1,58 @@
+// Scaled dot-product attention, softmax in f32.
+//   o = softmax(q k^T * scale [+ causal mask]) v
+#ifndef SLUICE_RUNTIME_OPS_ATTENTION_H_
+#define SLUICE_RUNTIME_OPS_ATTENTION_H_
+
+#include <cstdint>
+#include <span>
+
+#include "runtime/exec_context.h"
+#include "runtime/tensor.h"
+
+namespace sluice {
+
+// Bidirectional attention inside each of `batch` sequences of equal length (the patches of one
+// frame). qkv: [batch * S, 3 * heads * D] = q | k | v, f32 or bf16, contiguous; out: [batch * S,
+// heads * D] same dtype. scale: usually D^-0.5. Any D >= 1 (72 included); fast paths pad D inside.
+void EncoderAttention(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads, int head_dim,
+                      float scale, TensorView out);
+
+// Keys and values of one layer in blocks of kKvBlockTokens positions. A block holds, for every kv
+// head h,
+//   keys   K[h] : [kKvBlockTokens, D] row-major            (offset h * kKvBlockTokens * D)
+//   values V[h] : [D, kKvBlockTokens] row-major (transposed; offset (kv_heads + h) * kKvBlockTokens
+//   * D)
+// in f32 or bf16. Values are transposed because the product with the probabilities reads them so.
+inline constexpr int kKvBlockTokens = 64;
+
+struct KvLayerView {
+  std::span<void* const>
+      blocks;  // blocks[i] holds positions [i * kKvBlockTokens, ...) of this layer
+  int kv_heads = 0;
+  int head_dim = 0;
+  DType dtype = DType::kF32;
+};
+// Bytes of one block of one layer: 2 * kv_heads * kKvBlockTokens * head_dim * SizeOf(dtype).
+size_t KvBlockBytes(int kv_heads, int head_dim, DType dtype);
+
+// Stores keys and values of positions [begin, begin + S). keys, values: [S, kv_heads * D] in
+// kv.dtype, rows may be strided.
+void StoreKv(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, int64_t begin,
+             const KvLayerView& kv);
+
+// Causal grouped-query attention of S new positions over everything cached: query i stands at
+// position begin + i and sees positions [0, begin + i]. Query head j uses kv head j / (heads /
+// kv_heads). q: [S, heads * D] in kv.dtype (rows may be strided); out: [S, heads * D] same dtype,
+// contiguous. Positions [begin, begin + S) must have been stored.
+void CausalAttention(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
+                     const KvLayerView& kv, TensorView out);
+
+// Which implementation runs, as a pure function that can be printed and tested.
+enum class AttentionKernel { kReference, kSimd, kAmx };
+const char* Name(AttentionKernel kernel);
+AttentionKernel ChooseAttention(int64_t queries, int64_t keys, int head_dim, DType dtype, bool amx,
+                                bool reference);
+
+}  // namespace sluice
+
+#endif  // SLUICE_RUNTIME_OPS_ATTENTION_H_

@@ -1,0 +1,21 @@
+// Normalisation over the last dimension. The residual stream is f32; the result is rounded once
+// to the dtype of `y` (f32 or bf16), which is what the next product reads.
+#ifndef SLUICE_RUNTIME_OPS_NORM_H_
+#define SLUICE_RUNTIME_OPS_NORM_H_
+
+#include "runtime/exec_context.h"
+#include "runtime/tensor.h"
+
+namespace sluice {
+
+// y = (x - mean) / sqrt(var + eps) * weight + bias.  x: [M, D] f32; weight, bias: [D] f32; y: [M,
+// D] f32 or bf16.
+void LayerNorm(ExecContext& ctx, ConstTensorView x, ConstTensorView weight, ConstTensorView bias,
+               float eps, TensorView y);
+
+// y = x / sqrt(mean(x^2) + eps) * weight.  x: [M, D] f32; weight: [D] f32; y: [M, D] f32 or bf16.
+void RmsNorm(ExecContext& ctx, ConstTensorView x, ConstTensorView weight, float eps, TensorView y);
+
+}  // namespace sluice
+
+#endif  // SLUICE_RUNTIME_OPS_NORM_H_

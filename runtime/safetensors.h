@@ -1,0 +1,69 @@
+// Reads checkpoints in the safetensors format by memory map: one file, or a directory with
+// `model.safetensors` or `model.safetensors.index.json` and its shards.
+// Every size and offset is checked before use. Immutable after opening; safe for many readers.
+#ifndef SLUICE_RUNTIME_SAFETENSORS_H_
+#define SLUICE_RUNTIME_SAFETENSORS_H_
+
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "runtime/tensor.h"
+
+namespace sluice {
+
+// One memory-mapped file.
+class SafetensorsFile {
+ public:
+  // Throws InputError, naming file, tensor, expected and found: not there, shorter than its header
+  // says, header length beyond the file, header not JSON, unknown dtype, size != shape x dtype,
+  // offsets out of bounds, overlapping or leaving holes, rank > 4, duplicate names.
+  static std::shared_ptr<const SafetensorsFile> Open(const std::filesystem::path& path);
+  ~SafetensorsFile();
+
+  const std::filesystem::path& path() const { return path_; }
+  const std::map<std::string, ConstTensorView>& tensors() const { return tensors_; }
+  const std::map<std::string, std::string>& metadata() const { return metadata_; }
+  // Tells the system that these mapped pages will not be read again soon (after a copy was made of
+  // them).
+  void ReleasePages(ConstTensorView tensor) const;
+
+ private:
+  SafetensorsFile() = default;
+  std::filesystem::path path_;
+  void* map_ = nullptr;
+  size_t map_bytes_ = 0;
+  std::map<std::string, ConstTensorView> tensors_;
+  std::map<std::string, std::string> metadata_;
+};
+
+// All tensors of a checkpoint directory, under the names their files give them.
+class Checkpoint {
+ public:
+  // Throws InputError: no safetensors in `directory`, index not JSON, a shard missing, a tensor
+  // that the index promises is not in its shard, a tensor in two shards.
+  static Checkpoint Open(const std::filesystem::path& directory);
+
+  struct Entry {
+    ConstTensorView view;
+    std::shared_ptr<const SafetensorsFile> file;
+  };
+  const std::map<std::string, Entry>& tensors() const { return tensors_; }
+  const std::filesystem::path& directory() const { return directory_; }
+  int64_t TotalBytes() const;
+
+ private:
+  std::filesystem::path directory_;
+  std::map<std::string, Entry> tensors_;
+};
+
+// Writes one file (for tests, tools and random checkpoints). Throws Error when the disk refuses.
+void WriteSafetensors(const std::filesystem::path& path,
+                      const std::map<std::string, ConstTensorView>& tensors,
+                      const std::map<std::string, std::string>& metadata = {});
+
+}  // namespace sluice
+
+#endif  // SLUICE_RUNTIME_SAFETENSORS_H_

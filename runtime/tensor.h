@@ -1,0 +1,116 @@
+// Tensors of up to four dimensions, row-major. `Tensor` owns, `TensorView` looks.
+// Views are cheap values; they never outlive what they look at. Not synchronised.
+#ifndef SLUICE_RUNTIME_TENSOR_H_
+#define SLUICE_RUNTIME_TENSOR_H_
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <string>
+
+#include "runtime/dtype.h"
+
+namespace sluice {
+
+class Shape {
+ public:
+  static constexpr int kMaxRank = 4;
+
+  Shape() = default;
+  Shape(std::initializer_list<int64_t> dims);  // throws InputError on rank > 4 or a negative size
+
+  int rank() const { return rank_; }
+  int64_t operator[](int axis) const { return dims_[axis]; }
+  int64_t NumElements() const;
+  bool operator==(const Shape&) const = default;
+  std::string ToString() const;  // "[196, 256]"
+
+ private:
+  std::array<int64_t, kMaxRank> dims_{};
+  int rank_ = 0;
+};
+
+// A read-only look at elements in host memory. All dimensions are contiguous, except that
+// consecutive items of axis 0 are `stride0` elements apart (equal to the item size by default).
+class ConstTensorView {
+ public:
+  ConstTensorView() = default;
+  ConstTensorView(const void* data, DType dtype, Shape shape, int64_t stride0 = -1);
+
+  const Shape& shape() const { return shape_; }
+  DType dtype() const { return dtype_; }
+  int64_t dim(int axis) const { return shape_[axis]; }
+  int64_t stride0() const { return stride0_; }
+  bool contiguous() const;
+  bool empty() const { return data_ == nullptr; }
+  const void* raw() const { return data_; }
+  size_t SizeBytes() const { return shape_.NumElements() * SizeOf(dtype_); }
+
+  // Typed access; throws Error when T does not match dtype().
+  template <typename T>
+  const T* data() const;
+  // Items [begin, end) of axis 0.
+  ConstTensorView Slice(int64_t begin, int64_t end) const;
+  // Columns [begin, end) of a rank-2 view (stride0 stays).
+  ConstTensorView Columns(int64_t begin, int64_t end) const;
+
+ protected:
+  const void* data_ = nullptr;
+  DType dtype_ = DType::kF32;
+  Shape shape_;
+  int64_t stride0_ = 0;
+};
+
+class TensorView : public ConstTensorView {
+ public:
+  TensorView() = default;
+  TensorView(void* data, DType dtype, Shape shape, int64_t stride0 = -1)
+      : ConstTensorView(data, dtype, shape, stride0) {}
+
+  void* raw() const { return const_cast<void*>(data_); }
+  template <typename T>
+  T* data() const {
+    return const_cast<T*>(ConstTensorView::data<T>());
+  }
+  TensorView Slice(int64_t begin, int64_t end) const;
+  TensorView Columns(int64_t begin, int64_t end) const;
+};
+
+// Owns 64-byte aligned, uninitialised elements. Movable, not copyable (see Clone).
+class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(DType dtype, Shape shape);
+
+  TensorView view() const { return TensorView(data_.get(), dtype_, shape_); }
+  operator TensorView() const { return view(); }
+  operator ConstTensorView() const { return view(); }
+  const Shape& shape() const { return shape_; }
+  DType dtype() const { return dtype_; }
+  int64_t dim(int axis) const { return shape_[axis]; }
+  bool empty() const { return data_ == nullptr; }
+  size_t SizeBytes() const { return shape_.NumElements() * SizeOf(dtype_); }
+  template <typename T>
+  T* data() const {
+    return view().data<T>();
+  }
+  Tensor Clone() const;
+
+ private:
+  struct Free {
+    void operator()(void* p) const;
+  };
+  std::unique_ptr<void, Free> data_;
+  DType dtype_ = DType::kF32;
+  Shape shape_;
+};
+
+// Copies with conversion between any two float types. Shapes must be equal.
+void ConvertInto(ConstTensorView from, TensorView to);
+Tensor ConvertTo(ConstTensorView from, DType dtype);
+
+}  // namespace sluice
+
+#endif  // SLUICE_RUNTIME_TENSOR_H_

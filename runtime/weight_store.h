@@ -1,0 +1,50 @@
+// The tensors of a checkpoint under canonical names, handed out once each with their shape checked.
+// At the end `CheckAllTaken` tells what nobody asked for. Used by one thread while loading.
+#ifndef SLUICE_RUNTIME_WEIGHT_STORE_H_
+#define SLUICE_RUNTIME_WEIGHT_STORE_H_
+
+#include <functional>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+
+#include "runtime/ops/linear.h"
+#include "runtime/safetensors.h"
+
+namespace sluice {
+
+class WeightStore {
+ public:
+  // `canonical` maps a file's name to the canonical one, or to nothing for tensors to ignore.
+  // Throws InputError when two file names become one canonical name.
+  WeightStore(const Checkpoint& checkpoint,
+              const std::function<std::optional<std::string>(const std::string&)>& canonical,
+              DType compute_type);
+
+  bool Has(const std::string& name) const;
+  // A copy in f32 (norm weights, biases, position tables: small things). Throws InputError naming
+  // file, tensor, expected and found shape or dtype; likewise below.
+  Tensor TakeF32(const std::string& name, const Shape& expected);
+  // In the compute dtype; the mapped pages themselves where the dtype already matches.
+  // The store's Checkpoint files stay open for as long as the returned Matrix lives.
+  SharedMatrix TakeMatrix(const std::string& name, const Shape& expected);
+  // A projection `name.weight` [N, K] and, if `with_bias`, `name.bias` [N].
+  LinearWeight TakeLinear(const std::string& name, int64_t n, int64_t k, bool with_bias,
+                          WeightUse use);
+  // Throws InputError naming the first tensors nobody took.
+  void CheckAllTaken() const;
+  DType compute_type() const { return compute_type_; }
+
+ private:
+  const Checkpoint::Entry& Find(const std::string& name, const Shape& expected);
+  std::filesystem::path directory_;
+  std::map<std::string, Checkpoint::Entry> entries_;
+  std::map<std::string, std::string> file_names_;  // canonical name -> name in the file
+  std::set<std::string> taken_;
+  DType compute_type_;
+};
+
+}  // namespace sluice
+
+#endif  // SLUICE_RUNTIME_WEIGHT_STORE_H_

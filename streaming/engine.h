@@ -1,0 +1,83 @@
+// The library's front door: a loaded model, its KV pool, and runs over sources.
+#ifndef SLUICE_STREAMING_ENGINE_H_
+#define SLUICE_STREAMING_ENGINE_H_
+
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "llm/generator.h"
+#include "runtime/clock.h"
+#include "runtime/trace.h"
+#include "streaming/frame_queue.h"
+#include "streaming/session.h"
+#include "streaming/source.h"
+
+namespace sluice {
+
+struct EngineOptions {
+  std::filesystem::path model;  // checkpoint directory
+  VlmOptions vlm;
+  int num_threads = 0;          // 0: physical cores
+  int64_t kv_budget_bytes = 0;  // 0: no limit
+};
+
+// Thread-safe: sessions of one engine may run on different threads.
+class Engine {
+ public:
+  explicit Engine(const EngineOptions& options);
+  const std::shared_ptr<const Vlm>& vlm() const { return vlm_; }
+  int num_threads() const { return num_threads_; }
+  std::unique_ptr<Session> NewSession(const SessionOptions& options) const;
+  std::unique_ptr<ExecContext> NewContext() const;
+
+ private:
+  std::shared_ptr<const Vlm> vlm_;
+  std::shared_ptr<KvBlockPool> pool_;
+  int num_threads_;
+};
+
+// A question and when to ask it: once a frame later than `at` arrives or the stream ends ("what had
+// been seen by then"); without `at`, at the end of the stream.
+struct TimedQuestion {
+  std::string text;
+  std::optional<MediaTime> at;
+};
+
+struct TimedAnswer {
+  TimedQuestion question;
+  MediaTime asked_at;  // media time of the last frame seen
+  int64_t frames_seen = 0;
+  Generated generated;
+  double first_token_seconds = 0;  // from asking to the first text
+  double total_seconds = 0;
+};
+
+// What a run reports while it goes on. Called on the thread that runs.
+struct RunObserver {
+  std::function<void(const SourceInfo&)> on_open;
+  std::function<void(const Frame&, int64_t frames_seen)> on_frame;
+  std::function<void(const TimedQuestion&, MediaTime now)> on_question;
+  std::function<bool(std::string_view piece)> on_text;  // false cancels this answer
+  std::function<void(const TimedAnswer&)> on_answer;
+};
+
+struct RunResult {
+  std::vector<TimedAnswer> answers;
+  SourceInfo source;
+  FrameQueue::Counts queue;
+  int64_t frames = 0;
+  std::optional<std::string> warning;  // a damaged source that ended early
+};
+
+// Plays `source` through `session`, asking each question at its time. Decoding runs on a thread of
+// its own, beside this one.
+RunResult Run(ExecContext& ctx, Session& session, Source& source,
+              std::vector<TimedQuestion> questions, const RunObserver& observer);
+
+}  // namespace sluice
+
+#endif  // SLUICE_STREAMING_ENGINE_H_

@@ -1,0 +1,22 @@
+// What a session may be told.
+#ifndef SLUICE_STREAMING_OPTIONS_H_
+#define SLUICE_STREAMING_OPTIONS_H_
+
+#include <cstdint>
+#include <string>
+
+#include "llm/generator.h"
+
+namespace sluice {
+
+struct SessionOptions {
+  std::string system_prompt;       // empty: none, as the published templates
+  bool keep_dialogue = true;       // later questions see earlier questions and answers
+  int frames_per_batch = 4;        // frames encoded together when several wait (files)
+  int64_t max_context_tokens = 0;  // 0: what the model allows
+  GenerateOptions generate;
+};
+
+}  // namespace sluice
+
+#endif  // SLUICE_STREAMING_OPTIONS_H_

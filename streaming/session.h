@@ -1,0 +1,42 @@
+// What lives as long as one stream does: the KV cache, the transcript, counters.
+#ifndef SLUICE_STREAMING_SESSION_H_
+#define SLUICE_STREAMING_SESSION_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "compression/token_compressor.h"
+#include "llm/kv_cache.h"
+#include "llm/vlm.h"
+#include "streaming/options.h"
+
+namespace sluice {
+
+struct Turn {
+  std::string question;
+  std::string answer;
+  MediaTime time;                     // of the last frame seen when it was asked
+  std::vector<int32_t> question_ids;  // prompt text between video and answer, as encoded
+  std::vector<int32_t> answer_ids;
+};
+
+// Used by one thread at a time (the worker that holds it).
+struct Session {
+  Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> pool,
+          SessionOptions session_options);
+
+  std::shared_ptr<const Vlm> vlm;
+  SessionOptions options;
+  KvCache cache;  // prefix and visual tokens; during a question also newline, dialogue, question
+  std::vector<std::unique_ptr<TokenCompressor>> compressors;  // applied in order
+  std::vector<Turn> transcript;
+  int64_t frames_seen = 0;
+  int64_t visual_tokens = 0;  // in the cache
+  MediaTime last_time;        // of the newest frame
+};
+
+}  // namespace sluice
+
+#endif  // SLUICE_STREAMING_SESSION_H_

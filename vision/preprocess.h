@@ -1,0 +1,36 @@
+// From decoded pictures to what a vision tower reads. Equal to Pillow and the Hugging Face
+// processor bit for bit.
+#ifndef SLUICE_VISION_PREPROCESS_H_
+#define SLUICE_VISION_PREPROCESS_H_
+
+#include <array>
+#include <cstdint>
+#include <span>
+
+#include "runtime/exec_context.h"
+#include "runtime/tensor.h"
+#include "vision/frame.h"
+
+namespace sluice {
+
+struct PreprocessConfig {
+  int width = 384;  // pixels of the tower's input
+  int height = 384;
+  std::array<float, 3> mean = {0.5f, 0.5f, 0.5f};  // of values in 0..1
+  std::array<float, 3> std = {0.5f, 0.5f, 0.5f};
+};
+
+// Pillow's antialiased bicubic resize (Keys a = -0.5) of interleaved 8-bit RGB: horizontal pass,
+// round and clamp, vertical pass, round and clamp, in Pillow's fixed point. `out` is [out_height,
+// out_width, 3]. Throws InputError on sizes < 1 or when `in` is not in_width * in_height * 3 bytes.
+void ResizeBicubic(ExecContext& ctx, std::span<const uint8_t> in, int in_width, int in_height,
+                   std::span<uint8_t> out, int out_width, int out_height);
+
+// Resizes (aspect ratio not kept) and normalises: (u8 - 255 mean) / (255 std) in f32.
+// out: [frames.size(), 3, height, width] f32.
+void Preprocess(ExecContext& ctx, std::span<const FramePtr> frames, const PreprocessConfig& config,
+                TensorView out);
+
+}  // namespace sluice
+
+#endif  // SLUICE_VISION_PREPROCESS_H_

@@ -1,0 +1,42 @@
+// Pictures to visual tokens: tower, projector, pooling. Weights are const; calls on different
+// contexts may overlap.
+#ifndef SLUICE_VISION_VISION_ENCODER_H_
+#define SLUICE_VISION_VISION_ENCODER_H_
+
+#include <functional>
+#include <span>
+#include <string_view>
+
+#include "runtime/exec_context.h"
+#include "runtime/tensor.h"
+#include "vision/frame.h"
+#include "vision/preprocess.h"
+#include "vision/visual_tokens.h"
+
+namespace sluice {
+
+// Sees intermediate results by name ("embeddings", "layer.3", "tower", "projector", "pooled"); for
+// tests and tools.
+using TensorProbe = std::function<void(std::string_view name, ConstTensorView value)>;
+
+class VisionEncoder {
+ public:
+  virtual ~VisionEncoder() = default;
+
+  // pixels: [F, 3, H, W] f32 as made by Preprocess for `preprocess_config()`.
+  // Returns F * tokens_per_frame() tokens, frame-major, row-major; origins carry the frames' index
+  // and time. `frames` names the F frames (index and time only are read).
+  virtual VisualTokens Encode(ExecContext& ctx, ConstTensorView pixels,
+                              std::span<const FramePtr> frames,
+                              const TensorProbe& probe = nullptr) const = 0;
+
+  virtual const PreprocessConfig& preprocess_config() const = 0;
+  virtual int tokens_per_frame() const = 0;   // after pooling
+  virtual int patches_per_frame() const = 0;  // inside the tower
+  virtual int64_t output_size() const = 0;    // E
+  virtual double FlopsPerFrame() const = 0;   // multiply-adds of products and attention, times 2
+};
+
+}  // namespace sluice
+
+#endif  // SLUICE_VISION_VISION_ENCODER_H_

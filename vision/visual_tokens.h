@@ -1,0 +1,34 @@
+// Visual tokens with their provenance: what a compressor or a layer policy needs to know about
+// geometry.
+#ifndef SLUICE_VISION_VISUAL_TOKENS_H_
+#define SLUICE_VISION_VISUAL_TOKENS_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "runtime/clock.h"
+#include "runtime/tensor.h"
+
+namespace sluice {
+
+// Where one visual token comes from.
+struct TokenOrigin {
+  int32_t frame = 0;  // number of the frame in the stream
+  int16_t row = 0;    // in the pooled grid
+  int16_t col = 0;
+  MediaTime time;  // of the frame
+};
+
+// M tokens in the order in which the decoder shall read them.
+struct VisualTokens {
+  Tensor features;                   // [M, E] f32, already in the decoder's embedding space
+  std::vector<TokenOrigin> origins;  // M entries
+  int grid_rows = 0;                 // of the full grid of one frame
+  int grid_cols = 0;
+
+  int64_t size() const { return static_cast<int64_t>(origins.size()); }
+};
+
+}  // namespace sluice
+
+#endif  // SLUICE_VISION_VISUAL_TOKENS_H_
