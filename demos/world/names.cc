@@ -20,8 +20,8 @@ constexpr std::array<std::string_view, kNumNames> kNames = {
     "ball", "balloon", "bell", "cactus", "camera", "chair", "clock", "cup", "drum", "gift",
     "guitar", "hammer", "hat", "key", "robot", "sunflower", "tree", "umbrella"};
 
-constexpr std::array<std::string_view, kNumColors> kColors = {
-    "black", "blue", "green", "orange", "purple", "red", "white", "yellow"};
+constexpr std::array<std::string_view, kNumColors> kColors = {"black",  "blue", "green", "orange",
+                                                              "purple", "red",  "white", "yellow"};
 constexpr int kBlack = 0;
 
 constexpr std::array<Tint, kNumColors> kTints = {{{255, 255, 255},  // baked into the sprite

@@ -9,6 +9,7 @@
 namespace sluice::world {
 namespace {
 
+// Draws from a Random are never two arguments of one call: their order would be the compiler's.
 constexpr int kW = kTextureWidth;
 constexpr int kH = kTextureHeight;
 
@@ -186,8 +187,10 @@ struct Palette {
 };
 
 void PaintNoise(Picture& picture, Random& random, const Palette& palette, int y0, int y1) {
-  const std::vector<float> noise = LayeredNoise(random, palette.cell_x, palette.cell_y,
-                                                random.Between(4, 5), random.Range(0.4f, 0.7f));
+  const int octaves = random.Between(4, 5);
+  const float roughness = random.Range(0.4f, 0.7f);
+  const std::vector<float> noise =
+      LayeredNoise(random, palette.cell_x, palette.cell_y, octaves, roughness);
   // Sums of octaves crowd around the middle: stretch them.
   const float contrast = random.Range(1.3f, 2.2f);
   std::array<Rgb, 256> colors;
@@ -337,7 +340,8 @@ void PaintClutter(Picture& picture, Random& random) {
 
 void PaintStripes(Picture& picture, Random& random) {
   const Rgb a = MutedColor(random, 50, 210, 24);
-  const Rgb b = Mix(a, MutedColor(random, 50, 210, 24), random.Range(0.4f, 1.0f));
+  const Rgb other = MutedColor(random, 50, 210, 24);
+  const Rgb b = Mix(a, other, random.Range(0.4f, 1.0f));
   const float period = random.Range(10, 60);
   const float share = random.Range(0.3f, 0.7f);
   const float soft = random.Range(1.0f, 4.0f) / period;
@@ -355,8 +359,9 @@ void PaintStripes(Picture& picture, Random& random) {
 }
 
 void PaintGradient(Picture& picture, Random& random) {
-  picture.VerticalGradient(MutedColor(random, 40, 225, 28), MutedColor(random, 40, 225, 28), 0,
-                           kH);
+  const Rgb top = MutedColor(random, 40, 225, 28);
+  const Rgb bottom = MutedColor(random, 40, 225, 28);
+  picture.VerticalGradient(top, bottom, 0, kH);
   const Rgb side = MutedColor(random, 40, 225, 28);
   for (int y = 0; y < kH; ++y) {
     for (int x = 0; x < kW; ++x) picture.Blend(x, y, side, 0.8f * static_cast<float>(x) / kW);

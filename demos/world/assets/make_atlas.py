@@ -198,10 +198,10 @@ def main():
     parser.add_argument("--preview")
     args = parser.parse_args()
     names = [name for name, _ in THINGS]
-    assert names and len(set(names + SHAPES)) == len(names) + len(SHAPES)
+    if len(set(names + SHAPES)) != len(names) + len(SHAPES):
+        raise SystemExit("[make_atlas] two sprites have one name")
     font = ImageFont.truetype(args.font, 109)  # the only size of the CBDT strike
     sheet = make_sheet(font)
-    # Pixels nobody can see carry no colour: the file is smaller and the same every time.
     sheet.save(args.out, optimize=True)
     if args.preview:
         make_preview(sheet).save(args.preview)
