@@ -1,19 +1,36 @@
 # One static library per folder of the street. `sluice_library(name DEPENDS ... )` takes every
-# source below the folder; adding a file needs no edit here.
+# source below the folder (CUDA sources where CUDA is built); adding a file needs no edit here.
+# A folder that holds only headers so far becomes an interface.
 function(sluice_library name)
   cmake_parse_arguments(ARG "" "" "DEPENDS" ${ARGN})
   file(GLOB_RECURSE sources CONFIGURE_DEPENDS *.cc)
-  add_library(${name} STATIC ${sources})
+  file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS *.cu)
+  if(SLUICE_HAS_CUDA)
+    list(APPEND sources ${cuda_sources})
+  endif()
+  set(scope PUBLIC)
+  if(sources)
+    add_library(${name} STATIC ${sources})
+    sluice_warnings(${name})
+    if(SLUICE_HAS_CUDA AND cuda_sources)
+      target_compile_definitions(${name} PRIVATE SLUICE_HAS_CUDA=1)
+      target_link_libraries(${name} PRIVATE CUDA::cudart_static)
+    endif()
+  else()
+    set(scope INTERFACE)
+    add_library(${name} INTERFACE)
+  endif()
   add_library(sluice::${name} ALIAS ${name})
-  target_include_directories(${name} PUBLIC $<BUILD_INTERFACE:${CMAKE_SOURCE_DIR}>
-                                            $<INSTALL_INTERFACE:include/sluice>)
-  target_link_libraries(${name} PUBLIC ${ARG_DEPENDS})
-  sluice_warnings(${name})
+  target_include_directories(${name} ${scope} $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}>
+                                              $<INSTALL_INTERFACE:include/sluice>)
+  target_link_libraries(${name} ${scope} ${ARG_DEPENDS})
+  set_property(GLOBAL APPEND PROPERTY SLUICE_LIBRARIES ${name})
 endfunction()
 
 function(sluice_warnings target)
   target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
   if(SLUICE_WERROR)
-    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Werror>
+                                             $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
   endif()
 endfunction()

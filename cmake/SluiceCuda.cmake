@@ -1,0 +1,33 @@
+# Decides whether the CUDA kernels are built (SLUICE_HAS_CUDA) and makes the language ready.
+# ON needs nvcc only: machines without a GPU compile and link the kernels all the same.
+find_program(SLUICE_NVCC nvcc HINTS ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES bin)
+mark_as_advanced(SLUICE_NVCC)
+
+set(SLUICE_HAS_CUDA OFF)
+if(SLUICE_CUDA STREQUAL "AUTO")
+  if(SLUICE_NVCC AND EXISTS /dev/nvidiactl)
+    set(SLUICE_HAS_CUDA ON)
+  endif()
+elseif(SLUICE_CUDA)
+  if(NOT SLUICE_NVCC)
+    message(FATAL_ERROR "SLUICE_CUDA is ${SLUICE_CUDA} but there is no nvcc; install the CUDA "
+                        "toolkit or configure with -DSLUICE_CUDA=OFF")
+  endif()
+  set(SLUICE_HAS_CUDA ON)
+endif()
+
+if(SLUICE_HAS_CUDA)
+  # Ampere and Hopper, with PTX for what comes after. Named before the language is enabled: the
+  # default of this CMake is an architecture that recent toolkits no longer know.
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
+  endif()
+  if(NOT DEFINED CMAKE_CUDA_COMPILER)
+    set(CMAKE_CUDA_COMPILER ${SLUICE_NVCC})
+  endif()
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  enable_language(CUDA)
+  find_package(CUDAToolkit REQUIRED)
+endif()
+message(STATUS "CUDA kernels: ${SLUICE_HAS_CUDA}")

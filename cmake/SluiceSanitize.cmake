@@ -1,0 +1,14 @@
+# Sanitizers for everything of ours; what the distribution ships stays uninstrumented.
+if(SLUICE_SANITIZE)
+  add_compile_options(-fsanitize=${SLUICE_SANITIZE} -fno-omit-frame-pointer
+                      -fno-sanitize-recover=all)
+  add_link_options(-fsanitize=${SLUICE_SANITIZE})
+  if(SLUICE_SANITIZE MATCHES "thread")
+    # libgomp synchronises with futexes that the thread sanitizer does not see, so every parallel
+    # region would be reported. Our loops then run their ranges one after the other (the pragma is
+    # ignored, the result is the same): what is checked are the threads we start ourselves. The
+    # library stays linked for oneDNN and for calls such as omp_get_max_threads.
+    set_target_properties(OpenMP::OpenMP_CXX PROPERTIES INTERFACE_COMPILE_OPTIONS
+                                                        -Wno-unknown-pragmas)
+  endif()
+endif()

@@ -1,0 +1,19 @@
+// From the engine's types to the messages of sluice/v1. Protobuf types never leave this folder:
+// what comes out is text. Pure functions, safe on any thread.
+#ifndef SLUICE_PROTO_CONVERT_H_
+#define SLUICE_PROTO_CONVERT_H_
+
+#include <string>
+
+#include "runtime/trace.h"
+#include "streaming/engine.h"
+
+namespace sluice {
+
+// One run as sluice.v1.RunReport in protobuf's JSON form, on one line without a newline. Text that
+// is not UTF-8 (a damaged codec name, say) is repaired with U+FFFD.
+std::string RunReportJson(const RunResult& result, const Tracer& tracer);
+
+}  // namespace sluice
+
+#endif  // SLUICE_PROTO_CONVERT_H_
