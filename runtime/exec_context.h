@@ -10,7 +10,7 @@
 
 namespace sluice {
 
-class ProductCache;  // prepared oneDNN primitives, see runtime/ops/linear.cc
+class ProductCache;  // prepared oneDNN primitives, see runtime/ops/cpu/product_cache.h
 
 // Which implementations ops may choose.
 enum class KernelChoice { kFast, kReference };
@@ -28,6 +28,10 @@ class ExecContext {
   ExecContext& operator=(const ExecContext&) = delete;
 
   int num_threads() const { return options_.num_threads; }
+  // Makes libraries that bring their own parallel loops (oneDNN) use num_threads() when called from
+  // this thread. OpenMP keeps that number for each thread, and a context may be used from another
+  // thread than the one that made it: call this before every such call, it costs nanoseconds.
+  void UseThreads() const;
   bool reference_kernels() const { return options_.kernels == KernelChoice::kReference; }
   Workspace& workspace() { return workspace_; }
   Tracer& tracer() { return tracer_; }

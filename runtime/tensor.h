@@ -19,11 +19,14 @@ class Shape {
   static constexpr int kMaxRank = 4;
 
   Shape() = default;
-  Shape(std::initializer_list<int64_t> dims);  // throws InputError on rank > 4 or a negative size
+  // Throws InputError on rank > 4, a negative size, or more elements than 63 bits count.
+  Shape(std::initializer_list<int64_t> dims);
 
   int rank() const { return rank_; }
   int64_t operator[](int axis) const { return dims_[axis]; }
   int64_t NumElements() const;
+  // Changes one size; REQUIRES: axis < rank(), 0 <= size.
+  void Resize(int axis, int64_t size) { dims_[axis] = size; }
   bool operator==(const Shape&) const = default;
   std::string ToString() const;  // "[196, 256]"
 
@@ -32,8 +35,9 @@ class Shape {
   int rank_ = 0;
 };
 
-// A read-only look at elements in host memory. All dimensions are contiguous, except that
-// consecutive items of axis 0 are `stride0` elements apart (equal to the item size by default).
+// A read-only look at elements in host memory. Rank 0 is a scalar (one element). All dimensions are
+// contiguous, except that consecutive items of axis 0 are `stride0` elements apart (equal to the
+// item size by default).
 class ConstTensorView {
  public:
   ConstTensorView() = default;
@@ -91,7 +95,7 @@ class Tensor {
   DType dtype() const { return dtype_; }
   int64_t dim(int axis) const { return shape_[axis]; }
   bool empty() const { return data_ == nullptr; }
-  size_t SizeBytes() const { return shape_.NumElements() * SizeOf(dtype_); }
+  size_t SizeBytes() const { return empty() ? 0 : shape_.NumElements() * SizeOf(dtype_); }
   template <typename T>
   T* data() const {
     return view().data<T>();
