@@ -195,7 +195,7 @@ class Interviewer {
 
   Asked AskSize() {
     if (visible_.empty()) return std::nullopt;
-    const bool want_big = random_.Chance(0.5f);
+    const bool want_big = random_.Chance(0.55f);
     List matching;
     std::copy_if(visible_.begin(), visible_.end(), std::back_inserter(matching),
                  [&](const Object* o) { return o->big == want_big; });
@@ -252,7 +252,7 @@ class Interviewer {
     for (const Object* o : visible_) {
       if (Steady(*o)) (Moves(*o) ? moving : resting).push_back(o);
     }
-    if (moving.empty() && (resting.empty() || !random_.Chance(0.35f))) return std::nullopt;
+    if (moving.empty() && (resting.empty() || !random_.Chance(0.15f))) return std::nullopt;
     const bool rest = moving.empty() || (!resting.empty() && random_.Chance(0.2f));
     const Object& o = *random_.Pick(rest ? resting : moving);
     return Question{Kind::kDirection, "Which way is the " + Name(o) + " moving?",
@@ -262,13 +262,13 @@ class Interviewer {
   Asked AskMoving() {
     if (!AllSteady() || !CameraStill() || visible_.empty()) return std::nullopt;
     const List movers = Movers();
-    if (movers.empty() && !random_.Chance(0.5f)) return std::nullopt;
+    if (movers.empty() && !random_.Chance(0.3f)) return std::nullopt;
     return Question{Kind::kMoving, "What is moving?", Listed(movers)};
   }
 
   // Half of the answers are "no", and half of those are about something that was nearly there.
   Asked AskExists() {
-    if (random_.Chance(0.5f)) {
+    if (random_.Chance(0.55f)) {
       if (visible_.empty()) return std::nullopt;
       return Exists(One(*random_.Pick(visible_)), true);
     }
@@ -358,7 +358,7 @@ class Interviewer {
   Asked AskCamera() {
     if (frame_ < kSteadyIntervals || !CameraSteady()) return std::nullopt;
     const bool still = CameraStill();
-    if (still && !random_.Chance(0.25f)) return std::nullopt;
+    if (still && !random_.Chance(0.2f)) return std::nullopt;
     return Question{Kind::kCamera, "Is the camera moving?",
                     still ? "no" : "yes, " + CameraHeading()};
   }

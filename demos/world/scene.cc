@@ -102,7 +102,7 @@ std::vector<int> DrawEventSlots(Random& random, int frames) {
 }
 
 void DrawLook(Random& random, Object& object) {
-  object.big = random.Chance(0.4f);
+  object.big = random.Chance(0.45f);
   object.size = object.big ? random.Range(140, 175) : random.Range(70, 90);
 }
 
@@ -117,8 +117,8 @@ std::vector<Object> DrawStory(Random& random, int frames) {
     object.appear_slot = slot;
     objects.push_back(object);
   };
-  const int most = random.Between(2, kMaxVisible);
-  const int at_first = random.Below(std::min(4, most) + 1);
+  const int most = 2 + random.Pick(std::vector<int>{0, 1, 1, 2, 2, 2, 3, 3, 3});
+  const int at_first = random.Chance(0.12f) ? 0 : random.Between(1, std::min(4, most));
   for (int i = 0; i < at_first; ++i) add(kBeforeTheFilm);
   for (int slot : DrawEventSlots(random, frames)) {
     std::vector<size_t> may_leave;
@@ -133,8 +133,8 @@ std::vector<Object> DrawStory(Random& random, int frames) {
       if (IsShape(o.name) && o.recolor_slot == kNever) may_recolor.push_back(i);
     }
     const bool may_appear = visible < most && static_cast<int>(objects.size()) < kMaxObjects;
-    const int appear_weight = may_appear ? (visible <= 1 ? 60 : 40) : 0;
-    const int leave_weight = may_leave.empty() ? 0 : 35;
+    const int appear_weight = may_appear ? (visible <= 2 ? 70 : 45) : 0;
+    const int leave_weight = may_leave.empty() ? 0 : (visible <= 1 ? 12 : 32);
     const int recolor_weight = may_recolor.empty() ? 0 : 30;
     const int total = appear_weight + leave_weight + recolor_weight;
     if (total == 0) continue;
@@ -161,10 +161,10 @@ bool Overlap(int from_a, int to_a, int from_b, int to_b) {
 // Marks who moves: at most kMaxMovers whose stays overlap.
 std::vector<bool> DrawMovers(Random& random, const std::vector<Object>& objects, int frames) {
   std::vector<bool> moves(objects.size(), false);
-  if (!random.Chance(0.8f)) return moves;
+  if (!random.Chance(0.85f)) return moves;
   for (size_t i = 0; i < objects.size(); ++i) {
     const Object& o = objects[i];
-    if (std::min(o.leave_slot, frames) - o.appear_slot < kMinMoverLife || !random.Chance(0.6f)) {
+    if (std::min(o.leave_slot, frames) - o.appear_slot < kMinMoverLife || !random.Chance(0.7f)) {
       continue;
     }
     int beside = 0;
@@ -302,6 +302,10 @@ bool PlaceAll(Random& random, Scene& scene, const std::vector<bool>& moves, cons
             low + random.Unit() * std::max(0.0f, room - reach) + PatrolStart(patrol);
         o.legs = PatrolLegs(patrol, o.appear_slot, vertical ? center.x : start,
                             vertical ? start : center.y, end);
+        // Most films end in the middle of a leg: what moves can then be told.
+        if (o.leave_slot == kNever && !SteadyAt(o.legs, scene.frames - 1) && random.Chance(0.7f)) {
+          continue;
+        }
       } else {
         o.legs = {{o.appear_slot, center.x, center.y, 0, 0}};
       }
@@ -380,7 +384,7 @@ Scene MakeScene(uint64_t seed, const SceneOptions& options) {
   scene.gain_drift = random.Range(0, 0.03f);
   scene.gain_period_s = random.Range(8, 24);
   scene.gain_phase = random.Unit();
-  scene.texture = MakeTexture(random);
+  scene.texture = MakeTexture(random, scene.pans ? Detail::kDetailed : Detail::kAny);
   return scene;
 }
 

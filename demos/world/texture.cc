@@ -370,9 +370,10 @@ void PaintGradient(Picture& picture, Random& random) {
 
 }  // namespace
 
-std::vector<uint8_t> MakeTexture(Random& random) {
+std::vector<uint8_t> MakeTexture(Random& random, Detail detail) {
   Picture picture;
-  const int kind = random.Below(100);
+  const bool detailed = detail == Detail::kDetailed;
+  const int kind = detailed ? random.Between(40, 99) : random.Below(100);
   if (kind < 10) {
     const Rgb color = MutedColor(random, 40, 225, 28);
     picture.VerticalGradient(color, color, 0, kH);
@@ -381,7 +382,9 @@ std::vector<uint8_t> MakeTexture(Random& random) {
   } else if (kind < 32) {
     PaintStripes(picture, random);
   } else if (kind < 60) {
-    PaintNoise(picture, random, MaterialPalette(random), 0, kH);
+    Palette palette = MaterialPalette(random);
+    if (detailed) palette.cell_x = palette.cell_y = 32;  // grain of wood has no left and right
+    PaintNoise(picture, random, palette, 0, kH);
   } else {
     PaintClutter(picture, random);
   }
