@@ -3,6 +3,7 @@
 #ifndef SLUICE_RUNTIME_OPS_ATTENTION_H_
 #define SLUICE_RUNTIME_OPS_ATTENTION_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 
@@ -13,7 +14,8 @@ namespace sluice {
 
 // Bidirectional attention inside each of `batch` sequences of equal length (the patches of one
 // frame). qkv: [batch * S, 3 * heads * D] = q | k | v, f32 or bf16, contiguous; out: [batch * S,
-// heads * D] same dtype. scale: usually D^-0.5. Any D >= 1 (72 included); fast paths pad D inside.
+// heads * D] same dtype, contiguous. scale: positive, usually D^-0.5. Any D >= 1 (72 included);
+// fast paths pad D inside. Throws Error naming shapes or dtypes that do not fit.
 void EncoderAttention(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads, int head_dim,
                       float scale, TensorView out);
 
@@ -36,18 +38,20 @@ struct KvLayerView {
 size_t KvBlockBytes(int kv_heads, int head_dim, DType dtype);
 
 // Stores keys and values of positions [begin, begin + S). keys, values: [S, kv_heads * D] in
-// kv.dtype, rows may be strided.
+// kv.dtype, rows may be strided. Positions outside of the range are not touched.
 void StoreKv(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, int64_t begin,
              const KvLayerView& kv);
 
 // Causal grouped-query attention of S new positions over everything cached: query i stands at
 // position begin + i and sees positions [0, begin + i]. Query head j uses kv head j / (heads /
 // kv_heads). q: [S, heads * D] in kv.dtype (rows may be strided); out: [S, heads * D] same dtype,
-// contiguous. Positions [begin, begin + S) must have been stored.
+// contiguous. scale: positive. Positions [begin, begin + S) must have been stored; what blocks hold
+// beyond them (NaN included) has no influence.
 void CausalAttention(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
                      const KvLayerView& kv, TensorView out);
 
-// Which implementation runs, as a pure function that can be printed and tested.
+// Which implementation runs, as a pure function that can be printed and tested. `amx`: this process
+// may use AMX-BF16 tiles; `reference`: the context asks for reference kernels.
 enum class AttentionKernel { kReference, kSimd, kAmx };
 const char* Name(AttentionKernel kernel);
 AttentionKernel ChooseAttention(int64_t queries, int64_t keys, int head_dim, DType dtype, bool amx,

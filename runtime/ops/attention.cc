@@ -1,0 +1,155 @@
+#include "runtime/ops/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "runtime/error.h"
+#include "runtime/ops/cpu/attention.h"
+#include "runtime/parallel.h"
+
+namespace sluice {
+namespace {
+
+std::string Describe(ConstTensorView x) { return x.shape().ToString() + " " + Name(x.dtype()); }
+
+void CheckMatrix(const char* op, const char* what, ConstTensorView x, int64_t rows, int64_t columns,
+                 DType dtype) {
+  if (x.shape() == Shape{rows, columns} && x.dtype() == dtype) return;
+  throw Error(std::string("[") + op + "] " + what + " must be " + Shape{rows, columns}.ToString() +
+              " " + Name(dtype) + ", got " + Describe(x));
+}
+
+void CheckContiguous(const char* op, const char* what, ConstTensorView x) {
+  if (x.contiguous()) return;
+  throw Error(std::string("[") + op + "] " + what + " must be contiguous, got rows " +
+              std::to_string(x.stride0()) + " elements apart");
+}
+
+void CheckFloat(const char* op, DType dtype) {
+  if (dtype == DType::kF32 || dtype == DType::kBF16) return;
+  throw Error(std::string("[") + op + "] expects f32 or bf16, got " + Name(dtype));
+}
+
+void CheckScale(const char* op, float scale) {
+  if (std::isfinite(scale) && scale > 0) return;
+  throw Error(std::string("[") + op + "] scale must be positive and finite, got " +
+              std::to_string(scale));
+}
+
+void CheckKv(const char* op, const KvLayerView& kv, int64_t begin, int64_t count) {
+  CheckFloat(op, kv.dtype);
+  if (kv.kv_heads < 1 || kv.head_dim < 1) {
+    throw Error(std::string("[") + op + "] kv heads and head size must be at least 1, got " +
+                std::to_string(kv.kv_heads) + " and " + std::to_string(kv.head_dim));
+  }
+  const int64_t room = static_cast<int64_t>(kv.blocks.size()) * kKvBlockTokens;
+  if (begin < 0 || begin > room || count > room - begin) {
+    throw Error(std::string("[") + op + "] positions [" + std::to_string(begin) + ", " +
+                std::to_string(begin) + " + " + std::to_string(count) +
+                ") must lie in the cache's " + std::to_string(room) + "; reserve them first");
+  }
+}
+
+// One block is written by one thread: the columns of a value row share cache lines.
+template <typename T>
+void StoreRows(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, int64_t begin,
+               const KvLayerView& kv) {
+  const int64_t head_dim = kv.head_dim, area = kKvBlockTokens * head_dim;
+  const int64_t end = begin + keys.dim(0), first_block = begin / kKvBlockTokens;
+  const int64_t num_blocks = (end + kKvBlockTokens - 1) / kKvBlockTokens - first_block;
+  ParallelFor(ctx, num_blocks * kv.kv_heads, 2, [&](int64_t first, int64_t last) {
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t index = first_block + item / kv.kv_heads, head = item % kv.kv_heads;
+      const int64_t block_begin = index * kKvBlockTokens;
+      const int64_t from = std::max(begin, block_begin) - block_begin;
+      const int64_t to = std::min(end, block_begin + kKvBlockTokens) - block_begin;
+      T* k = static_cast<T*>(kv.blocks[index]) + head * area;
+      T* v = k + kv.kv_heads * area;
+      const int64_t row = block_begin + from - begin;
+      const T* new_k = keys.data<T>() + row * keys.stride0() + head * head_dim;
+      const T* new_v = values.data<T>() + row * values.stride0() + head * head_dim;
+      for (int64_t t = from; t < to; ++t, new_k += keys.stride0()) {
+        std::copy_n(new_k, head_dim, k + t * head_dim);
+      }
+      for (int64_t d = 0; d < head_dim; ++d) {
+        for (int64_t t = from; t < to; ++t) {
+          v[d * kKvBlockTokens + t] = new_v[(t - from) * values.stride0() + d];
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+const char* Name(AttentionKernel kernel) {
+  switch (kernel) {
+    case AttentionKernel::kReference:
+      return "reference";
+    case AttentionKernel::kSimd:
+      return "simd";
+    case AttentionKernel::kAmx:
+      return "amx";
+  }
+  return "?";
+}
+
+size_t KvBlockBytes(int kv_heads, int head_dim, DType dtype) {
+  return size_t{2} * kv_heads * kKvBlockTokens * head_dim * SizeOf(dtype);
+}
+
+void EncoderAttention(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads, int head_dim,
+                      float scale, TensorView out) {
+  constexpr char kOp[] = "encoder_attention";
+  CheckFloat(kOp, qkv.dtype());
+  CheckScale(kOp, scale);
+  if (batch < 1 || heads < 1 || head_dim < 1 || qkv.shape().rank() != 2 ||
+      qkv.dim(0) % batch != 0) {
+    throw Error(std::string("[") + kOp + "] qkv must be [batch * S, 3 * heads * D] with batch " +
+                std::to_string(batch) + ", heads " + std::to_string(heads) + ", D " +
+                std::to_string(head_dim) + ", got " + Describe(qkv));
+  }
+  const int64_t rows = qkv.dim(0), width = int64_t{heads} * head_dim;
+  CheckMatrix(kOp, "qkv", qkv, rows, 3 * width, qkv.dtype());
+  CheckMatrix(kOp, "out", out, rows, width, qkv.dtype());
+  CheckContiguous(kOp, "qkv", qkv);
+  CheckContiguous(kOp, "out", out);
+  if (rows == 0) return;
+  cpu::EncoderAttentionReference(ctx, qkv, batch, heads, head_dim, scale, out);
+}
+
+void StoreKv(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, int64_t begin,
+             const KvLayerView& kv) {
+  constexpr char kOp[] = "store_kv";
+  const int64_t count = keys.shape().rank() == 2 ? keys.dim(0) : 0;
+  CheckKv(kOp, kv, begin, count);
+  const int64_t width = int64_t{kv.kv_heads} * kv.head_dim;
+  CheckMatrix(kOp, "keys", keys, count, width, kv.dtype);
+  CheckMatrix(kOp, "values", values, count, width, kv.dtype);
+  if (kv.dtype == DType::kF32) {
+    StoreRows<float>(ctx, keys, values, begin, kv);
+  } else {
+    StoreRows<BFloat16>(ctx, keys, values, begin, kv);
+  }
+}
+
+void CausalAttention(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
+                     const KvLayerView& kv, TensorView out) {
+  constexpr char kOp[] = "causal_attention";
+  CheckScale(kOp, scale);
+  const int64_t count = q.shape().rank() == 2 ? q.dim(0) : 0;
+  CheckKv(kOp, kv, begin, count);
+  if (heads < 1 || heads % kv.kv_heads != 0) {
+    throw Error(std::string("[") + kOp + "] heads must be a multiple of the " +
+                std::to_string(kv.kv_heads) + " kv heads, got " + std::to_string(heads));
+  }
+  const int64_t width = int64_t{heads} * kv.head_dim;
+  CheckMatrix(kOp, "q", q, count, width, kv.dtype);
+  CheckMatrix(kOp, "out", out, count, width, kv.dtype);
+  CheckContiguous(kOp, "out", out);
+  if (count == 0) return;
+  cpu::CausalAttentionReference(ctx, q, begin, heads, scale, kv, out);
+}
+
+}  // namespace sluice

@@ -1,0 +1,105 @@
+// The plain reference of attention: one query at a time, exactly as the equation reads.
+#include "runtime/ops/cpu/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "runtime/parallel.h"
+
+namespace sluice::cpu {
+namespace {
+
+float ToFloat(float value) { return value; }
+float ToFloat(BFloat16 value) { return value.ToFloat(); }
+void Store(float value, float* to) { *to = value; }
+void Store(float value, BFloat16* to) { *to = BFloat16::From(value); }
+
+// o = softmax(q K^T * scale) V for one query. key(t) points at the D elements of key t; value(t, d)
+// is element d of value t.
+template <typename T, typename Key, typename Value>
+void AttendOne(const T* q, int64_t num_keys, int head_dim, float scale, const Key& key,
+               const Value& value, T* out) {
+  std::vector<float> p(num_keys);
+  float max = -INFINITY;
+  for (int64_t t = 0; t < num_keys; ++t) {
+    const T* k = key(t);
+    float dot = 0;
+    for (int d = 0; d < head_dim; ++d) dot += ToFloat(q[d]) * ToFloat(k[d]);
+    p[t] = dot * scale;
+    max = std::max(max, p[t]);
+  }
+  float sum = 0;
+  for (float& x : p) sum += x = std::exp(x - max);
+  for (int d = 0; d < head_dim; ++d) {
+    float o = 0;
+    for (int64_t t = 0; t < num_keys; ++t) o += p[t] * ToFloat(value(t, d));
+    Store(o / sum, &out[d]);
+  }
+}
+
+template <typename T>
+void EncoderRows(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads, int head_dim,
+                 float scale, TensorView out) {
+  const int64_t length = qkv.dim(0) / batch, width = int64_t{heads} * head_dim;
+  ParallelFor(ctx, batch * heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first_row = item / heads * length, column = item % heads * head_dim;
+      const T* q = qkv.data<T>() + first_row * qkv.stride0() + column;
+      const T* k = q + width;
+      const T* v = k + width;
+      T* o = out.data<T>() + first_row * width + column;
+      for (int64_t i = 0; i < length; ++i) {
+        AttendOne(
+            q + i * qkv.stride0(), length, head_dim, scale,
+            [&](int64_t t) { return k + t * qkv.stride0(); },
+            [&](int64_t t, int d) { return v[t * qkv.stride0() + d]; }, o + i * width);
+      }
+    }
+  });
+}
+
+template <typename T>
+void CausalRows(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
+                const KvLayerView& kv, TensorView out) {
+  const int head_dim = kv.head_dim, group = heads / kv.kv_heads;
+  const int64_t area = int64_t{kKvBlockTokens} * head_dim;  // keys or values of one head and block
+  ParallelFor(ctx, q.dim(0) * heads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t i = item / heads, head = item % heads, kv_head = head / group;
+      const auto block = [&](int64_t t) {
+        return static_cast<const T*>(kv.blocks[t / kKvBlockTokens]);
+      };
+      AttendOne(
+          q.data<T>() + i * q.stride0() + head * head_dim, begin + i + 1, head_dim, scale,
+          [&](int64_t t) { return block(t) + kv_head * area + t % kKvBlockTokens * head_dim; },
+          [&](int64_t t, int d) {
+            return block(
+                t)[(kv.kv_heads + kv_head) * area + d * kKvBlockTokens + t % kKvBlockTokens];
+          },
+          out.data<T>() + i * heads * head_dim + head * head_dim);
+    }
+  });
+}
+
+}  // namespace
+
+void EncoderAttentionReference(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads,
+                               int head_dim, float scale, TensorView out) {
+  if (qkv.dtype() == DType::kF32) {
+    EncoderRows<float>(ctx, qkv, batch, heads, head_dim, scale, out);
+  } else {
+    EncoderRows<BFloat16>(ctx, qkv, batch, heads, head_dim, scale, out);
+  }
+}
+
+void CausalAttentionReference(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads,
+                              float scale, const KvLayerView& kv, TensorView out) {
+  if (kv.dtype == DType::kF32) {
+    CausalRows<float>(ctx, q, begin, heads, scale, kv, out);
+  } else {
+    CausalRows<BFloat16>(ctx, q, begin, heads, scale, kv, out);
+  }
+}
+
+}  // namespace sluice::cpu
