@@ -21,8 +21,10 @@ struct PreprocessConfig {
 };
 
 // Pillow's antialiased bicubic resize (Keys a = -0.5) of interleaved 8-bit RGB: horizontal pass,
-// round and clamp, vertical pass, round and clamp, in Pillow's fixed point. `out` is [out_height,
-// out_width, 3]. Throws InputError on sizes < 1 or when `in` is not in_width * in_height * 3 bytes.
+// round and clamp, vertical pass, round and clamp, in Pillow's fixed point. (Pillow 13 turns the
+// passes round for tall pictures; earlier releases and the Hugging Face processor do not.) `out` is
+// [out_height, out_width, 3]. Throws InputError on sizes < 1 or when `in` is not in_width *
+// in_height * 3 bytes.
 void ResizeBicubic(ExecContext& ctx, std::span<const uint8_t> in, int in_width, int in_height,
                    std::span<uint8_t> out, int out_width, int out_height);
 

@@ -1,0 +1,74 @@
+#include "vision/preprocess.h"
+
+#include <cstring>
+#include <optional>
+#include <string>
+
+#include "runtime/error.h"
+#include "vision/resize.h"
+
+namespace sluice {
+namespace {
+
+// Far beyond any picture, small enough that products of a few such numbers fit 64 bits.
+constexpr int kMaxSide = 1 << 20;
+
+void CheckPicture(const char* place, size_t bytes, int width, int height) {
+  if (width < 1 || height < 1 || width > kMaxSide || height > kMaxSide) {
+    throw InputError(std::string("[") + place + "] picture sizes must be 1.." +
+                     std::to_string(kMaxSide) + ", got " + std::to_string(width) + "x" +
+                     std::to_string(height));
+  }
+  const int64_t expected = int64_t{3} * width * height;
+  if (static_cast<int64_t>(bytes) != expected) {
+    throw InputError(std::string("[") + place + "] a picture of " + std::to_string(width) + "x" +
+                     std::to_string(height) + " has " + std::to_string(expected) +
+                     " bytes of RGB, got " + std::to_string(bytes));
+  }
+}
+
+}  // namespace
+
+void ResizeBicubic(ExecContext& ctx, std::span<const uint8_t> in, int in_width, int in_height,
+                   std::span<uint8_t> out, int out_width, int out_height) {
+  CheckPicture("resize", in.size(), in_width, in_height);
+  CheckPicture("resize", out.size(), out_width, out_height);
+  const BicubicResizer resizer(in_width, in_height, out_width, out_height);
+  resizer.Run(ctx, in.data(), [&](int y, const uint8_t* rgbx) {
+    uint8_t* row = out.data() + int64_t{3} * out_width * y;
+    for (int x = 0; x < out_width; ++x) std::memcpy(row + 3 * x, rgbx + 4 * x, 3);
+  });
+}
+
+void Preprocess(ExecContext& ctx, std::span<const FramePtr> frames, const PreprocessConfig& config,
+                TensorView out) {
+  const int64_t width = config.width, height = config.height;
+  const Shape expected{static_cast<int64_t>(frames.size()), 3, height, width};
+  if (out.shape() != expected || out.dtype() != DType::kF32 || !out.contiguous()) {
+    throw Error("[preprocess] out must be contiguous " + expected.ToString() + " f32, got " +
+                out.shape().ToString() + " " + Name(out.dtype()));
+  }
+  float normalised[3][256];
+  for (int c = 0; c < 3; ++c) {
+    const float mean = config.mean[c] * 255.0f, deviation = config.std[c] * 255.0f;
+    if (!(deviation > 0)) throw InputError("[preprocess] std must be positive");
+    for (int v = 0; v < 256; ++v) normalised[c][v] = (static_cast<float>(v) - mean) / deviation;
+  }
+  std::optional<BicubicResizer> resizer;
+  for (size_t f = 0; f < frames.size(); ++f) {
+    const Frame& frame = *frames[f];
+    CheckPicture("preprocess", frame.rgb.size(), frame.width, frame.height);
+    if (!resizer || !resizer->Fits(frame.width, frame.height)) {
+      resizer.emplace(frame.width, frame.height, config.width, config.height);
+    }
+    float* planes = out.data<float>() + f * 3 * height * width;
+    resizer->Run(ctx, frame.rgb.data(), [&](int y, const uint8_t* rgbx) {
+      for (int c = 0; c < 3; ++c) {
+        float* row = planes + (c * height + y) * width;
+        for (int64_t x = 0; x < width; ++x) row[x] = normalised[c][rgbx[4 * x + c]];
+      }
+    });
+  }
+}
+
+}  // namespace sluice

@@ -1,0 +1,47 @@
+// Pillow's antialiased bicubic resize for one pair of sizes. Private to preprocessing.
+#ifndef SLUICE_VISION_RESIZE_H_
+#define SLUICE_VISION_RESIZE_H_
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "runtime/exec_context.h"
+
+namespace sluice {
+
+// The filter of one axis in Pillow's fixed point: output i is
+//   clamp((2^21 + sum_t weights[i * max_taps + t] * in[first[i] + t]) >> 22, 0, 255), t < count[i].
+// Weights of one output sum to 2^22 up to rounding, their absolute values to less than 1.3 * 2^22,
+// so 32 bits hold every partial sum.
+struct ResizeTaps {
+  int max_taps = 0;
+  std::vector<int32_t> first, count, weights;
+};
+ResizeTaps BicubicTaps(int in_size, int out_size);
+
+// Holds the taps of one pair of sizes, so that the frames of a stream share them. Immutable; safe
+// for many threads.
+class BicubicResizer {
+ public:
+  // REQUIRES: all sizes >= 1.
+  BicubicResizer(int in_width, int in_height, int out_width, int out_height);
+
+  // Receives finished rows, in no order, from several threads at once. rgbx: 4 * out_width bytes,
+  // the fourth of each pixel without meaning. Must not throw.
+  using RowSink = std::function<void(int y, const uint8_t* rgbx)>;
+  // rgb: [in_height, in_width, 3].
+  void Run(ExecContext& ctx, const uint8_t* rgb, const RowSink& sink) const;
+
+  bool Fits(int in_width, int in_height) const {
+    return in_width == in_width_ && in_height == in_height_;
+  }
+
+ private:
+  int in_width_, in_height_, out_width_, out_height_;
+  ResizeTaps columns_, rows_;
+};
+
+}  // namespace sluice
+
+#endif  // SLUICE_VISION_RESIZE_H_
