@@ -16,6 +16,8 @@ class TokenCompressor {
   virtual std::string name() const = 0;
   // Keeps order; never invents positions; may return nothing for a frame.
   virtual VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) = 0;
+  // Forgets the latest Compress, as if it had not been called: what it returned did not find room.
+  virtual void Undo() = 0;
 };
 
 }  // namespace sluice

@@ -1,0 +1,47 @@
+#include "compression/registry.h"
+
+#include <charconv>
+
+#include "compression/duplicate_frame_filter.h"
+#include "runtime/error.h"
+
+namespace sluice {
+namespace {
+
+constexpr CompressorEntry kTokenCompressors[] = {
+    {"duplicate-frames", "skips frames whose tokens all resemble those of the last kept frame",
+     "lowest cosine of a pair of tokens that still counts as the same",
+     DuplicateFrameFilter::kDefaultThreshold,
+     [](double threshold) -> std::unique_ptr<TokenCompressor> {
+       return std::make_unique<DuplicateFrameFilter>(threshold);
+     }},
+};
+
+}  // namespace
+
+std::span<const CompressorEntry> TokenCompressors() { return kTokenCompressors; }
+
+std::unique_ptr<TokenCompressor> MakeTokenCompressor(std::string_view spec) {
+  const size_t equals = spec.find('=');
+  const std::string_view name = spec.substr(0, equals);
+  std::string known;
+  for (const CompressorEntry& entry : TokenCompressors()) {
+    known += (known.empty() ? "" : ", ") + std::string(entry.name);
+    if (entry.name != name) continue;
+    double parameter = entry.default_value;
+    if (equals != std::string_view::npos) {
+      const std::string_view number = spec.substr(equals + 1);
+      const auto [end, error] =
+          std::from_chars(number.data(), number.data() + number.size(), parameter);
+      if (error != std::errc() || end != number.data() + number.size()) {
+        throw InputError("[compression] " + std::string(name) + "=NUMBER expected (" +
+                         std::string(entry.parameter) + "), got '" + std::string(spec) + "'");
+      }
+    }
+    return entry.make(parameter);
+  }
+  throw InputError("[compression] no token compressor '" + std::string(name) + "'; there are " +
+                   known);
+}
+
+}  // namespace sluice
