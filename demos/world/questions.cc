@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstddef>
+#include <iterator>
 #include <optional>
 #include <set>
 #include <stdexcept>
@@ -17,7 +18,6 @@ namespace {
 
 constexpr float kGridMargin = 0.04f;  // of the canvas, around the lines of the 3x3 grid
 constexpr float kSideMargin = 0.12f;  // of the canvas's width
-constexpr int kSteadyIntervals = 3;
 
 constexpr std::array<std::string_view, kNumKinds> kKindNames = {
     "visible", "count",  "total", "color", "size", "where",    "side",   "direction",
@@ -155,14 +155,10 @@ class Interviewer {
     const Leg& leg = LegAt(scene_.camera, frame_);
     return CameraSteady() && leg.vx == 0 && leg.vy == 0;
   }
-  bool Steady(const Object& o) const {
-    return VisibleAt(o, frame_) && VisibleAt(o, frame_ - kSteadyIntervals) &&
-           SteadyAt(o.legs, frame_);
-  }
+  bool Steady(const Object& o) const { return VisibleAt(o, frame_) && SteadyAt(o.legs, frame_); }
   bool AllSteady() const {
-    return frame_ >= kSteadyIntervals && CameraSteady() &&
-           std::all_of(visible_.begin(), visible_.end(),
-                       [&](const Object* o) { return Steady(*o); });
+    return CameraSteady() && std::all_of(visible_.begin(), visible_.end(),
+                                         [&](const Object* o) { return Steady(*o); });
   }
   bool Moves(const Object& o) const {
     const Leg& leg = LegAt(o.legs, frame_);
@@ -246,7 +242,7 @@ class Interviewer {
   }
 
   Asked AskDirection() {
-    if (frame_ < kSteadyIntervals || !CameraStill()) return std::nullopt;
+    if (!CameraStill()) return std::nullopt;
     List moving;
     List resting;
     for (const Object* o : visible_) {
@@ -356,7 +352,7 @@ class Interviewer {
   }
 
   Asked AskCamera() {
-    if (frame_ < kSteadyIntervals || !CameraSteady()) return std::nullopt;
+    if (!CameraSteady()) return std::nullopt;
     const bool still = CameraStill();
     if (still && !random_.Chance(0.2f)) return std::nullopt;
     return Question{Kind::kCamera, "Is the camera moving?",

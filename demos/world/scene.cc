@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstddef>
-#include <optional>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -442,7 +441,7 @@ const Leg& LegAt(const std::vector<Leg>& legs, int frame) {
 }
 
 bool SteadyAt(const std::vector<Leg>& legs, int frame) {
-  return LegAt(legs, frame).slot <= frame - 4;
+  return LegAt(legs, frame).slot < frame - kSteadyIntervals;
 }
 
 Point CenterAt(const Scene& scene, const Object& object, int frame) {

@@ -25,7 +25,8 @@ inline constexpr int kTextureHeight = 144;
 inline constexpr double kSampleSeconds = 0.5;
 inline constexpr int kMaxVisible = 5;
 inline constexpr int kMaxObjects = 8;
-inline constexpr int kMaxEvents = 8;  // appear, leave, recolour
+inline constexpr int kMaxEvents = 8;        // appear, leave, recolour
+inline constexpr int kSteadyIntervals = 3;  // of the same motion before it can be told
 inline constexpr int kMinFrames = 4;
 inline constexpr int kMaxFrames = 4096;
 inline constexpr int kBeforeTheFilm = -1;
@@ -93,7 +94,8 @@ FrameDraw DrawAt(const Scene& scene, double t);
 bool VisibleAt(const Object& object, int frame);
 int ColorAt(const Object& object, int frame);
 const Leg& LegAt(const std::vector<Leg>& legs, int frame);
-// Whether the leg of this frame has lasted for the three intervals before it.
+// Whether the leg of this frame has lasted for the kSteadyIntervals before it; never before
+// so many frames have gone by.
 bool SteadyAt(const std::vector<Leg>& legs, int frame);
 struct Point {
   float x, y;

@@ -9,7 +9,9 @@
 #include <cstdint>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <map>
+#include <regex>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -716,6 +718,28 @@ TEST(WorldAtlasTest, TheCommittedSheetHoldsEverySprite) {
   EXPECT_EQ(big_endian(20), kSheetHeight);
   EXPECT_EQ(head[24], 8);  // bits a channel
   EXPECT_EQ(head[25], 6);  // RGBA
+}
+
+TEST(WorldAtlasTest, TheSheetsScriptNamesItsSpritesInTheSameOrder) {
+  std::ifstream file(SLUICE_SOURCE_DIR "/demos/world/assets/make_atlas.py");
+  ASSERT_TRUE(file);
+  const std::string script{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  const auto names_in = [&](const std::string& list, const std::string& pattern) {
+    const std::string body = Between(script, "\n" + list + " = [", "\n]");
+    const std::regex name(pattern);
+    std::vector<std::string> names;
+    for (std::sregex_iterator it(body.begin(), body.end(), name), end; it != end; ++it) {
+      names.push_back((*it)[1]);
+    }
+    return names;
+  };
+  std::vector<std::string> sheet = names_in("SHAPES", "\"([a-z]+)\"");
+  const std::vector<std::string> things = names_in("THINGS", "\\(\"([a-z]+)\"");
+  sheet.insert(sheet.end(), things.begin(), things.end());
+  ASSERT_EQ(sheet.size(), static_cast<size_t>(kNumNames));
+  for (int name = 0; name < kNumNames; ++name) {
+    EXPECT_EQ(sheet[static_cast<size_t>(name)], NameText(name));
+  }
 }
 
 TEST(WorldNamesTest, PhrasesAndSpritesAreOnesOwn) {

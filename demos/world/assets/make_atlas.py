@@ -21,7 +21,9 @@ COLUMNS = 8
 OUTLINE = 5.0  # pixels of a cell: about one pixel of a small object seen at 224x224
 SUPERSAMPLE = 4
 
-SHAPES = ["circle", "cross", "diamond", "heart", "ring", "square", "star", "triangle"]
+SHAPES = [
+    "circle", "cross", "diamond", "heart", "ring", "square", "star", "triangle",
+]
 
 THINGS = [
     # animals
