@@ -1,0 +1,265 @@
+// sluice ask: plays a source and answers questions at their times.
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <memory>
+#include <optional>
+
+#include "demos/cli/commands.h"
+#include "demos/cli/common.h"
+#include "demos/cli/questions.h"
+#include "proto/convert.h"
+#include "runtime/error.h"
+#include "streaming/logging.h"
+#include "streaming/source.h"
+
+namespace sluice::cli {
+namespace {
+
+struct AskFlags {
+  ModelFlags model;
+  std::string source;
+  std::vector<std::string> questions;
+  std::string question_file;
+  SamplingRate rate;
+  std::optional<double> begin, end;
+  int64_t max_frames = 0;
+  int max_new_tokens = 128;
+  std::optional<float> temperature, top_p;
+  std::optional<int> top_k;
+  uint64_t seed = 0;
+  bool no_dialogue = false;
+  std::string system_prompt;
+  int require_right = 0;
+  bool json = false;
+  bool stats = false;
+};
+
+volatile std::sig_atomic_t interrupted = 0;
+
+// The first Ctrl-C ends the source, so that questions about its end are still answered; a second
+// one ends the program.
+extern "C" void OnInterrupt(int) {
+  interrupted = 1;
+  std::signal(SIGINT, SIG_DFL);
+}
+
+// What the checkpoint's authors recommend, unless a flag says otherwise.
+GenerateOptions GenerationFor(const Vlm& vlm, const AskFlags& flags) {
+  GenerateOptions options;
+  options.max_new_tokens = flags.max_new_tokens;
+  const GenerationDefaults& defaults = vlm.generation_defaults();
+  options.sampling.repetition_penalty = defaults.repetition_penalty;
+  if (defaults.do_sample) {
+    options.sampling.temperature = defaults.temperature;
+    options.sampling.top_k = defaults.top_k;
+    options.sampling.top_p = defaults.top_p;
+  }
+  if (flags.temperature) options.sampling.temperature = *flags.temperature;
+  if (flags.top_k) options.sampling.top_k = *flags.top_k;
+  if (flags.top_p) options.sampling.top_p = *flags.top_p;
+  options.sampling.seed = flags.seed;
+  return options;
+}
+
+std::vector<ExpectedQuestion> GatherQuestions(const AskFlags& flags) {
+  std::vector<ExpectedQuestion> questions;
+  for (const std::string& argument : flags.questions) {
+    questions.push_back({ParseTimedQuestion(argument), std::nullopt});
+  }
+  if (!flags.question_file.empty()) {
+    for (auto& question : ReadQuestions(flags.question_file, flags.source)) {
+      questions.push_back(std::move(question));
+    }
+  }
+  if (questions.empty()) {
+    throw InputError("[ask] expected at least one --question or --questions, found none");
+  }
+  return questions;
+}
+
+// Prints the run as it goes on: answers on stdout, the progress bar on stderr.
+class Narrator {
+ public:
+  Narrator(bool quiet, const std::vector<ExpectedQuestion>& questions, Source& source)
+      : quiet_(quiet), questions_(questions), source_(source) {}
+
+  RunObserver Observer() {
+    RunObserver observer;
+    observer.on_open = [this](const SourceInfo& info) {
+      duration_ = info.duration;
+      begin_ = std::chrono::steady_clock::now();
+    };
+    observer.on_frame = [this](const Frame& frame, int64_t seen) { OnFrame(frame, seen); };
+    observer.on_question = [this](const TimedQuestion& question, MediaTime now) {
+      progress_.Clear();
+      if (!quiet_) std::printf("[%s] %s\n  ", now.ToString().c_str(), question.text.c_str());
+    };
+    observer.on_text = [this](std::string_view piece) {
+      if (!quiet_) {
+        std::fwrite(piece.data(), 1, piece.size(), stdout);
+        std::fflush(stdout);
+      }
+      return true;
+    };
+    observer.on_answer = [this](const TimedAnswer& answer) { OnAnswer(answer); };
+    return observer;
+  }
+
+  int right() const { return right_; }
+  int judged() const { return judged_; }
+  void Finish() { progress_.Clear(); }
+
+ private:
+  void OnFrame(const Frame& frame, int64_t seen) {
+    if (interrupted) source_.Cancel();
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin_;
+    char rate[32];
+    std::snprintf(rate, sizeof rate, "%.1f", static_cast<double>(seen) / elapsed.count());
+    const double fraction = duration_ && duration_->nanoseconds() > 0
+                                ? frame.time.seconds() / duration_->seconds()
+                                : -1;
+    progress_.Show(fraction, frame.time.ToString() +
+                                 (duration_ ? " of " + duration_->ToString() : "") + "  " +
+                                 std::to_string(seen) + " frames  " + rate + " frames/s");
+  }
+
+  void OnAnswer(const TimedAnswer& answer) {
+    const std::string* expected = Expected(answer.question);
+    const bool right = expected != nullptr && *expected == answer.generated.text;
+    if (expected != nullptr) {
+      ++judged_;
+      right_ += right ? 1 : 0;
+    }
+    if (quiet_) return;
+    if (answer.generated.reason != FinishReason::kStop) {
+      std::printf(" [%s]", Name(answer.generated.reason));
+    }
+    if (expected == nullptr) {
+      std::printf("\n");
+    } else if (right) {
+      std::printf("  (right)\n");
+    } else {
+      std::printf("  (wrong: it is \"%s\")\n", expected->c_str());
+    }
+    std::fflush(stdout);
+  }
+
+  // The answer that is right for this question at this time, if the question file told it.
+  const std::string* Expected(const TimedQuestion& question) const {
+    for (const ExpectedQuestion& known : questions_) {
+      if (known.answer && known.question.text == question.text &&
+          known.question.at == question.at) {
+        return &*known.answer;
+      }
+    }
+    return nullptr;
+  }
+
+  const bool quiet_;
+  const std::vector<ExpectedQuestion>& questions_;
+  Source& source_;
+  Progress progress_;
+  std::optional<MediaTime> duration_;
+  std::chrono::steady_clock::time_point begin_;
+  int right_ = 0, judged_ = 0;
+};
+
+void Ask(const AskFlags& flags) {
+  const std::vector<ExpectedQuestion> questions = GatherQuestions(flags);
+  SourceOptions source_options;
+  source_options.rate = flags.rate;
+  if (flags.begin) source_options.begin = MediaTime::FromSeconds(*flags.begin);
+  if (flags.end) source_options.end = MediaTime::FromSeconds(*flags.end);
+  source_options.max_frames = flags.max_frames;
+  // The source first: a mistyped path should not wait for a large checkpoint.
+  const std::unique_ptr<Source> source = Source::Open(flags.source, source_options);
+
+  const Engine engine = OpenEngine(flags.model);
+  SessionOptions session_options;
+  session_options.system_prompt = flags.system_prompt;
+  session_options.keep_dialogue = !flags.no_dialogue;
+  session_options.generate = GenerationFor(*engine.vlm(), flags);
+  const auto session = engine.NewSession(session_options);
+  const auto context = engine.NewContext();
+
+  std::vector<TimedQuestion> timed;
+  for (const ExpectedQuestion& question : questions) timed.push_back(question.question);
+  std::signal(SIGINT, OnInterrupt);
+  Narrator narrator(flags.json, questions, *source);
+  const RunResult result = Run(*context, *session, *source, timed, narrator.Observer());
+  narrator.Finish();
+  std::signal(SIGINT, SIG_DFL);
+
+  if (result.warning) Logger()->warn("{}", *result.warning);
+  if (result.queue.dropped > 0) {
+    Logger()->warn("{} of {} frames were dropped: the source is faster than this machine",
+                   result.queue.dropped, result.queue.pushed);
+  }
+  const Tracer& tracer = context->tracer();
+  if (flags.json) {
+    std::printf("%s\n", RunReportJson(result, tracer).c_str());
+  } else if (flags.stats) {
+    std::printf("\n%s", StageTable(tracer).c_str());
+  }
+  if (narrator.judged() > 0 && !flags.json) {
+    std::printf("\n%d of %d answers are right\n", narrator.right(), narrator.judged());
+  }
+  if (narrator.right() < flags.require_right) {
+    throw Error("[ask] expected at least " + std::to_string(flags.require_right) +
+                " right answers, got " + std::to_string(narrator.right()) + " of " +
+                std::to_string(narrator.judged()));
+  }
+}
+
+}  // namespace
+
+void AddAsk(CLI::App& app) {
+  CLI::App* command =
+      app.add_subcommand("ask", "Play a source and answer questions about it at their times");
+  auto flags = std::make_shared<AskFlags>();
+  command
+      ->add_option("--source", flags->source,
+                   "File, file://, http(s)://, rtsp://, camera[:/dev/videoN] or test[:PATTERN[:S]]")
+      ->required();
+  command
+      ->add_option("--question", flags->questions,
+                   "Question, asked at the end or @seconds of media time: \"What is there?@3.5\"; "
+                   "may be given several times")
+      ->allow_extra_args(false);
+  command->add_option("--questions", flags->question_file,
+                      "JSONL file of questions with their times and right answers, as `sluice "
+                      "render` writes it");
+  command->add_option("--require-right", flags->require_right,
+                      "Fail unless at least so many answers equal the file's");
+  AddModelFlags(*command, flags->model);
+  auto* fps = command->add_option("--fps", flags->rate.fps, "Frames to look at per second of media")
+                  ->capture_default_str()
+                  ->check(CLI::Range(0.001, 1000.0));
+  command->add_option("--every-nth", flags->rate.every_nth, "Look at every N-th frame instead")
+      ->check(CLI::Range(1, 1000000))
+      ->excludes(fps);
+  command->add_option("--begin", flags->begin, "Begin at this second of a file")
+      ->check(CLI::Range(0.0, 1e8));
+  command->add_option("--end", flags->end, "End at this second of a file")
+      ->check(CLI::Range(0.0, 1e8));
+  command->add_option("--max-frames", flags->max_frames, "End after so many frames")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
+  command->add_option("--max-new-tokens", flags->max_new_tokens, "Longest answer")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1 << 20));
+  command->add_option("--temperature", flags->temperature,
+                      "0: always the likeliest token (default: what the checkpoint says)");
+  command->add_option("--top-k", flags->top_k, "Choose among the k likeliest tokens");
+  command->add_option("--top-p", flags->top_p, "Choose among the likeliest tokens of this mass");
+  command->add_option("--seed", flags->seed, "Of the choice")->capture_default_str();
+  command->add_flag("--no-dialogue", flags->no_dialogue,
+                    "Each question on its own, without earlier ones and their answers");
+  command->add_option("--system", flags->system_prompt, "System prompt");
+  command->add_flag("--json", flags->json,
+                    "Print one JSON object (sluice.v1.RunReport) at the end");
+  command->add_flag("--stats", flags->stats, "Print what each stage cost");
+  command->callback([flags] { Ask(*flags); });
+}
+
+}  // namespace sluice::cli

@@ -1,0 +1,274 @@
+// sluice bench: what each stage reaches, as a share of what this machine was measured to reach.
+//
+// Every figure is of the fastest of several repetitions, peaks and stages alike: what else runs on
+// the machine only ever adds time.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <numeric>
+
+#include "demos/cli/commands.h"
+#include "demos/cli/common.h"
+#include "demos/world/random.h"
+#include "runtime/error.h"
+#include "runtime/ops/linear.h"
+#include "runtime/parallel.h"
+#include "vision/preprocess.h"
+
+namespace sluice::cli {
+namespace {
+
+struct BenchFlags {
+  ModelFlags model;
+  int batch = 4;            // frames
+  int context_frames = 16;  // decoded after so many frames
+  double seconds = 2.0;     // at least so long a figure
+  bool json = false;
+};
+
+// Seconds of the fastest run of `work`, repeated for `budget` seconds and at least three times
+// after one to warm up.
+double FastestSeconds(double budget, const std::function<void()>& work) {
+  using Clock = std::chrono::steady_clock;
+  work();
+  double fastest = 1e30, total = 0;
+  for (int i = 0; i < 3 || total < budget; ++i) {
+    const auto begin = Clock::now();
+    work();
+    const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+    fastest = std::min(fastest, seconds);
+    total += seconds;
+  }
+  return fastest;
+}
+
+// Numbers in [-1, 1): zeros would multiply faster than anything real on some machines.
+Tensor RandomTensor(DType dtype, Shape shape, uint64_t seed) {
+  Tensor values(DType::kF32, shape);
+  world::Random random(seed);
+  float* out = values.data<float>();
+  for (int64_t i = 0; i < shape.NumElements(); ++i) out[i] = random.Range(-1.0f, 1.0f);
+  return dtype == DType::kF32 ? std::move(values) : ConvertTo(values, dtype);
+}
+
+struct Peak {
+  double gflops = 0;  // of the best square product
+  int64_t size = 0;   // its side
+  double read_gbps = 0;
+};
+
+// The most that a large square product reaches, over sides of 1024, 2048 and 4096.
+void MeasureProducts(ExecContext& ctx, DType dtype, double seconds, Peak& peak) {
+  for (const int64_t side : {1024, 2048, 4096}) {
+    auto keeper = std::make_shared<Tensor>(RandomTensor(dtype, {side, side}, 1));
+    SharedMatrix matrix;
+    matrix.view = keeper->view();
+    matrix.keeper = std::move(keeper);
+    const LinearWeight weight(std::move(matrix), Tensor(), WeightUse::kManyRows);
+    const Tensor x = RandomTensor(dtype, {side, side}, 2);
+    const Tensor y(dtype, {side, side});
+    const double fastest = FastestSeconds(seconds / 3, [&] { Linear(ctx, x, weight, y); });
+    const double gflops = 2e-9 * static_cast<double>(side * side * side) / fastest;
+    if (gflops > peak.gflops) {
+      peak.gflops = gflops;
+      peak.size = side;
+    }
+  }
+}
+
+// Sums a buffer far larger than any cache on all threads.
+double MeasureRead(ExecContext& ctx, double seconds) {
+  constexpr int64_t kWords = int64_t{1} << 26;  // 512 MiB
+  std::vector<uint64_t> words(kWords);
+  std::iota(words.begin(), words.end(), uint64_t{1});
+  std::vector<uint64_t> sums(static_cast<size_t>(ctx.num_threads()) * 8);
+  const double fastest = FastestSeconds(seconds, [&] {
+    ParallelFor(ctx, kWords, 1 << 16, [&](int64_t begin, int64_t end) {
+      // Eight sums, so that loads wait for memory and not for the sum before.
+      uint64_t s[8] = {};
+      for (int64_t i = begin; i + 8 <= end; i += 8) {
+        for (int j = 0; j < 8; ++j) s[j] += words[static_cast<size_t>(i + j)];
+      }
+      const auto thread = static_cast<size_t>(begin * ctx.num_threads() / kWords);
+      std::copy(s, s + 8, sums.begin() + static_cast<int64_t>(thread) * 8);
+    });
+  });
+  // What was read must matter to somebody, or the compiler would not read it.
+  if (std::accumulate(sums.begin(), sums.end(), uint64_t{0}) == 0) throw Error("[bench] no sum");
+  return static_cast<double>(kWords) * 8e-9 / fastest;
+}
+
+std::vector<FramePtr> NoiseFrames(int count) {
+  std::vector<FramePtr> frames;
+  world::Random random(3);
+  for (int i = 0; i < count; ++i) {
+    auto frame = std::make_shared<Frame>();
+    frame->width = 640;
+    frame->height = 360;
+    frame->rgb.resize(size_t{640} * 360 * 3);
+    for (uint8_t& value : frame->rgb) value = static_cast<uint8_t>(random.Next());
+    frame->index = i;
+    frame->time = MediaTime::FromSeconds(0.5 * i);
+    frames.push_back(std::move(frame));
+  }
+  return frames;
+}
+
+Json MeasureEncode(ExecContext& ctx, const VisionEncoder& encoder, const BenchFlags& flags,
+                   const Peak& peak) {
+  const auto frames = NoiseFrames(flags.batch);
+  const PreprocessConfig& config = encoder.preprocess_config();
+  const Tensor pixels(DType::kF32, {flags.batch, 3, config.height, config.width});
+  const double preprocess =
+      FastestSeconds(flags.seconds / 2, [&] { Preprocess(ctx, frames, config, pixels); });
+  const double encode = FastestSeconds(flags.seconds, [&] { encoder.Encode(ctx, pixels, frames); });
+  const double gflops = 1e-9 * encoder.FlopsPerFrame() * flags.batch / encode;
+  return {{"batch_frames", flags.batch},
+          {"preprocess_ms_per_frame", 1e3 * preprocess / flags.batch},
+          {"ms_per_frame", 1e3 * encode / flags.batch},
+          {"frames_per_s", flags.batch / encode},
+          {"gflop_per_frame", 1e-9 * encoder.FlopsPerFrame()},
+          {"gflops", gflops},
+          {"percent_of_peak", 100 * gflops / peak.gflops}};
+}
+
+void Step(ExecContext& ctx, const Decoder& decoder, KvCache& cache, ConstTensorView embeddings,
+          TensorView logits) {
+  SequenceStep step{&cache, embeddings, logits};
+  decoder.Step(ctx, {&step, 1});
+}
+
+// Prefills the visual tokens of `context_frames` frames, a batch of frames at a time.
+Json MeasurePrefill(ExecContext& ctx, const Vlm& vlm, const BenchFlags& flags, const Peak& peak,
+                    KvCache& cache) {
+  const Decoder& decoder = vlm.decoder();
+  const int64_t chunk = int64_t{flags.batch} * vlm.encoder().tokens_per_frame();
+  const int64_t tokens = int64_t{flags.context_frames} * vlm.encoder().tokens_per_frame();
+  const Tensor rows = RandomTensor(DType::kF32, {chunk, decoder.hidden_size()}, 4);
+  double flops = 0;
+  for (int64_t i = 0; i < tokens; ++i) flops += decoder.FlopsPerToken(i + 1);
+  const KvCache::Mark empty = cache.MarkHere();
+  const double seconds = FastestSeconds(flags.seconds, [&] {
+    cache.RewindTo(empty);
+    for (int64_t done = 0; done < tokens; done += chunk) {
+      Step(ctx, decoder, cache, rows.view().Slice(0, std::min(chunk, tokens - done)), {});
+    }
+  });
+  const double gflops = 1e-9 * flops / seconds;
+  return {{"tokens", tokens},
+          {"chunk_tokens", chunk},
+          {"ms_per_frame", 1e3 * seconds / flags.context_frames},
+          {"tokens_per_s", static_cast<double>(tokens) / seconds},
+          {"gflop_per_token", 1e-9 * flops / static_cast<double>(tokens)},
+          {"gflops", gflops},
+          {"percent_of_peak", 100 * gflops / peak.gflops}};
+}
+
+// One token after another behind what the cache holds.
+Json MeasureDecode(ExecContext& ctx, const Vlm& vlm, const BenchFlags& flags, const Peak& peak,
+                   KvCache& cache) {
+  constexpr int kTokens = 16;
+  const Decoder& decoder = vlm.decoder();
+  const Tensor row = RandomTensor(DType::kF32, {1, decoder.hidden_size()}, 5);
+  const Tensor logits(DType::kF32, {1, decoder.vocab_size()});
+  const KvCache::Mark context = cache.MarkHere();
+  const double seconds = FastestSeconds(flags.seconds,
+                                        [&] {
+                                          cache.RewindTo(context);
+                                          for (int i = 0; i < kTokens; ++i) {
+                                            Step(ctx, decoder, cache, row, logits);
+                                          }
+                                        }) /
+                         kTokens;
+  const KvGeometry kv = decoder.kv_geometry();
+  const double cache_bytes = 2.0 * kv.num_layers * kv.kv_heads * kv.head_dim *
+                             static_cast<double>(SizeOf(kv.dtype)) *
+                             (static_cast<double>(context.length) + 0.5 * (kTokens + 1));
+  const double bytes = static_cast<double>(decoder.WeightBytesPerToken()) + cache_bytes;
+  const double gbps = 1e-9 * bytes / seconds;
+  return {{"context_tokens", context.length},
+          {"ms_per_token", 1e3 * seconds},
+          {"tokens_per_s", 1 / seconds},
+          {"mb_per_token", 1e-6 * bytes},
+          {"gbps", gbps},
+          {"percent_of_read_bandwidth", 100 * gbps / peak.read_gbps}};
+}
+
+void PrintReport(const Json& report) {
+  const Json &machine = report["machine"], &peak = report["peak"];
+  std::printf("%s on %s (%s), %d threads, %s\n", report["model"].get<std::string>().c_str(),
+              machine["model"].get<std::string>().c_str(),
+              machine["isa"].get<std::string>().c_str(), machine["threads"].get<int>(),
+              report["dtype"].get<std::string>().c_str());
+  std::printf("measured peak: %.0f GFLOP/s (square product of %d), %.1f GB/s read\n\n",
+              peak["gflops"].get<double>(), peak["size"].get<int>(),
+              peak["read_gbps"].get<double>());
+  const Json &encode = report["encode"], &prefill = report["prefill"], &decode = report["decode"];
+  Table table({"stage", "rate", "", "GFLOP/s", "GB/s", "% of peak"});
+  table.Add({"preprocess", Number(1e3 / encode["preprocess_ms_per_frame"].get<double>(), 1),
+             "frames/s", "-", "-", "-"});
+  table.Add({"encode", Number(encode["frames_per_s"], 2), "frames/s", Number(encode["gflops"], 0),
+             "-", Number(encode["percent_of_peak"], 1)});
+  table.Add({"prefill", Number(prefill["tokens_per_s"], 1), "tokens/s",
+             Number(prefill["gflops"], 0), "-", Number(prefill["percent_of_peak"], 1)});
+  table.Add({"decode", Number(decode["tokens_per_s"], 1), "tokens/s", "-",
+             Number(decode["gbps"], 1), Number(decode["percent_of_read_bandwidth"], 1)});
+  std::printf("%s", table.ToString().c_str());
+}
+
+void Bench(const BenchFlags& flags) {
+  const Engine engine = OpenEngine(flags.model);
+  const Vlm& vlm = *engine.vlm();
+  const int64_t needed =
+      int64_t{flags.context_frames} * vlm.encoder().tokens_per_frame() + 64;  // and what is decoded
+  if (needed > vlm.decoder().max_positions()) {
+    throw InputError("[bench] --context-frames must fit into " +
+                     std::to_string(vlm.decoder().max_positions()) + " positions, needs " +
+                     std::to_string(needed));
+  }
+  const auto context = engine.NewContext();
+  const auto session = engine.NewSession({});
+
+  Peak peak;
+  MeasureProducts(*context, vlm.info().compute_type, flags.seconds, peak);
+  peak.read_gbps = MeasureRead(*context, flags.seconds);
+
+  Json report;
+  report["model"] = vlm.info().name;
+  report["dtype"] = Name(vlm.info().compute_type);
+  report["machine"] = ToJson(CpuInfo::Detect());
+  report["machine"]["threads"] = engine.num_threads();
+  report["peak"] = {{"gflops", peak.gflops}, {"size", peak.size}, {"read_gbps", peak.read_gbps}};
+  report["encode"] = MeasureEncode(*context, vlm.encoder(), flags, peak);
+  report["prefill"] = MeasurePrefill(*context, vlm, flags, peak, session->cache);
+  report["decode"] = MeasureDecode(*context, vlm, flags, peak, session->cache);
+  if (flags.json) {
+    PrintJson(report);
+  } else {
+    PrintReport(report);
+  }
+}
+
+}  // namespace
+
+void AddBench(CLI::App& app) {
+  CLI::App* command = app.add_subcommand(
+      "bench", "Time each stage and compare it with what this machine was measured to reach");
+  auto flags = std::make_shared<BenchFlags>();
+  AddModelFlags(*command, flags->model);
+  command->add_option("--batch", flags->batch, "Frames encoded and prefilled together")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 256));
+  command->add_option("--context-frames", flags->context_frames, "Frames seen before decoding")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 100000));
+  command->add_option("--seconds", flags->seconds, "Repeat each measurement for at least so long")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 600.0));
+  command->add_flag("--json", flags->json, "Print one JSON object");
+  command->callback([flags] { Bench(*flags); });
+}
+
+}  // namespace sluice::cli

@@ -1,0 +1,123 @@
+#include "demos/cli/common.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <system_error>
+
+#include "runtime/error.h"
+
+namespace sluice::cli {
+
+void AddModelFlags(CLI::App& command, ModelFlags& flags) {
+  command.add_option("--model", flags.model,
+                     "Checkpoint directory in Hugging Face layout (default: the bundled model)");
+  command
+      .add_option("--dtype", flags.dtype, "Compute in f32 or bf16 (default: the machine's best)")
+      ->check(CLI::IsMember({"f32", "bf16"}));
+  command.add_option("--threads", flags.threads, "Threads (default: physical cores)")
+      ->check(CLI::Range(1, 1024));
+}
+
+Engine OpenEngine(const ModelFlags& flags) {
+  EngineOptions options;
+  options.model =
+      flags.model.empty() ? BundledPath("models/sluice-mini") : std::filesystem::path(flags.model);
+  if (!flags.dtype.empty()) {
+    options.vlm.compute_type = flags.dtype == "f32" ? DType::kF32 : DType::kBF16;
+  }
+  options.num_threads = flags.threads;
+  return Engine(options);
+}
+
+std::filesystem::path BundledPath(const std::string& relative) {
+  std::error_code none;
+  const auto program = std::filesystem::read_symlink("/proc/self/exe", none);
+  const auto installed = program.parent_path().parent_path() / "share" / "sluice" / relative;
+  if (!none && std::filesystem::exists(installed, none)) return installed;
+  const auto in_source = std::filesystem::path(SLUICE_SOURCE_DIR) / relative;
+  if (std::filesystem::exists(in_source, none)) return in_source;
+  throw InputError("[sluice] expected " + relative + " at " + installed.string() + " or at " +
+                   in_source.string() + ", found neither; install again or name it with an option");
+}
+
+void PrintJson(const Json& json) {
+  // Text that is not UTF-8 is repaired rather than refused at the end of a long run.
+  std::printf("%s\n", json.dump(2, ' ', false, Json::error_handler_t::replace).c_str());
+}
+
+std::string Table::ToString() const {
+  std::vector<size_t> widths;
+  for (const auto& row : rows_) {
+    widths.resize(std::max(widths.size(), row.size()));
+    for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
+  }
+  std::string out;
+  for (const auto& row : rows_) {
+    for (size_t i = 0; i < row.size(); ++i) {
+      const std::string pad(widths[i] - row[i].size(), ' ');
+      if (i > 0) out += "  ";
+      out += i == 0 ? row[i] + (row.size() > 1 ? pad : "") : pad + row[i];
+    }
+    out += '\n';
+  }
+  return out;
+}
+
+std::string Number(double value, int decimals) {
+  if (value == 0 || !std::isfinite(value)) return "-";
+  char text[64];
+  std::snprintf(text, sizeof text, "%.*f", decimals, value);
+  return text;
+}
+
+std::string StageTable(const Tracer& tracer) {
+  Table table({"stage", "calls", "items", "ms", "ms/item", "GFLOP/s", "GB/s"});
+  for (const auto& [name, cost] : tracer.stages()) {
+    const size_t slash = name.rfind('/');
+    const auto depth = static_cast<size_t>(std::count(name.begin(), name.end(), '/'));
+    const std::string label =
+        std::string(2 * depth, ' ') + (slash == std::string::npos ? name : name.substr(slash + 1));
+    const double items = static_cast<double>(cost.items);
+    table.Add({label, std::to_string(cost.calls), cost.items > 0 ? std::to_string(cost.items) : "-",
+               Number(cost.seconds * 1e3, 1),
+               cost.items > 0 ? Number(cost.seconds * 1e3 / items, 3) : "-",
+               cost.seconds > 0 ? Number(cost.flops / cost.seconds * 1e-9, 1) : "-",
+               cost.seconds > 0 ? Number(cost.bytes / cost.seconds * 1e-9, 1) : "-"});
+  }
+  return table.ToString();
+}
+
+Json ToJson(const CpuInfo& cpu) {
+  return {{"model", cpu.model_name},
+          {"physical_cores", cpu.physical_cores},
+          {"isa", cpu.IsaName()},
+          {"memory_bytes", cpu.memory_bytes}};
+}
+
+Progress::Progress() : terminal_(isatty(STDERR_FILENO) == 1) {}
+
+void Progress::Show(double fraction, std::string_view text) {
+  if (!terminal_) return;
+  constexpr int kWidth = 24;
+  std::string bar;
+  if (fraction >= 0) {
+    const int done = static_cast<int>(std::clamp(fraction, 0.0, 1.0) * kWidth);
+    bar = "[" + std::string(done, '#') + std::string(kWidth - done, '.') + "] ";
+  }
+  // \033[K wipes what an earlier, longer line left.
+  std::fprintf(stderr, "\r%s%.*s\033[K", bar.c_str(), static_cast<int>(text.size()), text.data());
+  std::fflush(stderr);
+  shown_ = true;
+}
+
+void Progress::Clear() {
+  if (!shown_) return;
+  std::fprintf(stderr, "\r\033[K");
+  std::fflush(stderr);
+  shown_ = false;
+}
+
+}  // namespace sluice::cli

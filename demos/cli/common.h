@@ -1,0 +1,74 @@
+// What the subcommands share: which model, how to print.
+#ifndef SLUICE_DEMOS_CLI_COMMON_H_
+#define SLUICE_DEMOS_CLI_COMMON_H_
+
+#include <CLI/CLI.hpp>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "runtime/cpu_info.h"
+#include "runtime/trace.h"
+#include "streaming/engine.h"
+
+namespace sluice::cli {
+
+// Keys in the order in which they were set, for readers.
+using Json = nlohmann::ordered_json;
+
+// Which checkpoint, and how to compute with it.
+struct ModelFlags {
+  std::string model;  // empty: the bundled one
+  std::string dtype;  // empty: the machine's best
+  int threads = 0;    // 0: physical cores
+};
+void AddModelFlags(CLI::App& command, ModelFlags& flags);
+Engine OpenEngine(const ModelFlags& flags);
+
+// A file or directory that comes with Sluice, named by its path in the repository: beside the
+// program if it is installed (PREFIX/share/sluice/...), else in the source tree it was built from.
+// Throws InputError when it is in neither.
+std::filesystem::path BundledPath(const std::string& relative);
+
+// Prints `json` as the one object on stdout.
+void PrintJson(const Json& json);
+
+// Right-aligned columns under a header; the first column is left-aligned.
+class Table {
+ public:
+  explicit Table(std::vector<std::string> header) { rows_.push_back(std::move(header)); }
+  void Add(std::vector<std::string> row) { rows_.push_back(std::move(row)); }
+  std::string ToString() const;
+
+ private:
+  std::vector<std::vector<std::string>> rows_;
+};
+
+// `value` with `decimals` digits after the point; "-" for zero, which here means "not counted".
+std::string Number(double value, int decimals);
+
+// One line a stage: calls, items, time, rates.
+std::string StageTable(const Tracer& tracer);
+
+Json ToJson(const CpuInfo& cpu);
+
+// A bar on a terminal's last line; nothing at all when stderr is not a terminal.
+// Used by one thread at a time.
+class Progress {
+ public:
+  Progress();
+  ~Progress() { Clear(); }
+  // fraction < 0: unknown, no bar.
+  void Show(double fraction, std::string_view text);
+  void Clear();
+
+ private:
+  bool terminal_;
+  bool shown_ = false;
+};
+
+}  // namespace sluice::cli
+
+#endif  // SLUICE_DEMOS_CLI_COMMON_H_

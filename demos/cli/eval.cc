@@ -1,0 +1,238 @@
+// sluice eval: accuracy and speed over clips of the demo world.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <span>
+
+#include "demos/cli/atlas.h"
+#include "demos/cli/clips.h"
+#include "demos/cli/commands.h"
+#include "demos/cli/common.h"
+#include "demos/world/questions.h"
+#include "runtime/error.h"
+#include "streaming/pipeline.h"
+#include "streaming/source.h"
+
+namespace sluice::cli {
+namespace {
+
+struct EvalFlags {
+  ModelFlags model;
+  int clips = 100;
+  uint64_t seed = 0;
+  int frames = 0;
+  int questions = 12;
+  std::string source = "rendered";
+  bool list_failures = false;
+  bool json = false;
+};
+
+struct KindScore {
+  int64_t asked = 0, right = 0;
+  std::map<std::string, int64_t> expected;  // how often each answer was the right one
+
+  double Accuracy() const { return static_cast<double>(right) / static_cast<double>(asked); }
+  // What always giving the commonest answer would reach.
+  double Majority() const {
+    int64_t most = 0;
+    for (const auto& [answer, count] : expected) most = std::max(most, count);
+    return static_cast<double>(most) / static_cast<double>(asked);
+  }
+};
+
+// A directory that goes away with its contents.
+class TemporaryDirectory {
+ public:
+  TemporaryDirectory() {
+    std::string name = (std::filesystem::temp_directory_path() / "sluice-eval-XXXXXX").string();
+    if (mkdtemp(name.data()) == nullptr) throw Error("[eval] cannot make " + name);
+    path_ = name;
+  }
+  ~TemporaryDirectory() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  TemporaryDirectory(const TemporaryDirectory&) = delete;
+  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+// The sampled frames of a scene after a way through H.264 and back.
+std::vector<FramePtr> ReadBack(const world::Scene& scene, const world::Atlas& atlas,
+                               const std::filesystem::path& mp4) {
+  WriteClip(scene, atlas, mp4);
+  SourceOptions options;
+  options.rate.fps = 1.0 / world::kSampleSeconds;
+  const auto source = Source::Open(mp4.string(), options);
+  std::vector<FramePtr> frames;
+  while (FramePtr frame = source->Next()) frames.push_back(std::move(frame));
+  if (static_cast<int>(frames.size()) != scene.frames) {
+    throw Error("[eval] wrote " + std::to_string(scene.frames) + " sampled frames to " +
+                mp4.string() + ", read back " + std::to_string(frames.size()));
+  }
+  return frames;
+}
+
+struct Evaluation {
+  std::map<std::string, KindScore> kinds;
+  int64_t frames = 0, visual_tokens = 0, questions = 0;
+  Json failures = Json::array();
+};
+
+// Plays one clip once and asks all its questions, each on its own.
+void EvaluateClip(ExecContext& ctx, const Engine& engine, const Clip& clip,
+                  std::span<const FramePtr> frames, int max_questions, Evaluation& evaluation) {
+  SessionOptions options;
+  options.keep_dialogue = false;
+  const auto session = engine.NewSession(options);
+  const auto batch = static_cast<size_t>(options.frames_per_batch);
+  for (size_t i = 0; i < frames.size(); i += batch) {
+    Ingest(ctx, *session, frames.subspan(i, std::min(batch, frames.size() - i)));
+  }
+  evaluation.frames += session->frames_seen;
+  evaluation.visual_tokens += session->visual_tokens;
+
+  for (const auto& question :
+       world::AskAll(clip.scene, clip.scene.frames - 1, clip.question_seed, max_questions)) {
+    const Generated generated = Ask(ctx, *session, question.text, nullptr);
+    const std::string kind(world::KindName(question.kind));
+    KindScore& score = evaluation.kinds[kind];
+    ++score.asked;
+    ++score.expected[question.answer];
+    ++evaluation.questions;
+    if (generated.text == question.answer) {
+      ++score.right;
+    } else {
+      evaluation.failures.push_back({{"kind", kind},
+                                     {"frames", clip.scene.frames},
+                                     {"question", question.text},
+                                     {"expected", question.answer},
+                                     {"answer", generated.text}});
+    }
+  }
+}
+
+double MeanAccuracy(const Evaluation& evaluation) {
+  double sum = 0;
+  for (const auto& [kind, score] : evaluation.kinds) sum += score.Accuracy();
+  return sum / static_cast<double>(evaluation.kinds.size());
+}
+
+StageCost CostOf(const Tracer& tracer, std::string_view stage) {
+  const auto found = tracer.stages().find(stage);
+  return found == tracer.stages().end() ? StageCost() : found->second;
+}
+
+Json Report(const EvalFlags& flags, const Vlm& vlm, const Evaluation& evaluation,
+            const Tracer& tracer) {
+  Json by_kind, majority, asked;
+  for (const auto& [kind, score] : evaluation.kinds) {
+    by_kind[kind] = score.Accuracy();
+    majority[kind] = score.Majority();
+    asked[kind] = score.asked;
+  }
+  const auto frames = static_cast<double>(evaluation.frames);
+  const StageCost decode = CostOf(tracer, "decode");
+  Json report;
+  report["model"] = vlm.info().name;
+  report["dtype"] = Name(vlm.info().compute_type);
+  report["source"] = flags.source;
+  report["seed"] = flags.seed;
+  report["clips"] = flags.clips;
+  report["frames"] = evaluation.frames;
+  report["questions"] = evaluation.questions;
+  report["accuracy"] = {{"mean", MeanAccuracy(evaluation)}, {"by_kind", by_kind}};
+  report["majority_baseline"] = majority;
+  report["questions_by_kind"] = asked;
+  report["encode_ms_per_frame"] = CostOf(tracer, "encode").seconds * 1e3 / frames;
+  report["prefill_ms_per_frame"] = CostOf(tracer, "prefill").seconds * 1e3 / frames;
+  report["tokens_per_frame"] = static_cast<double>(evaluation.visual_tokens) / frames;
+  report["decode_tokens_per_s"] =
+      decode.seconds > 0 ? static_cast<double>(decode.items) / decode.seconds : 0.0;
+  return report;
+}
+
+void PrintReport(const EvalFlags& flags, const Evaluation& evaluation, const Tracer& tracer) {
+  Table table({"kind", "asked", "right %", "majority %"});
+  for (const auto& [kind, score] : evaluation.kinds) {
+    table.Add({kind, std::to_string(score.asked), Number(100 * score.Accuracy(), 1),
+               Number(100 * score.Majority(), 1)});
+  }
+  table.Add({"mean over kinds", std::to_string(evaluation.questions),
+             Number(100 * MeanAccuracy(evaluation), 1), ""});
+  std::printf("%d clips (%s), seed %llu, %lld frames\n\n%s\n%s", flags.clips, flags.source.c_str(),
+              static_cast<unsigned long long>(flags.seed),
+              static_cast<long long>(evaluation.frames), table.ToString().c_str(),
+              StageTable(tracer).c_str());
+}
+
+void Eval(const EvalFlags& flags) {
+  const Engine engine = OpenEngine(flags.model);
+  const auto context = engine.NewContext();
+  const world::Atlas atlas = LoadAtlas();
+  const TemporaryDirectory scratch;
+  const bool through_video = flags.source == "mp4";
+
+  Evaluation evaluation;
+  Progress progress;
+  for (int i = 0; i < flags.clips; ++i) {
+    const Clip clip = MakeClip(flags.seed, i, flags.frames);
+    const std::vector<FramePtr> frames =
+        through_video ? ReadBack(clip.scene, atlas, scratch.path() / "clip.mp4")
+                      : RenderFrames(clip.scene, atlas);
+    EvaluateClip(*context, engine, clip, frames, flags.questions, evaluation);
+    char text[80];
+    std::snprintf(
+        text, sizeof text, "%d of %d clips, %.1f %% right", i + 1, flags.clips,
+        100.0 * (1.0 - static_cast<double>(evaluation.failures.size()) /
+                           static_cast<double>(std::max<int64_t>(evaluation.questions, 1))));
+    progress.Show(static_cast<double>(i + 1) / flags.clips, text);
+  }
+  progress.Clear();
+  if (evaluation.questions == 0) throw Error("[eval] these clips raised no question; use more");
+
+  Json report = Report(flags, *engine.vlm(), evaluation, context->tracer());
+  if (flags.json) {
+    if (flags.list_failures) report["failures"] = evaluation.failures;
+    PrintJson(report);
+    return;
+  }
+  PrintReport(flags, evaluation, context->tracer());
+  if (!flags.list_failures) return;
+  for (const Json& failure : evaluation.failures) std::printf("%s\n", failure.dump().c_str());
+}
+
+}  // namespace
+
+void AddEval(CLI::App& app) {
+  CLI::App* command = app.add_subcommand("eval", "Accuracy and speed over clips of the demo world");
+  auto flags = std::make_shared<EvalFlags>();
+  AddModelFlags(*command, flags->model);
+  command->add_option("--clips", flags->clips, "How many")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1000000));
+  command->add_option("--seed", flags->seed, "Same seed, same clips")->capture_default_str();
+  command
+      ->add_option("--frames", flags->frames,
+                   "Length in half seconds (default: 8, 12, 16, 24, 32 in turn)")
+      ->check(CLI::Range(world::kMinFrames, world::kMaxFrames));
+  command->add_option("--questions-per-clip", flags->questions, "At most so many a clip")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1000));
+  command
+      ->add_option("--source", flags->source,
+                   "rendered: pictures as they are; mp4: written as H.264 and read back")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"rendered", "mp4"}));
+  command->add_flag("--failures", flags->list_failures, "List every wrong answer");
+  command->add_flag("--json", flags->json, "Print one JSON object");
+  command->callback([flags] { Eval(*flags); });
+}
+
+}  // namespace sluice::cli

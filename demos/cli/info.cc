@@ -1,0 +1,123 @@
+// sluice info: what a checkpoint is, what this machine offers, which fast paths will be used.
+#include <cstdio>
+#include <memory>
+
+#include "demos/cli/commands.h"
+#include "demos/cli/common.h"
+#include "runtime/ops/attention.h"
+#include "runtime/ops/linear.h"
+
+namespace sluice::cli {
+namespace {
+
+struct InfoFlags {
+  ModelFlags model;
+  bool json = false;
+};
+
+const char* RevisionName(PromptFormat::Revision revision) {
+  return revision == PromptFormat::Revision::kSpaced ? "spaced" : "chatml";
+}
+
+Json Describe(const Vlm& vlm) {
+  const VlmInfo& info = vlm.info();
+  const VisionEncoder& encoder = vlm.encoder();
+  const Decoder& decoder = vlm.decoder();
+  const KvGeometry kv = decoder.kv_geometry();
+  const int64_t kv_bytes_per_token = int64_t{2} * kv.num_layers * kv.kv_heads * kv.head_dim *
+                                     static_cast<int64_t>(SizeOf(kv.dtype));
+  return {
+      {"name", info.name},
+      {"architecture", info.architecture},
+      {"parameters", info.parameters},
+      {"file_bytes", info.file_bytes},
+      {"file_dtype", Name(info.file_type)},
+      {"weight_bytes", info.weight_bytes},
+      {"compute_dtype", Name(info.compute_type)},
+      {"load_seconds", info.load_seconds},
+      {"vision",
+       {{"input_width", encoder.preprocess_config().width},
+        {"input_height", encoder.preprocess_config().height},
+        {"patches_per_frame", encoder.patches_per_frame()},
+        {"tokens_per_frame", encoder.tokens_per_frame()},
+        {"gflop_per_frame", encoder.FlopsPerFrame() * 1e-9}}},
+      {"decoder",
+       {{"hidden_size", decoder.hidden_size()},
+        {"layers", kv.num_layers},
+        {"kv_heads", kv.kv_heads},
+        {"head_dim", kv.head_dim},
+        {"vocabulary_rows", decoder.vocab_size()},
+        {"tokens", vlm.tokenizer().vocab_size()},
+        {"max_positions", decoder.max_positions()},
+        {"kv_bytes_per_token", kv_bytes_per_token}}},
+      {"context_frames", decoder.max_positions() / encoder.tokens_per_frame()},
+      {"template_revision", RevisionName(vlm.prompt_format().revision())},
+  };
+}
+
+// Which implementations the shapes of this model lead to.
+Json FastPaths(const Vlm& vlm, const CpuInfo& cpu) {
+  const DType dtype = vlm.info().compute_type;
+  const int64_t width = vlm.decoder().hidden_size();
+  const int64_t patches = vlm.encoder().patches_per_frame();
+  const int64_t tokens = vlm.encoder().tokens_per_frame();
+  const int head_dim = vlm.decoder().kv_geometry().head_dim;
+  const int64_t seen = 16 * tokens;
+  const auto linear = [&](int64_t rows, bool packed) {
+    return Name(ChooseLinear(rows, width, width, dtype, packed, /*reference=*/false));
+  };
+  const auto attention = [&](int64_t queries, int64_t keys) {
+    return Name(ChooseAttention(queries, keys, head_dim, dtype, cpu.amx_bf16, /*reference=*/false));
+  };
+  return {
+      {"encode_linear", linear(patches, true)},  {"encode_attention", attention(patches, patches)},
+      {"prefill_linear", linear(tokens, false)}, {"prefill_attention", attention(tokens, seen)},
+      {"decode_linear", linear(1, false)},       {"decode_attention", attention(1, seen)}};
+}
+
+std::string Text(const Json& value) {
+  return value.is_string() ? value.get<std::string>() : value.dump();
+}
+
+void PrintSection(const char* title, const Json& section) {
+  std::printf("%s\n", title);
+  for (const auto& [key, value] : section.items()) {
+    if (value.is_object()) {
+      for (const auto& [inner, number] : value.items()) {
+        std::printf("  %-28s %s\n", (key + "." + inner).c_str(), Text(number).c_str());
+      }
+    } else {
+      std::printf("  %-28s %s\n", key.c_str(), Text(value).c_str());
+    }
+  }
+}
+
+void Info(const InfoFlags& flags) {
+  const Engine engine = OpenEngine(flags.model);
+  const CpuInfo cpu = CpuInfo::Detect();
+  Json machine = ToJson(cpu);
+  machine["threads"] = engine.num_threads();
+  const Json report = {{"checkpoint", Describe(*engine.vlm())},
+                       {"machine", machine},
+                       {"fast_paths", FastPaths(*engine.vlm(), cpu)}};
+  if (flags.json) {
+    PrintJson(report);
+    return;
+  }
+  PrintSection("checkpoint", report["checkpoint"]);
+  PrintSection("machine", report["machine"]);
+  PrintSection("fast paths", report["fast_paths"]);
+}
+
+}  // namespace
+
+void AddInfo(CLI::App& app) {
+  CLI::App* command = app.add_subcommand(
+      "info", "What a checkpoint is, what this machine offers, which fast paths will be used");
+  auto flags = std::make_shared<InfoFlags>();
+  AddModelFlags(*command, flags->model);
+  command->add_flag("--json", flags->json, "Print one JSON object");
+  command->callback([flags] { Info(*flags); });
+}
+
+}  // namespace sluice::cli

@@ -1,0 +1,48 @@
+// The program `sluice`. Exit codes: 0 ok, 1 something failed at run time, 2 wrong usage or input.
+#include <cstdio>
+#include <exception>
+#include <string>
+
+#include "demos/cli/commands.h"
+#include "runtime/error.h"
+
+namespace {
+
+constexpr int kFailed = 1;
+constexpr int kWrongInput = 2;
+
+int Fail(int code, const char* line) {
+  std::fprintf(stderr, "sluice: %s\n", line);
+  return code;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app("Watches video and answers questions about it, on your own machine.", "sluice");
+  app.set_version_flag("--version", "sluice " SLUICE_VERSION);
+  app.require_subcommand(1);
+  app.get_formatter()->column_width(36);
+  sluice::cli::AddAsk(app);
+  sluice::cli::AddInfo(app);
+  sluice::cli::AddBench(app);
+  sluice::cli::AddEval(app);
+  sluice::cli::AddRender(app);
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& success) {  // --help, --version
+    return app.exit(success);
+  } catch (const CLI::ParseError& error) {
+    const auto commands = app.get_subcommands();
+    const std::string help = commands.empty() ? "sluice" : "sluice " + commands[0]->get_name();
+    return Fail(kWrongInput, (std::string(error.what()) + " (see " + help + " --help)").c_str());
+  } catch (const sluice::InputError& error) {
+    return Fail(kWrongInput, error.what());
+  } catch (const std::exception& error) {
+    return Fail(kFailed, error.what());
+  }
+  // A full disk or a closed pipe shows when what was printed is written out.
+  if (std::fflush(stdout) != 0) return Fail(kFailed, "[stdout] cannot write the result");
+  return 0;
+}
