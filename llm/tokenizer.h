@@ -1,4 +1,6 @@
-// Text to ids and back, as `tokenizer.json` says. Immutable after loading; safe for many threads.
+// Text to ids and back, as `tokenizer.json` says: byte-level BPE (GPT-2, Qwen2, Llama-3) and
+// metaspace BPE with byte fallback (Llama, Mistral). The file alone decides; what it asks for and
+// is not implemented is refused when loading. Immutable after loading; safe for many threads.
 #ifndef SLUICE_LLM_TOKENIZER_H_
 #define SLUICE_LLM_TOKENIZER_H_
 
@@ -26,7 +28,8 @@ class Tokenizer {
   virtual ~Tokenizer() = default;
 
   // Ids of `text`. Invalid UTF-8 is replaced by U+FFFD first. No BOS/EOS is added unless the file's
-  // post-processor does and `add_special` is set.
+  // post-processor does and `add_special` is set. O(n log n) in the bytes of `text`; throws
+  // InputError above 1 GiB.
   virtual std::vector<int32_t> Encode(std::string_view text,
                                       SpecialTokens special = SpecialTokens::kMatch,
                                       bool add_special = false) const = 0;
@@ -38,7 +41,9 @@ class Tokenizer {
   virtual int32_t vocab_size() const = 0;
 
   // Turns a growing sequence of ids into text that never holds half a character. The concatenation
-  // of all results equals Decode of all ids. Used by one thread at a time.
+  // of all results equals Decode of all ids, but for one case: a run of byte-fallback tokens that
+  // begins well and ends malformed keeps the characters already given, where Decode replaces the
+  // whole run. Used by one thread at a time; must not outlive its tokenizer.
   class Stream {
    public:
     virtual ~Stream() = default;
