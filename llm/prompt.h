@@ -1,26 +1,31 @@
 // How a checkpoint's chat template lays out a conversation about one video, in parts, so that a
 // stream can be fed piece by piece and still equal the reference's one-shot prompt:
 //
-//   Prefix() | visual tokens ... newline row | Question(q1, first) | answer | Question(q2,
-//   follow-up) | answer ...
+//   Prefix() | visual tokens ... newline row | question 1 | answer | question 2, follow-up | answer
 //
 // Immutable; safe for many threads.
 #ifndef SLUICE_LLM_PROMPT_H_
 #define SLUICE_LLM_PROMPT_H_
 
+#include <cstdint>
 #include <filesystem>
-#include <memory>
+#include <span>
 #include <string>
 #include <string_view>
+#include <vector>
+
+#include "llm/tokenizer.h"
 
 namespace sluice {
 
 class PromptFormat {
  public:
   // Reads the template as transformers finds it: processor_config.json "chat_template",
-  // chat_template.json, chat_template.jinja, tokenizer_config.json "chat_template". Both revisions
-  // published for LLaVA-OneVision are known. Throws InputError that names the file and shows the
-  // beginning of a template it does not know.
+  // chat_template.json, chat_template.jinja, tokenizer_config.json "chat_template"; in JSON a
+  // string, a list of {"name", "template"} or an object by name, of which "default" counts. Both
+  // revisions published for LLaVA-OneVision are known, compared as Jinja reads them: comments,
+  // spacing inside tags and whitespace that rendering drops do not matter. Throws InputError that
+  // names the file and shows the beginning of a template it does not know.
   static PromptFormat Load(const std::filesystem::path& directory);
 
   enum class Revision {
@@ -30,15 +35,31 @@ class PromptFormat {
   explicit PromptFormat(Revision revision) : revision_(revision) {}
   Revision revision() const { return revision_; }
 
-  // All text below is to be encoded with SpecialTokens::kMatch, except the question itself, which
-  // is a user's text and is encoded with SpecialTokens::kAsText between BeforeQuestion and
-  // AfterQuestion (token-wise equal to encoding the whole when the question holds no control
-  // strings; tests assert it).
-  std::string Prefix(
-      std::string_view system = {}) const;           // ends right before the first visual token
+  // Up to right before the first visual token, to be encoded with SpecialTokens::kMatch. An empty
+  // `system` means no system turn; neither template inserts one of its own.
+  std::string Prefix(std::string_view system = {}) const;
+
+  // What surrounds a question, to be encoded with SpecialTokens::kMatch, while the question is a
+  // user's text. EncodeQuestion does both and knows that text encodes differently when it is cut.
   std::string BeforeQuestion(bool follow_up) const;  // follow_up: closes the assistant's turn first
   std::string AfterQuestion() const;                 // up to where the answer begins
-  // The whole conversation's text with one <video> placeholder, for tests and tools.
+
+  // Ids of BeforeQuestion, the question with SpecialTokens::kAsText, and AfterQuestion. Equal to
+  // encoding the three as one string whenever the question holds no control strings.
+  std::vector<int32_t> EncodeQuestion(const Tokenizer& tokenizer, std::string_view question,
+                                      bool follow_up) const;
+
+  // A turn of the conversation: an empty answer is one that is still to come.
+  struct Turn {
+    std::string question;
+    std::string answer;
+  };
+  // The whole conversation's text with one <video> placeholder in the first question, up to where
+  // the next answer begins if `generate`. Equals the reference's apply_chat_template. kSpaced
+  // renders an answer of the past behind "assistant \n" but asks for one with "assistant\n", so a
+  // stream, which keeps what it asked with, differs there by that one space.
+  std::string Render(std::string_view system, std::span<const Turn> turns,
+                     bool generate = true) const;
   std::string Render(std::string_view system, std::string_view question) const;
 
  private:
