@@ -24,23 +24,29 @@ struct KvGeometry {
 // All KV memory of one device, so that a byte budget across sessions can be kept.
 class KvBlockPool {
  public:
-  // budget_bytes: the most that may be out at once; 0 means no limit.
+  // budget_bytes: the most that may be out at once; 0 means no limit. Memory is taken from the
+  // system in slabs as it is needed and kept until the pool ends. Throws InputError on a geometry
+  // without layers, heads or size.
   KvBlockPool(const KvGeometry& geometry, int64_t budget_bytes);
 
-  // One block of one layer. Throws ResourceExhausted, naming the budget, when it would be exceeded.
+  // One block of one layer. Its elements are finite (attention multiplies the unused positions of a
+  // block with zero). Throws ResourceExhausted, naming the budget, when it would be exceeded or the
+  // system has no memory.
   void* Acquire();
   void Release(void* block);
   const KvGeometry& geometry() const { return geometry_; }
+  int64_t block_bytes() const { return block_bytes_; }
   int64_t bytes_in_use() const;
   int64_t budget_bytes() const { return budget_bytes_; }
 
  private:
   const KvGeometry geometry_;
   const int64_t budget_bytes_;
+  const int64_t block_bytes_;
   mutable std::mutex mutex_;
   std::vector<Tensor> slabs_;
-  std::vector<void*> free_;
-  int64_t in_use_ = 0;  // blocks
+  std::vector<void*> free_;  // has room for every block there is: Release never allocates
+  int64_t in_use_ = 0;       // blocks
 };
 
 class KvCache {
@@ -63,8 +69,9 @@ class KvCache {
   // REQUIRES: mark.length <= length().
   void RewindTo(Mark mark);
 
+  // Valid until the next Reserve or RewindTo.
   KvLayerView layer(int layer) const;
-  int64_t SizeBytes() const;
+  int64_t SizeBytes() const;  // of the blocks it holds
 
  private:
   std::shared_ptr<KvBlockPool> pool_;

@@ -1,0 +1,437 @@
+#include "llm/families/qwen2.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "runtime/error.h"
+#include "runtime/ops/activation.h"
+#include "runtime/ops/attention.h"
+#include "runtime/ops/embedding.h"
+#include "runtime/ops/norm.h"
+#include "runtime/ops/rope.h"
+#include "runtime/ops/traced_linear.h"
+
+namespace sluice {
+namespace {
+
+// Long prefills run in chunks of at most so many rows: enough to keep the products at full speed,
+// few enough to bound the scratch memory whatever the prompt's length.
+constexpr int64_t kMaxRowsAtOnce = 512;
+constexpr int64_t kRowMultiple = 16;  // of a matrix unit's tile
+
+struct Qwen2Layer {
+  Tensor attention_norm, mlp_norm;  // [E] f32
+  LinearWeight qkv;                 // [(H + 2K) D, E]
+  LinearWeight out;                 // [E, H D]
+  LinearWeight gate_up;             // [2I, E]
+  LinearWeight down;                // [E, I]
+};
+
+// Consecutive rows of one sequence inside a chunk.
+struct Segment {
+  const SequenceStep* step;
+  int64_t offset;    // of the first row in step->embeddings
+  int64_t position;  // of the first row in the sequence
+  int64_t row;       // of the first row in the chunk
+  int64_t rows;
+  int64_t wanted;  // so many of the last rows have their logits read
+};
+
+// Forgets the rows whose logits nobody reads.
+void KeepWanted(std::vector<Segment>& segments) {
+  for (Segment& segment : segments) {
+    const int64_t dropped = segment.rows - segment.wanted;
+    segment.offset += dropped;
+    segment.position += dropped;
+    segment.row += dropped;
+    segment.rows = segment.wanted;
+  }
+}
+
+int64_t CountRows(std::span<const Segment> segments) {
+  int64_t rows = 0;
+  for (const Segment& segment : segments) rows += segment.rows;
+  return rows;
+}
+
+// Moves the rows that `segments` still name to the front of `hidden`, the chunk's rows.
+TensorView Compact(std::span<const Segment> segments, TensorView hidden) {
+  float* to = hidden.data<float>();
+  const int64_t width = hidden.dim(1);
+  for (const Segment& segment : segments) {
+    std::memmove(to, hidden.data<float>() + segment.row * width,
+                 segment.rows * width * sizeof(float));
+    to += segment.rows * width;
+  }
+  return hidden.Slice(0, CountRows(segments));
+}
+
+// How the rows of a step are cut.
+std::vector<std::vector<Segment>> CutIntoChunks(std::span<const SequenceStep> sequences,
+                                                std::span<const int64_t> begins,
+                                                bool single_chunk) {
+  int64_t total = 0;
+  for (const SequenceStep& step : sequences) total += step.embeddings.dim(0);
+  int64_t chunk_rows = total;
+  if (!single_chunk && total > kMaxRowsAtOnce) {
+    const int64_t chunks = (total + kMaxRowsAtOnce - 1) / kMaxRowsAtOnce;
+    chunk_rows = (total + chunks - 1) / chunks;
+    chunk_rows = (chunk_rows + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
+  }
+  std::vector<std::vector<Segment>> chunks;
+  int64_t room = 0;
+  for (size_t s = 0; s < sequences.size(); ++s) {
+    const SequenceStep& step = sequences[s];
+    const int64_t length = step.embeddings.dim(0);
+    for (int64_t offset = 0; offset < length;) {
+      if (room == 0) {
+        chunks.emplace_back();
+        room = chunk_rows;
+      }
+      const int64_t rows = std::min(room, length - offset);
+      int64_t wanted = 0;
+      if (!step.logits.empty()) {
+        wanted = step.logits.dim(0) == length ? rows : offset + rows == length ? 1 : 0;
+      }
+      chunks.back().push_back({&step, offset, begins[s] + offset, chunk_rows - room, rows, wanted});
+      offset += rows;
+      room -= rows;
+    }
+  }
+  return chunks;
+}
+
+class Qwen2Decoder : public Decoder {
+ public:
+  Qwen2Decoder(WeightStore& weights, const Qwen2Config& config);
+
+  void Step(ExecContext& ctx, std::span<SequenceStep> sequences,
+            const DecoderProbe& probe) const override;
+  void Embed(ExecContext& ctx, std::span<const int32_t> ids, TensorView out) const override;
+  KvGeometry kv_geometry() const override {
+    return {config_.num_layers, config_.num_kv_heads, config_.head_dim, dtype_};
+  }
+  int64_t hidden_size() const override { return config_.hidden_size; }
+  int64_t vocab_size() const override { return config_.vocab_size; }
+  int64_t max_positions() const override { return config_.max_positions; }
+  double FlopsPerToken(int64_t context) const override;
+  double LmHeadFlops() const override { return 2.0 * config_.hidden_size * config_.vocab_size; }
+  int64_t WeightBytesPerToken() const override;
+
+ private:
+  void Check(std::span<const SequenceStep> sequences) const;
+  void RunChunk(ExecContext& ctx, std::vector<Segment> segments, const DecoderProbe& probe) const;
+  void ProjectQkv(ExecContext& ctx, int layer, std::span<const int32_t> positions,
+                  ConstTensorView hidden, TensorView qkv) const;
+  void StoreKeysAndValues(ExecContext& ctx, int layer, std::span<const Segment> segments,
+                          ConstTensorView qkv) const;
+  void Attend(ExecContext& ctx, int layer, std::span<const Segment> segments, ConstTensorView qkv,
+              TensorView hidden) const;
+  void RunMlp(ExecContext& ctx, const Qwen2Layer& layer, TensorView hidden) const;
+  void WriteLogits(ExecContext& ctx, std::span<const Segment> segments, ConstTensorView hidden,
+                   const DecoderProbe& probe) const;
+  void Normalise(ExecContext& ctx, const Tensor& weight, ConstTensorView hidden,
+                 TensorView y) const;
+
+  int64_t q_width() const { return int64_t{config_.num_heads} * config_.head_dim; }
+  int64_t kv_width() const { return int64_t{config_.num_kv_heads} * config_.head_dim; }
+
+  Qwen2Config config_;
+  DType dtype_;             // of weights, product inputs and the KV cache
+  SharedMatrix embedding_;  // [V, E]; empty where tied: then rows are read from lm_head_
+  LinearWeight lm_head_;    // [V, E]
+  Tensor final_norm_;       // [E] f32
+  Tensor inv_freq_;         // [D / 2] f32
+  std::vector<Qwen2Layer> layers_;
+};
+
+Qwen2Decoder::Qwen2Decoder(WeightStore& weights, const Qwen2Config& config)
+    : config_(config),
+      dtype_(weights.compute_type()),
+      inv_freq_(DType::kF32, {config.head_dim / 2}) {
+  const int64_t width = config.hidden_size, inner = config.intermediate_size;
+  const int64_t q_rows = q_width(), kv_rows = kv_width();
+  constexpr WeightUse kUse = WeightUse::kAnyRows;
+  SharedMatrix embedding =
+      weights.TakeMatrix("language_model.embed_tokens.weight", {config.vocab_size, width});
+  if (weights.Has("lm_head.weight")) {
+    embedding_ = std::move(embedding);
+    lm_head_ = weights.TakeLinear("lm_head", config.vocab_size, width, false, kUse);
+  } else if (config.tie_word_embeddings) {
+    lm_head_ = LinearWeight(std::move(embedding), Tensor(), kUse);
+  } else {
+    throw InputError(
+        "[qwen2] lm_head.weight is missing and tie_word_embeddings is false in both config.json "
+        "and "
+        "its text_config: the checkpoint is incomplete");
+  }
+  final_norm_ = weights.TakeF32("language_model.norm.weight", {width});
+  for (int i = 0; i < config.head_dim / 2; ++i) {
+    // In f32 with a correctly rounded power, as the reference: at position 32768 one unit in the
+    // last place is already an angle of 0.002.
+    const float exponent = static_cast<float>(2 * i) / static_cast<float>(config.head_dim);
+    inv_freq_.data<float>()[i] = 1.0f / static_cast<float>(std::pow(config.rope_theta, exponent));
+  }
+  for (int i = 0; i < config.num_layers; ++i) {
+    const std::string prefix = "language_model.layers." + std::to_string(i) + ".";
+    const std::string attention = prefix + "self_attn.", mlp = prefix + "mlp.";
+    Qwen2Layer layer;
+    layer.attention_norm = weights.TakeF32(prefix + "input_layernorm.weight", {width});
+    layer.mlp_norm = weights.TakeF32(prefix + "post_attention_layernorm.weight", {width});
+    const Tensor q_bias = weights.TakeF32(attention + "q_proj.bias", {q_rows});
+    const Tensor k_bias = weights.TakeF32(attention + "k_proj.bias", {kv_rows});
+    const Tensor v_bias = weights.TakeF32(attention + "v_proj.bias", {kv_rows});
+    layer.qkv =
+        LinearWeight::Stack({weights.TakeMatrix(attention + "q_proj.weight", {q_rows, width}),
+                             weights.TakeMatrix(attention + "k_proj.weight", {kv_rows, width}),
+                             weights.TakeMatrix(attention + "v_proj.weight", {kv_rows, width})},
+                            {&q_bias, &k_bias, &v_bias}, kUse);
+    layer.out = weights.TakeLinear(attention + "o_proj", width, q_rows, false, kUse);
+    layer.gate_up =
+        LinearWeight::Stack({weights.TakeMatrix(mlp + "gate_proj.weight", {inner, width}),
+                             weights.TakeMatrix(mlp + "up_proj.weight", {inner, width})},
+                            {}, kUse);
+    layer.down = weights.TakeLinear(mlp + "down_proj", width, inner, false, kUse);
+    layers_.push_back(std::move(layer));
+  }
+}
+
+void Qwen2Decoder::Check(std::span<const SequenceStep> sequences) const {
+  for (const SequenceStep& step : sequences) {
+    const ConstTensorView& x = step.embeddings;
+    if (x.shape().rank() != 2 || x.dim(0) < 1 || x.dim(1) != config_.hidden_size ||
+        x.dtype() != DType::kF32) {
+      throw Error("[qwen2] embeddings must be [S >= 1, " + std::to_string(config_.hidden_size) +
+                  "] f32, got " + x.shape().ToString() + " " + Name(x.dtype()));
+    }
+    const TensorView& y = step.logits;
+    if (!y.empty() &&
+        (y.shape().rank() != 2 || (y.dim(0) != 1 && y.dim(0) != x.dim(0)) ||
+         y.dim(1) != config_.vocab_size || y.dtype() != DType::kF32 || !y.contiguous())) {
+      throw Error("[qwen2] logits must be contiguous [1 or " + std::to_string(x.dim(0)) + ", " +
+                  std::to_string(config_.vocab_size) + "] f32, got " + y.shape().ToString() + " " +
+                  Name(y.dtype()));
+    }
+    const int64_t needed = step.cache->length() + x.dim(0);
+    if (needed > config_.max_positions) {
+      throw InputError("[qwen2] the model's context is " + std::to_string(config_.max_positions) +
+                       " positions, this step needs " + std::to_string(needed) +
+                       ": use fewer frames or fewer tokens a frame");
+    }
+  }
+}
+
+void Qwen2Decoder::Step(ExecContext& ctx, std::span<SequenceStep> sequences,
+                        const DecoderProbe& probe) const {
+  Check(sequences);
+  std::vector<int64_t> begins;
+  begins.reserve(sequences.size());
+  try {
+    for (const SequenceStep& step : sequences) {
+      begins.push_back(step.cache->Reserve(step.embeddings.dim(0)));
+    }
+    // A probe is promised whole results.
+    for (std::vector<Segment>& chunk : CutIntoChunks(sequences, begins, probe != nullptr)) {
+      RunChunk(ctx, std::move(chunk), probe);
+    }
+  } catch (...) {
+    for (size_t s = begins.size(); s-- > 0;) sequences[s].cache->RewindTo({begins[s]});
+    throw;
+  }
+}
+
+void Qwen2Decoder::Embed(ExecContext& ctx, std::span<const int32_t> ids, TensorView out) const {
+  if (!embedding_.view.empty()) {
+    sluice::Embed(ctx, embedding_.view, ids, out);
+    return;
+  }
+  const Shape expected{static_cast<int64_t>(ids.size()), config_.hidden_size};
+  if (out.shape() != expected || out.dtype() != DType::kF32) {
+    throw Error("[qwen2] embeddings must be " + expected.ToString() + " f32, got " +
+                out.shape().ToString() + " " + Name(out.dtype()));
+  }
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (ids[i] < 0 || ids[i] >= config_.vocab_size) {
+      throw Error("[qwen2] ids must lie in [0, " + std::to_string(config_.vocab_size) + "), got " +
+                  std::to_string(ids[i]));
+    }
+    lm_head_.CopyRow(ids[i], out.data<float>() + i * out.stride0());
+  }
+}
+
+void Qwen2Decoder::RunChunk(ExecContext& ctx, std::vector<Segment> segments,
+                            const DecoderProbe& probe) const {
+  Workspace& workspace = ctx.workspace();
+  Workspace::Scope scope(workspace);
+  const int64_t rows = CountRows(segments);
+  TensorView hidden = workspace.Allocate(DType::kF32, {rows, config_.hidden_size});
+  std::vector<int32_t> positions;
+  positions.reserve(rows);
+  for (const Segment& segment : segments) {
+    ConvertInto(segment.step->embeddings.Slice(segment.offset, segment.offset + segment.rows),
+                hidden.Slice(segment.row, segment.row + segment.rows));
+    for (int64_t i = 0; i < segment.rows; ++i) {
+      positions.push_back(static_cast<int32_t>(segment.position + i));
+    }
+  }
+  for (int i = 0; i < config_.num_layers; ++i) {
+    Workspace::Scope layer_scope(workspace);
+    const std::string name = "layer." + std::to_string(i);
+    const TensorView qkv = workspace.Allocate(dtype_, {rows, q_width() + 2 * kv_width()});
+    ProjectQkv(ctx, i, positions, hidden, qkv);
+    if (probe) {
+      probe(name + ".query", qkv.Columns(0, q_width()));
+      probe(name + ".key", qkv.Columns(q_width(), q_width() + kv_width()));
+    }
+    StoreKeysAndValues(ctx, i, segments, qkv);
+    if (!probe && i + 1 == config_.num_layers) {
+      // Once the last layer's keys and values are stored, only rows whose logits are read matter:
+      // a prefill without logits saves most of that layer.
+      KeepWanted(segments);
+      hidden = Compact(segments, hidden);
+      if (hidden.dim(0) == 0) return;
+    }
+    Attend(ctx, i, segments, qkv, hidden);
+    RunMlp(ctx, layers_[i], hidden);
+    if (probe) probe(name, hidden);
+  }
+  if (probe) {
+    KeepWanted(segments);
+    hidden = Compact(segments, hidden);
+    if (hidden.dim(0) == 0) return;
+  }
+  WriteLogits(ctx, segments, hidden, probe);
+}
+
+void Qwen2Decoder::Normalise(ExecContext& ctx, const Tensor& weight, ConstTensorView hidden,
+                             TensorView y) const {
+  TraceScope trace(&ctx.tracer(), "decoder/norm", hidden.dim(0));
+  trace.AddWork(4.0 * hidden.shape().NumElements(),
+                static_cast<double>(hidden.SizeBytes()) + y.SizeBytes());
+  RmsNorm(ctx, hidden, weight, config_.rms_norm_eps, y);
+}
+
+void Qwen2Decoder::ProjectQkv(ExecContext& ctx, int layer, std::span<const int32_t> positions,
+                              ConstTensorView hidden, TensorView qkv) const {
+  Workspace::Scope scope(ctx.workspace());
+  const TensorView narrow = ctx.workspace().Allocate(dtype_, hidden.shape());
+  Normalise(ctx, layers_[layer].attention_norm, hidden, narrow);
+  TracedLinear(ctx, "decoder/qkv", narrow, layers_[layer].qkv, qkv);
+  TraceScope trace(&ctx.tracer(), "decoder/rope", qkv.dim(0));
+  // Query and key heads stand beside each other.
+  Rope(ctx, qkv.Columns(0, q_width() + kv_width()), config_.head_dim, positions, inv_freq_);
+}
+
+void Qwen2Decoder::StoreKeysAndValues(ExecContext& ctx, int layer,
+                                      std::span<const Segment> segments,
+                                      ConstTensorView qkv) const {
+  TraceScope trace(&ctx.tracer(), "decoder/store_kv", qkv.dim(0));
+  const int64_t keys = q_width(), values = keys + kv_width();
+  for (const Segment& segment : segments) {
+    const ConstTensorView rows = qkv.Slice(segment.row, segment.row + segment.rows);
+    StoreKv(ctx, rows.Columns(keys, values), rows.Columns(values, values + kv_width()),
+            segment.position, segment.step->cache->layer(layer));
+  }
+}
+
+void Qwen2Decoder::Attend(ExecContext& ctx, int layer, std::span<const Segment> segments,
+                          ConstTensorView qkv, TensorView hidden) const {
+  Workspace::Scope scope(ctx.workspace());
+  const TensorView mixed = ctx.workspace().Allocate(dtype_, {hidden.dim(0), q_width()});
+  {
+    TraceScope trace(&ctx.tracer(), "decoder/attention", hidden.dim(0));
+    int64_t done = 0;
+    for (const Segment& segment : segments) {
+      if (segment.rows == 0) continue;
+      CausalAttention(ctx, qkv.Columns(0, q_width()).Slice(segment.row, segment.row + segment.rows),
+                      segment.position, config_.num_heads,
+                      1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
+                      segment.step->cache->layer(layer), mixed.Slice(done, done + segment.rows));
+      done += segment.rows;
+      const double seen = segment.position + 0.5 * (segment.rows + 1);  // in the mean
+      trace.AddWork(
+          4.0 * segment.rows * seen * q_width(),
+          2.0 * SizeOf(dtype_) *
+              (segment.rows * q_width() + (segment.position + segment.rows) * kv_width()));
+    }
+  }
+  TracedLinear(ctx, "decoder/out", mixed, layers_[layer].out, hidden, {.accumulate = true});
+}
+
+void Qwen2Decoder::RunMlp(ExecContext& ctx, const Qwen2Layer& layer, TensorView hidden) const {
+  Workspace& workspace = ctx.workspace();
+  Workspace::Scope scope(workspace);
+  const int64_t rows = hidden.dim(0), inner = config_.intermediate_size;
+  const TensorView narrow = workspace.Allocate(dtype_, hidden.shape());
+  const TensorView gate_up = workspace.Allocate(dtype_, {rows, 2 * inner});
+  const TensorView gated = workspace.Allocate(dtype_, {rows, inner});
+  Normalise(ctx, layer.mlp_norm, hidden, narrow);
+  TracedLinear(ctx, "decoder/mlp", narrow, layer.gate_up, gate_up);
+  {
+    TraceScope trace(&ctx.tracer(), "decoder/silu", rows);
+    trace.AddWork(4.0 * rows * inner, static_cast<double>(gate_up.SizeBytes()) + gated.SizeBytes());
+    SiluMul(ctx, gate_up, gated);
+  }
+  TracedLinear(ctx, "decoder/mlp", gated, layer.down, hidden, {.accumulate = true});
+}
+
+void Qwen2Decoder::WriteLogits(ExecContext& ctx, std::span<const Segment> segments,
+                               ConstTensorView hidden, const DecoderProbe& probe) const {
+  Workspace& workspace = ctx.workspace();
+  Workspace::Scope scope(workspace);
+  const TensorView narrow = workspace.Allocate(dtype_, hidden.shape());
+  Normalise(ctx, final_norm_, hidden, narrow);
+  if (probe) probe("norm", ConvertTo(narrow, DType::kF32));
+  const int64_t rows = hidden.dim(0);
+  if (rows > 1 && rows == std::count_if(segments.begin(), segments.end(),
+                                        [](const Segment& s) { return s.rows == 1; })) {
+    // Several sequences that decode: the weight is read once for all of them.
+    const TensorView together = workspace.Allocate(DType::kF32, {rows, config_.vocab_size});
+    TracedLinear(ctx, "decoder/lm_head", narrow, lm_head_, together);
+    int64_t row = 0;
+    for (const Segment& segment : segments) {
+      if (segment.rows == 0) continue;
+      const int64_t to = segment.step->logits.dim(0) == 1 ? 0 : segment.offset;
+      ConvertInto(together.Slice(row, row + 1), segment.step->logits.Slice(to, to + 1));
+      ++row;
+    }
+    if (probe) probe("logits", together);
+    return;
+  }
+  int64_t row = 0;
+  for (const Segment& segment : segments) {
+    if (segment.rows == 0) continue;
+    const int64_t to = segment.step->logits.dim(0) == 1 ? 0 : segment.offset;
+    const TensorView logits = segment.step->logits.Slice(to, to + segment.rows);
+    TracedLinear(ctx, "decoder/lm_head", narrow.Slice(row, row + segment.rows), lm_head_, logits);
+    if (probe) probe("logits", logits);
+    row += segment.rows;
+  }
+}
+
+double Qwen2Decoder::FlopsPerToken(int64_t context) const {
+  const double width = config_.hidden_size, inner = config_.intermediate_size;
+  const double products = width * (2.0 * q_width() + 2.0 * kv_width()) + 3 * width * inner;
+  return config_.num_layers * (2 * products + 4.0 * context * q_width());
+}
+
+int64_t Qwen2Decoder::WeightBytesPerToken() const {
+  int64_t bytes = lm_head_.SizeBytes() + final_norm_.SizeBytes();
+  for (const Qwen2Layer& layer : layers_) {
+    bytes += layer.qkv.SizeBytes() + layer.out.SizeBytes() + layer.gate_up.SizeBytes() +
+             layer.down.SizeBytes() + layer.attention_norm.SizeBytes() + layer.mlp_norm.SizeBytes();
+  }
+  return bytes;
+}
+
+}  // namespace
+
+std::unique_ptr<Decoder> LoadQwen2Decoder(WeightStore& weights, const Qwen2Config& config) {
+  return std::make_unique<Qwen2Decoder>(weights, config);
+}
+
+}  // namespace sluice
