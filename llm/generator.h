@@ -17,9 +17,9 @@
 namespace sluice {
 
 struct GenerateOptions {
-  int max_new_tokens = 128;
+  int max_new_tokens = 128;  // at least 1
   SamplingOptions sampling;
-  std::vector<std::string> stop_strings;
+  std::vector<std::string> stop_strings;  // none of them empty
 };
 
 enum class FinishReason { kStop, kLength, kCancelled };
@@ -35,8 +35,12 @@ struct Generated {
 using TextSink = std::function<bool(std::string_view piece)>;
 
 // Continues `cache` after `prompt` ([S, E] f32 embeddings, S >= 1). The cache then holds the prompt
-// and all emitted tokens but the last. Traces "prefill_question" and "decode". `prompt_ids` serves
-// the repetition penalty only.
+// and all of `ids`, except the last one where a stop string, the length or the sink ended the
+// answer. Ends with kStop at a stop id of the checkpoint or in front of a stop string (text that
+// may become one is held back), with kLength at max_new_tokens or the end of the model's context.
+// Traces "prefill_question" and "decode". `prompt_ids` serves the repetition penalty only; `sink`
+// may be empty. Throws InputError on options out of range and, as ResourceExhausted, whatever
+// Decoder::Step throws; the caller rewinds the cache.
 Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, ConstTensorView prompt,
                    std::span<const int32_t> prompt_ids, const GenerateOptions& options,
                    const TextSink& sink);
