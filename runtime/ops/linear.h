@@ -4,6 +4,8 @@
 #ifndef SLUICE_RUNTIME_OPS_LINEAR_H_
 #define SLUICE_RUNTIME_OPS_LINEAR_H_
 
+#include <functional>
+#include <initializer_list>
 #include <memory>
 #include <string>
 
@@ -16,22 +18,27 @@ namespace sluice {
 struct SharedMatrix {
   ConstTensorView view;
   std::shared_ptr<const void> keeper;
+  // Set for mapped pages: gives their memory back to the system until they are read again. Called
+  // by whoever has made a copy of `view`.
+  std::function<void()> release;
 };
 
 enum class WeightUse {
-  kManyRows,  // only ever multiplied with many rows (encoder): packed for that
+  kManyRows,  // only ever multiplied with many rows (encoder)
   kAnyRows,   // also multiplied with single rows (decoder)
 };
 
 // The weight [N, K] and bias [N] of one projection, prepared for this machine. Immutable, shareable
-// between threads and contexts. Holds the weight exactly once.
+// between threads and contexts. Holds the weight exactly once: f32 as it is (mapped pages stay
+// mapped), bf16 as a packed copy, see runtime/ops/cpu/linear.h for the layout and its reasons.
 class LinearWeight {
  public:
   LinearWeight() = default;
   // weight: [N, K] f32 or bf16 (= the dtype the product is computed in); bias: [N] f32 or empty.
   LinearWeight(SharedMatrix weight, Tensor bias, WeightUse use);
   // The rows of several weights with the same K below each other, as one product (q, k, v; gate,
-  // up).
+  // up). `biases` is as long as `weights`, or empty for a product without bias; where only some
+  // have one (null for the others), the missing ones are zero.
   static LinearWeight Stack(std::initializer_list<SharedMatrix> weights,
                             std::initializer_list<const Tensor*> biases, WeightUse use);
 
@@ -39,7 +46,11 @@ class LinearWeight {
   int64_t k() const { return k_; }
   DType dtype() const { return dtype_; }
   bool has_bias() const { return !bias_.empty(); }
+  // The memory of the weight (padding of packed weights included) and the bias.
   size_t SizeBytes() const;
+  // Copies row `row` of the [N, K] matrix to `to`: [K] f32. Costs a line of memory for each pair of
+  // columns when packed: for few rows (embeddings tied to the output projection), not for many.
+  void CopyRow(int64_t row, float* to) const;
 
  private:
   friend class LinearImpl;
@@ -57,15 +68,18 @@ struct LinearOptions {
   bool accumulate = false;  // y += instead of y =; y must be f32; not with an activation
 };
 
-// x: [M, K] in the weight's dtype (rows may be strided); y: [M, N] f32 or the weight's dtype,
-// contiguous. Throws Error naming shapes or dtypes that do not fit.
+// x: [M, K] in the weight's dtype (rows may be strided, then they are copied first); y: [M, N] f32
+// or the weight's dtype, contiguous. Throws Error naming shapes or dtypes that do not fit. The
+// first call with a new M prepares code for it (0.2 to 4 ms), kept in the context.
 void Linear(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight, TensorView y,
             const LinearOptions& options = {});
 
 // Which implementation Linear takes, as a pure function that can be printed and tested.
+// `native_bf16`: this machine multiplies bf16 (AVX512-BF16 or AMX); without it oneDNN has no usable
+// bf16 product and ours takes any number of rows.
 enum class LinearKernel { kReference, kVector, kOneDnn };
 const char* Name(LinearKernel kernel);
-LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, bool packed,
+LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, bool native_bf16,
                           bool reference);
 
 }  // namespace sluice

@@ -12,7 +12,7 @@
 namespace sluice {
 
 // Rotates heads in place. x: [S, heads * D] f32 or bf16 (rows may be strided), positions: S values,
-// inv_freq: [D / 2] f32.
+// inv_freq: [D / 2] f32, at most 1. q and k of one product may be rotated in one call (Columns).
 void Rope(ExecContext& ctx, TensorView x, int head_dim, std::span<const int32_t> positions,
           ConstTensorView inv_freq);
 

@@ -14,21 +14,20 @@ size_t ProductCache::Hash::operator()(const ProductKey& key) const {
     hash = (hash ^ value) * kSpread;
     hash ^= hash >> 29;
   };
-  mix(static_cast<uint64_t>(key.m) << 32 ^ static_cast<uint64_t>(key.x_stride));
+  mix(static_cast<uint64_t>(key.m));
   mix(static_cast<uint64_t>(key.n) << 32 ^ static_cast<uint64_t>(key.k));
   mix(static_cast<uint64_t>(key.x) | static_cast<uint64_t>(key.y) << 8 |
-      static_cast<uint64_t>(key.packed) << 16 | static_cast<uint64_t>(key.bias) << 17 |
-      static_cast<uint64_t>(key.accumulate) << 18 | static_cast<uint64_t>(key.activation) << 24);
+      static_cast<uint64_t>(key.bias) << 17 | static_cast<uint64_t>(key.accumulate) << 18 |
+      static_cast<uint64_t>(key.activation) << 24);
   return hash;
 }
 
-Product& ProductCache::FindOrMake(const ProductKey& key,
-                                  const std::function<Product(const ProductKey&)>& make) {
+Product& ProductCache::FindOrMake(const ProductKey& key, Make make) {
   if (const auto found = index_.find(key); found != index_.end()) {
     entries_.splice(entries_.begin(), entries_, found->second);
     return found->second->second;
   }
-  entries_.emplace_front(key, make(key));
+  entries_.emplace_front(key, make(engine_, key));
   index_.emplace(key, entries_.begin());
   if (entries_.size() > kMaxProducts) {
     index_.erase(entries_.back().first);

@@ -3,7 +3,6 @@
 #define SLUICE_RUNTIME_OPS_CPU_PRODUCT_CACHE_H_
 
 #include <cstdint>
-#include <functional>
 #include <list>
 #include <oneapi/dnnl/dnnl.hpp>
 #include <unordered_map>
@@ -16,9 +15,7 @@ namespace sluice {
 // Everything a product's generated code depends on.
 struct ProductKey {
   int64_t m = 0, n = 0, k = 0;
-  int64_t x_stride = 0;  // elements between rows of x
   DType x = DType::kF32, y = DType::kF32;
-  bool packed = false;
   bool bias = false;
   bool accumulate = false;
   Activation activation = Activation::kNone;
@@ -30,7 +27,7 @@ struct ProductKey {
 // once: creating them costs more than the lookup.
 struct Product {
   dnnl::matmul primitive;
-  dnnl::memory x, weight, bias, y, scratchpad;
+  dnnl::memory x, weight, bias, y;
 };
 
 // Keyed by ProductKey, bounded; the product used longest ago leaves first. Used by one thread at a
@@ -40,9 +37,9 @@ class ProductCache {
   ProductCache();
 
   // The product for `key`, made by `make` if it is not there. Valid until the next call.
-  Product& FindOrMake(const ProductKey& key, const std::function<Product(const ProductKey&)>& make);
+  using Make = Product (*)(const dnnl::engine& engine, const ProductKey& key);
+  Product& FindOrMake(const ProductKey& key, Make make);
 
-  const dnnl::engine& engine() const { return engine_; }
   dnnl::stream& stream() { return stream_; }
   size_t size() const { return entries_.size(); }
   // A decoder has about ten products a sequence length, and prompts come in many lengths.

@@ -1,0 +1,332 @@
+// Matrix-vector products: y[m] = act(W x[m] + b) for few rows m, limited by reading W once.
+// A row of x is broadcast (packed bf16: a vector holds 16 outputs) or read along with the weight's
+// row (f32: a vector holds 16 inputs). Bytes moved: N * K * SizeOf(weight), plus x and y.
+#include <cmath>
+#include <cstring>
+
+#include "runtime/ops/cpu/linear.h"
+#include "runtime/parallel.h"
+
+// The kernels keep arrays of vectors in registers, which types of unknown size do not allow.
+#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "runtime/ops/cpu/linear_simd.cc"
+#include <hwy/foreach_target.h>
+// After foreach_target.h.
+#include <hwy/cache_control.h>
+#include <hwy/contrib/math/math-inl.h>
+#include <hwy/highway.h>
+
+#include "runtime/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace sluice {
+namespace HWY_NAMESPACE {
+
+constexpr int64_t kLanes = hn::MaxLanes(DF());
+
+// sums[m][0, 16 * Vectors) = sum over k of W[n, k] x[m][k], for the outputs of one packed block
+// that begin at `block`. x: rows of 2 * pairs f32, `x_stride` apart.
+template <int Rows, int Vectors>
+HWY_INLINE void PackedStrip(const BFloat16* HWY_RESTRICT block, int64_t pairs,
+                            const float* HWY_RESTRICT x, int64_t x_stride, float* HWY_RESTRICT sums,
+                            int64_t sums_stride) {
+  const DF d;
+  const DU32 du;
+  // Two chains of additions for each sum where registers allow, to cover the latency of one.
+  constexpr int kChains = Rows * Vectors * 2 <= 16 && kLanes >= 16 ? 2 : 1;
+  VF acc[Rows][Vectors][kChains];
+  for (int m = 0; m < Rows; ++m) {
+    for (int v = 0; v < Vectors; ++v) {
+      for (int c = 0; c < kChains; ++c) acc[m][v][c] = hn::Zero(d);
+    }
+  }
+  const auto upper_half = hn::Set(du, 0xffff0000u);
+  for (int64_t p = 0; p < pairs; ++p) {
+    const uint32_t* line = reinterpret_cast<const uint32_t*>(block + p * 2 * kPackedOutputs);
+    // Hardware prefetch stops at every 4 KB; this goes 4 KB ahead.
+    for (int v = 0; v < Vectors; v += 16 / kLanes) hwy::Prefetch(line + v * kLanes + 1024);
+    for (int v = 0; v < Vectors; ++v) {
+      const auto both = hn::LoadU(du, line + v * kLanes);
+      const VF even = hn::BitCast(d, hn::ShiftLeft<16>(both));
+      const VF odd = hn::BitCast(d, hn::And(both, upper_half));
+      for (int m = 0; m < Rows; ++m) {
+        const float* xm = x + m * x_stride + 2 * p;
+        acc[m][v][0] = hn::MulAdd(even, hn::Set(d, xm[0]), acc[m][v][0]);
+        acc[m][v][kChains - 1] = hn::MulAdd(odd, hn::Set(d, xm[1]), acc[m][v][kChains - 1]);
+      }
+    }
+  }
+  for (int m = 0; m < Rows; ++m) {
+    for (int v = 0; v < Vectors; ++v) {
+      VF sum = acc[m][v][0];
+      if (kChains == 2) sum = hn::Add(sum, acc[m][v][kChains - 1]);
+      hn::StoreU(sum, d, sums + m * sums_stride + v * kLanes);
+    }
+  }
+}
+
+// Outputs [begin, end) of a packed weight for `Rows` rows; begin and end lie on multiples of the
+// strip (32 outputs) or at the end of the matrix. sums: rows of `sums_stride` f32, from output 0.
+template <int Rows>
+void PackedOutputs(const BFloat16* weight, int64_t k, int64_t begin, int64_t end, const float* x,
+                   int64_t x_stride, float* sums, int64_t sums_stride) {
+  constexpr int kWide = kPackedOutputs / kLanes;
+  // Vectors at once: as many as the registers of the instruction set hold sums for.
+  constexpr int kVectors = kLanes >= 16 ? kWide : (Rows <= 2 ? 4 : 2);
+  const int64_t pairs = (k + 1) / 2;
+  for (int64_t n = begin; n < end;) {
+    const BFloat16* block = weight + PackedIndex(n, 0, k);
+    const int64_t left = kPackedOutputs - n % kPackedOutputs;
+    if (kVectors * kLanes <= std::min(left, end - n + kLanes - 1)) {
+      PackedStrip<Rows, kVectors>(block, pairs, x, x_stride, sums + n, sums_stride);
+      n += kVectors * kLanes;
+    } else {
+      PackedStrip<Rows, 1>(block, pairs, x, x_stride, sums + n, sums_stride);
+      n += kLanes;
+    }
+  }
+}
+
+void PackedRows(const BFloat16* weight, int64_t k, int64_t begin, int64_t end, const float* x,
+                int64_t x_stride, int64_t rows, float* sums, int64_t sums_stride) {
+  switch (rows) {
+    case 1:
+      return PackedOutputs<1>(weight, k, begin, end, x, x_stride, sums, sums_stride);
+    case 2:
+      return PackedOutputs<2>(weight, k, begin, end, x, x_stride, sums, sums_stride);
+    case 3:
+      return PackedOutputs<3>(weight, k, begin, end, x, x_stride, sums, sums_stride);
+    default:
+      return PackedOutputs<4>(weight, k, begin, end, x, x_stride, sums, sums_stride);
+  }
+}
+
+// Outputs [n, n + Outputs) of a plain f32 weight.
+template <int Rows, int Outputs>
+HWY_INLINE void PlainStrip(const float* HWY_RESTRICT weight, int64_t k, const float* HWY_RESTRICT x,
+                           float* HWY_RESTRICT sums, int64_t sums_stride) {
+  const DF d;
+  VF acc[Rows][Outputs];
+  for (int m = 0; m < Rows; ++m) {
+    for (int n = 0; n < Outputs; ++n) acc[m][n] = hn::Zero(d);
+  }
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) {
+    VF w[Outputs];
+    for (int n = 0; n < Outputs; ++n) {
+      w[n] = hn::LoadU(d, weight + n * k + i);
+      // The rows of the next strip: streams this short are over before hardware finds them.
+      hwy::Prefetch(weight + (n + Outputs) * k + i);
+    }
+    for (int m = 0; m < Rows; ++m) {
+      const VF xm = hn::LoadU(d, x + m * k + i);
+      for (int n = 0; n < Outputs; ++n) acc[m][n] = hn::MulAdd(w[n], xm, acc[m][n]);
+    }
+  }
+  if (i < k) {
+    for (int n = 0; n < Outputs; ++n) {
+      const VF w = LoadFloatsN(weight + n * k + i, k - i);
+      for (int m = 0; m < Rows; ++m) {
+        acc[m][n] = hn::MulAdd(w, LoadFloatsN(x + m * k + i, k - i), acc[m][n]);
+      }
+    }
+  }
+  for (int m = 0; m < Rows; ++m) {
+    for (int n = 0; n < Outputs; ++n) {
+      sums[m * sums_stride + n] = hn::GetLane(hn::SumOfLanes(d, acc[m][n]));
+    }
+  }
+}
+
+template <int Rows>
+void PlainOutputs(const float* weight, int64_t k, int64_t begin, int64_t end, const float* x,
+                  float* sums, int64_t sums_stride) {
+  constexpr int kOutputs = kLanes >= 16 || Rows == 1 ? 4 : 2;
+  int64_t n = begin;
+  for (; n + kOutputs <= end; n += kOutputs) {
+    PlainStrip<Rows, kOutputs>(weight + n * k, k, x, sums + n, sums_stride);
+  }
+  for (; n < end; ++n) PlainStrip<Rows, 1>(weight + n * k, k, x, sums + n, sums_stride);
+}
+
+void PlainRows(const float* weight, int64_t k, int64_t begin, int64_t end, const float* x,
+               int64_t rows, float* sums, int64_t sums_stride) {
+  switch (rows) {
+    case 1:
+      return PlainOutputs<1>(weight, k, begin, end, x, sums, sums_stride);
+    case 2:
+      return PlainOutputs<2>(weight, k, begin, end, x, sums, sums_stride);
+    case 3:
+      return PlainOutputs<3>(weight, k, begin, end, x, sums, sums_stride);
+    default:
+      return PlainOutputs<4>(weight, k, begin, end, x, sums, sums_stride);
+  }
+}
+
+template <typename T>
+HWY_INLINE void FinishRun(const float* sums, const float* bias, const LinearOptions& options,
+                          int64_t count, T* y) {
+  const DF d;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t left = count - i;
+    const bool whole = left >= kLanes;
+    VF v = whole ? LoadFloats(sums + i) : LoadFloatsN(sums + i, left);
+    if (bias) v = hn::Add(v, whole ? LoadFloats(bias + i) : LoadFloatsN(bias + i, left));
+    if (options.activation == Activation::kGeluTanh) {
+      // x (1 + tanh u) / 2 = x / (1 + e^-2u), which loses nothing where tanh is near -1.
+      const VF cubic = hn::MulAdd(hn::Mul(v, v), hn::Set(d, 0.044715f), hn::Set(d, 1.f));
+      const VF u = hn::Mul(hn::Mul(v, cubic), hn::Set(d, -1.5957691216057308f));
+      // e^88 is the last finite one; x / (1 + e^88) is 0 in f32 as it is beyond.
+      const VF e = hn::Exp(d, hn::Min(u, hn::Set(d, 88.f)));
+      v = hn::Div(v, hn::Add(e, hn::Set(d, 1.f)));
+    } else if (options.activation == Activation::kGeluErf) {
+      // Rare with few rows, so the library's erf will do.
+      HWY_ALIGN float part[hn::MaxLanes(DF())];
+      hn::Store(v, d, part);
+      for (float& value : part) value = 0.5f * value * std::erfc(value * -0.70710678f);
+      v = hn::Load(d, part);
+    }
+    if (options.accumulate) v = hn::Add(v, whole ? LoadFloats(y + i) : LoadFloatsN(y + i, left));
+    if (whole) {
+      StoreFloats(v, y + i);
+    } else {
+      StoreFloatsN(v, y + i, left);
+    }
+  }
+}
+
+void FinishF32(const float* sums, const float* bias, const LinearOptions& options, int64_t count,
+               void* y) {
+  FinishRun(sums, bias, options, count, static_cast<float*>(y));
+}
+void FinishBF16(const float* sums, const float* bias, const LinearOptions& options, int64_t count,
+                void* y) {
+  FinishRun(sums, bias, options, count, static_cast<BFloat16*>(y));
+}
+
+// Transposes 16 rows x 16 pairs of inputs: from rows `stride` pairs apart to lines of
+// kPackedOutputs pairs.
+void PackTile(const char* from, int64_t stride_bytes, uint32_t* to) {
+  HWY_ALIGN uint32_t tile[16][16];
+  for (int r = 0; r < 16; ++r) std::memcpy(tile[r], from + r * stride_bytes, sizeof(tile[r]));
+  for (int p = 0; p < 16; ++p) {
+    for (int r = 0; r < 16; ++r) to[p * kPackedOutputs + r] = tile[r][p];
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace sluice
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+
+#include "runtime/convert.h"
+#include "runtime/load_threads.h"
+
+namespace sluice {
+HWY_EXPORT(PackedRows);
+HWY_EXPORT(PlainRows);
+HWY_EXPORT(FinishF32);
+HWY_EXPORT(FinishBF16);
+HWY_EXPORT(PackTile);
+
+void LinearVector(ExecContext& ctx, const LinearArgs& args) {
+  const bool packed = args.dtype == DType::kBF16;
+  Workspace::Scope scope(ctx.workspace());
+  const int64_t padded_n = (args.n + kPackedOutputs - 1) / kPackedOutputs * kPackedOutputs;
+  float* sums = ctx.workspace().Allocate(DType::kF32, {args.m, padded_n}).data<float>();
+
+  const float* x = nullptr;
+  int64_t x_stride = args.k;
+  if (packed) {
+    x_stride = (args.k + 1) / 2 * 2;
+    float* wide = ctx.workspace().Allocate(DType::kF32, {args.m, x_stride}).data<float>();
+    for (int64_t m = 0; m < args.m; ++m) {
+      ConvertElements(args.x.data<BFloat16>() + m * args.k, DType::kBF16, wide + m * x_stride,
+                      DType::kF32, args.k);
+      if (args.k < x_stride) wide[m * x_stride + args.k] = 0;
+    }
+    x = wide;
+  } else {
+    x = args.x.data<float>();
+  }
+
+  // Threads take whole strips; one needs some 64 KB of weight to be worth waking.
+  constexpr int64_t kStrip = 32;
+  const int64_t strip_bytes = kStrip * args.k * static_cast<int64_t>(SizeOf(args.dtype));
+  const int64_t strips = (args.n + kStrip - 1) / kStrip;
+  const auto packed_rows = HWY_DYNAMIC_DISPATCH(PackedRows);
+  const auto plain_rows = HWY_DYNAMIC_DISPATCH(PlainRows);
+  const auto finish = args.y.dtype() == DType::kBF16 ? HWY_DYNAMIC_DISPATCH(FinishBF16)
+                                                     : HWY_DYNAMIC_DISPATCH(FinishF32);
+  char* y = static_cast<char*>(args.y.raw());
+  const int64_t y_size = static_cast<int64_t>(SizeOf(args.y.dtype()));
+  ParallelFor(
+      ctx, strips, std::max<int64_t>(1, 65536 / strip_bytes), [&](int64_t first, int64_t last) {
+        const int64_t begin = first * kStrip, end = std::min(last * kStrip, args.n);
+        // With more rows than one pass takes, passes go over a part of the weight that
+        // stays in the second-level cache.
+        const int64_t part =
+            args.m <= 4 ? end - begin : std::max<int64_t>(1, (512 << 10) / strip_bytes) * kStrip;
+        for (int64_t n = begin; n < end; n += part) {
+          const int64_t n_end = std::min(n + part, end);
+          for (int64_t m = 0; m < args.m; m += 4) {
+            const int64_t rows = std::min<int64_t>(4, args.m - m);
+            if (packed) {
+              packed_rows(static_cast<const BFloat16*>(args.weight), args.k, n, n_end,
+                          x + m * x_stride, x_stride, rows, sums + m * padded_n, padded_n);
+            } else {
+              plain_rows(static_cast<const float*>(args.weight), args.k, n, n_end, x + m * x_stride,
+                         rows, sums + m * padded_n, padded_n);
+            }
+          }
+        }
+        for (int64_t m = 0; m < args.m; ++m) {
+          finish(sums + m * padded_n + begin, args.bias ? args.bias + begin : nullptr, args.options,
+                 end - begin, y + (m * args.n + begin) * y_size);
+        }
+      });
+}
+
+void PackRows(const void* source, int64_t row, int64_t rows, int64_t k, BFloat16* packed) {
+  const char* from = static_cast<const char*>(source);
+  const int64_t row_bytes = k * static_cast<int64_t>(sizeof(BFloat16));
+  const int64_t padded_k = (k + kPackedInputs - 1) / kPackedInputs * kPackedInputs;
+  const auto pack_tile = HWY_DYNAMIC_DISPATCH(PackTile);
+  // Ranges follow the destination's blocks, so that no two threads write one line.
+  const int64_t first_block = row / kPackedOutputs;
+  const int64_t last_block = (row + rows + kPackedOutputs - 1) / kPackedOutputs;
+  ParallelLoad(last_block - first_block, [&](int64_t begin_block, int64_t end_block) {
+    const int64_t begin = std::max((first_block + begin_block) * kPackedOutputs, row);
+    const int64_t end = std::min((first_block + end_block) * kPackedOutputs, row + rows);
+    for (int64_t n = begin; n < end;) {
+      const bool tile = n % 16 == 0 && n + 16 <= end;
+      if (tile) {
+        int64_t kk = 0;
+        uint32_t* to = reinterpret_cast<uint32_t*>(packed + PackedIndex(n, 0, k));
+        for (; kk + 32 <= k; kk += 32) {
+          pack_tile(from + (n - row) * row_bytes + kk * 2, row_bytes, to + kk / 2 * kPackedOutputs);
+        }
+        for (; kk < padded_k; ++kk) {
+          for (int64_t r = n; r < n + 16; ++r) {
+            BFloat16 value = {0};
+            if (kk < k) std::memcpy(&value, from + (r - row) * row_bytes + kk * 2, sizeof(value));
+            packed[PackedIndex(r, kk, k)] = value;
+          }
+        }
+        n += 16;
+      } else {
+        for (int64_t kk = 0; kk < padded_k; ++kk) {
+          BFloat16 value = {0};
+          if (kk < k) std::memcpy(&value, from + (n - row) * row_bytes + kk * 2, sizeof(value));
+          packed[PackedIndex(n, kk, k)] = value;
+        }
+        ++n;
+      }
+    }
+  });
+}
+
+}  // namespace sluice
+#endif  // HWY_ONCE

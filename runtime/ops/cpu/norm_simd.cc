@@ -1,0 +1,109 @@
+// LayerNorm and RmsNorm: a row is read from memory once and stays in the first-level cache for its
+// second and third pass. Bytes moved a row: 4 D read, SizeOf(y) D written.
+#include "runtime/ops/cpu/norm.h"
+#include "runtime/parallel.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "runtime/ops/cpu/norm_simd.cc"
+#include <hwy/foreach_target.h>
+// After foreach_target.h.
+#include <hwy/highway.h>
+
+#include <cmath>
+
+#include "runtime/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace sluice {
+namespace HWY_NAMESPACE {
+
+HWY_INLINE float SumRow(const float* x, int64_t width) {
+  const DF d;
+  const int64_t lanes = hn::Lanes(d);
+  VF a = hn::Zero(d), b = hn::Zero(d);
+  int64_t i = 0;
+  for (; i + 2 * lanes <= width; i += 2 * lanes) {
+    a = hn::Add(a, LoadFloats(x + i));
+    b = hn::Add(b, LoadFloats(x + i + lanes));
+  }
+  for (; i + lanes <= width; i += lanes) a = hn::Add(a, LoadFloats(x + i));
+  if (i < width) b = hn::Add(b, LoadFloatsN(x + i, width - i));
+  return hn::GetLane(hn::SumOfLanes(d, hn::Add(a, b)));
+}
+
+HWY_INLINE float SumSquares(const float* x, int64_t width, float mean) {
+  const DF d;
+  const int64_t lanes = hn::Lanes(d);
+  const VF centre = hn::Set(d, mean);
+  VF a = hn::Zero(d), b = hn::Zero(d);
+  int64_t i = 0;
+  for (; i + 2 * lanes <= width; i += 2 * lanes) {
+    const VF u = hn::Sub(LoadFloats(x + i), centre);
+    const VF v = hn::Sub(LoadFloats(x + i + lanes), centre);
+    a = hn::MulAdd(u, u, a);
+    b = hn::MulAdd(v, v, b);
+  }
+  for (; i + lanes <= width; i += lanes) {
+    const VF u = hn::Sub(LoadFloats(x + i), centre);
+    a = hn::MulAdd(u, u, a);
+  }
+  float sum = hn::GetLane(hn::SumOfLanes(d, hn::Add(a, b)));
+  for (; i < width; ++i) sum += (x[i] - mean) * (x[i] - mean);
+  return sum;
+}
+
+template <typename T>
+HWY_INLINE void NormRow(const float* HWY_RESTRICT x, const float* HWY_RESTRICT weight,
+                        const float* HWY_RESTRICT bias, float eps, bool centre, int64_t width,
+                        T* HWY_RESTRICT y) {
+  const DF d;
+  const int64_t lanes = hn::Lanes(d);
+  const float mean = centre ? SumRow(x, width) / width : 0;
+  const float scale = 1 / std::sqrt(SumSquares(x, width, mean) / width + eps);
+  const VF vmean = hn::Set(d, mean), vscale = hn::Set(d, scale);
+  int64_t i = 0;
+  for (; i + lanes <= width; i += lanes) {
+    const VF u = hn::Mul(hn::Sub(LoadFloats(x + i), vmean), vscale);
+    const VF w = LoadFloats(weight + i);
+    StoreFloats(bias ? hn::MulAdd(u, w, LoadFloats(bias + i)) : hn::Mul(u, w), y + i);
+  }
+  if (i < width) {
+    const int64_t left = width - i;
+    const VF u = hn::Mul(hn::Sub(LoadFloatsN(x + i, left), vmean), vscale);
+    const VF w = LoadFloatsN(weight + i, left);
+    const VF v = bias ? hn::MulAdd(u, w, LoadFloatsN(bias + i, left)) : hn::Mul(u, w);
+    StoreFloatsN(v, y + i, left);
+  }
+}
+
+void NormRows(const NormArgs& args, int64_t begin, int64_t end) {
+  const int64_t width = args.x.dim(1);
+  for (int64_t m = begin; m < end; ++m) {
+    const float* x = args.x.data<float>() + m * args.x.stride0();
+    if (args.y.dtype() == DType::kBF16) {
+      NormRow(x, args.weight, args.bias, args.eps, args.centre, width,
+              args.y.data<BFloat16>() + m * args.y.stride0());
+    } else {
+      NormRow(x, args.weight, args.bias, args.eps, args.centre, width,
+              args.y.data<float>() + m * args.y.stride0());
+    }
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace sluice
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace sluice {
+HWY_EXPORT(NormRows);
+
+void NormSimd(ExecContext& ctx, const NormArgs& args) {
+  const auto rows = HWY_DYNAMIC_DISPATCH(NormRows);
+  // Waking a thread costs about as much as 16 K elements.
+  ParallelFor(ctx, args.x.dim(0), 1 + 16384 / args.x.dim(1),
+              [&](int64_t begin, int64_t end) { rows(args, begin, end); });
+}
+
+}  // namespace sluice
+#endif  // HWY_ONCE

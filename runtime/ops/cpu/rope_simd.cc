@@ -1,0 +1,116 @@
+// Rope: the cosines and sines of a row are computed once and used by all its heads, so rotating q
+// and k in one call (neighbouring columns of one product) halves their cost.
+// Bytes moved: x read and written once.
+#include <cmath>
+
+#include "runtime/ops/cpu/rope.h"
+#include "runtime/parallel.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "runtime/ops/cpu/rope_simd.cc"
+#include <hwy/foreach_target.h>
+// After foreach_target.h.
+#include <hwy/contrib/math/math-inl.h>
+#include <hwy/highway.h>
+
+#include "runtime/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace sluice {
+namespace HWY_NAMESPACE {
+
+template <typename T>
+HWY_INLINE void RotateHead(T* first, T* second, const float* cosines, const float* sines,
+                           int64_t half) {
+  const int64_t lanes = hn::Lanes(DF());
+  int64_t i = 0;
+  for (; i + lanes <= half; i += lanes) {
+    const VF a = LoadFloats(first + i), b = LoadFloats(second + i);
+    const VF c = LoadFloats(cosines + i), s = LoadFloats(sines + i);
+    StoreFloats(hn::Sub(hn::Mul(a, c), hn::Mul(b, s)), first + i);
+    StoreFloats(hn::MulAdd(b, c, hn::Mul(a, s)), second + i);
+  }
+  if (i < half) {
+    const int64_t left = half - i;
+    const VF a = LoadFloatsN(first + i, left), b = LoadFloatsN(second + i, left);
+    const VF c = LoadFloatsN(cosines + i, left), s = LoadFloatsN(sines + i, left);
+    StoreFloatsN(hn::Sub(hn::Mul(a, c), hn::Mul(b, s)), first + i, left);
+    StoreFloatsN(hn::MulAdd(b, c, hn::Mul(a, s)), second + i, left);
+  }
+}
+
+template <typename T>
+HWY_INLINE void RotateRow(T* row, int64_t heads, int64_t half, const float* cosines,
+                          const float* sines) {
+  for (int64_t head = 0; head < heads; ++head, row += 2 * half) {
+    RotateHead(row, row + half, cosines, sines, half);
+  }
+}
+
+// cosines, sines of position * inv_freq[i]: [half] each.
+void Angles(float position, const float* inv_freq, int64_t half, float* cosines, float* sines) {
+  // Highway reduces arguments exactly up to here (3 ulp); positions beyond take the library's
+  // slower functions. inv_freq is at most 1, so the position bounds the angle.
+  constexpr float kExactUpTo = 39000.f;
+  const DF d;
+  const int64_t lanes = hn::Lanes(d);
+  if (position > kExactUpTo || position < -kExactUpTo) {
+    for (int64_t i = 0; i < half; ++i) {
+      cosines[i] = std::cos(position * inv_freq[i]);
+      sines[i] = std::sin(position * inv_freq[i]);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < half; i += lanes) {
+    const int64_t left = half - i;
+    const VF freq = left >= lanes ? LoadFloats(inv_freq + i) : LoadFloatsN(inv_freq + i, left);
+    const VF angle = hn::Mul(hn::Set(d, position), freq);
+    const VF c = hn::Cos(d, angle), s = hn::Sin(d, angle);
+    if (left >= lanes) {
+      StoreFloats(c, cosines + i);
+      StoreFloats(s, sines + i);
+    } else {
+      StoreFloatsN(c, cosines + i, left);
+      StoreFloatsN(s, sines + i, left);
+    }
+  }
+}
+
+void RotateF32(void* row, int64_t heads, int64_t half, const float* cosines, const float* sines) {
+  RotateRow(static_cast<float*>(row), heads, half, cosines, sines);
+}
+void RotateBF16(void* row, int64_t heads, int64_t half, const float* cosines, const float* sines) {
+  RotateRow(static_cast<BFloat16*>(row), heads, half, cosines, sines);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace sluice
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace sluice {
+HWY_EXPORT(Angles);
+HWY_EXPORT(RotateF32);
+HWY_EXPORT(RotateBF16);
+
+void RopeSimd(ExecContext& ctx, TensorView x, int head_dim, std::span<const int32_t> positions,
+              const float* inv_freq) {
+  const int64_t half = head_dim / 2, heads = x.dim(1) / head_dim;
+  Workspace::Scope scope(ctx.workspace());
+  float* tables = ctx.workspace().Allocate(DType::kF32, {x.dim(0), 2 * half}).data<float>();
+  const auto rotate = x.dtype() == DType::kBF16 ? HWY_DYNAMIC_DISPATCH(RotateBF16)
+                                                : HWY_DYNAMIC_DISPATCH(RotateF32);
+  const auto angles = HWY_DYNAMIC_DISPATCH(Angles);
+  const int64_t row_bytes = x.stride0() * static_cast<int64_t>(SizeOf(x.dtype()));
+  ParallelFor(ctx, x.dim(0), 1 + 4096 / x.dim(1), [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      float* cosines = tables + s * 2 * half;
+      float* sines = cosines + half;
+      angles(static_cast<float>(positions[s]), inv_freq, half, cosines, sines);
+      rotate(static_cast<char*>(x.raw()) + s * row_bytes, heads, half, cosines, sines);
+    }
+  });
+}
+
+}  // namespace sluice
+#endif  // HWY_ONCE

@@ -1,0 +1,219 @@
+#include "runtime/ops/linear.h"
+
+#include <cstring>
+#include <utility>
+
+#include "runtime/error.h"
+#include "runtime/ops/cpu/linear.h"
+
+namespace sluice {
+namespace {
+
+void CheckWeight(const ConstTensorView& weight) {
+  if (weight.shape().rank() != 2 || !weight.contiguous() ||
+      (weight.dtype() != DType::kF32 && weight.dtype() != DType::kBF16)) {
+    throw Error("[linear] weight must be a contiguous [N, K] f32 or bf16, got " +
+                weight.shape().ToString() + " " + Name(weight.dtype()));
+  }
+}
+
+void CheckBias(const Tensor& bias, int64_t n) {
+  if (bias.empty()) return;
+  if (bias.shape() != Shape{n} || bias.dtype() != DType::kF32) {
+    throw Error("[linear] bias must be " + Shape{n}.ToString() + " f32, got " +
+                bias.shape().ToString() + " " + Name(bias.dtype()));
+  }
+}
+
+}  // namespace
+
+// Reaches into LinearWeight for the functions of this file.
+class LinearImpl {
+ public:
+  static LinearWeight Make(std::initializer_list<SharedMatrix> parts, Tensor bias) {
+    LinearWeight result;
+    result.k_ = parts.begin()->view.dim(1);
+    result.dtype_ = parts.begin()->view.dtype();
+    for (const SharedMatrix& part : parts) {
+      if (part.view.dim(1) != result.k_ || part.view.dtype() != result.dtype_) {
+        throw Error("[linear] stacked weights must be [N, " + std::to_string(result.k_) + "] " +
+                    Name(result.dtype_) + ", got " + part.view.shape().ToString() + " " +
+                    Name(part.view.dtype()));
+      }
+      result.n_ += part.view.dim(0);
+    }
+    CheckBias(bias, result.n_);
+    result.bias_ = std::move(bias);
+    result.packed_ = result.dtype_ == DType::kBF16;
+    // Products read f32 weights as f32: a mapped file may hold them unaligned.
+    const bool aligned =
+        reinterpret_cast<uintptr_t>(parts.begin()->view.raw()) % alignof(float) == 0;
+    if (!result.packed_ && parts.size() == 1 && aligned) {
+      result.weight_ = *parts.begin();
+      return result;
+    }
+
+    const int64_t blocks = (result.n_ + kPackedOutputs - 1) / kPackedOutputs;
+    const int64_t pairs = (result.k_ + kPackedInputs - 1) / kPackedInputs * kPackedInputs / 2;
+    auto copy = std::make_shared<Tensor>(
+        result.dtype_,
+        result.packed_ ? Shape{blocks, pairs, kPackedOutputs, 2} : Shape{result.n_, result.k_});
+    int64_t row = 0;
+    for (const SharedMatrix& part : parts) {
+      if (result.packed_) {
+        PackRows(part.view.raw(), row, part.view.dim(0), result.k_, copy->data<BFloat16>());
+      } else {
+        std::memcpy(copy->data<float>() + row * result.k_, part.view.raw(), part.view.SizeBytes());
+      }
+      row += part.view.dim(0);
+      if (part.release) part.release();
+    }
+    if (result.packed_) ClearPadding(result, *copy);
+    result.weight_ = {copy->view(), copy, nullptr};
+    return result;
+  }
+
+  static LinearArgs Args(ConstTensorView x, const LinearWeight& weight, TensorView y,
+                         const LinearOptions& options) {
+    return {.m = x.dim(0),
+            .n = weight.n_,
+            .k = weight.k_,
+            .x = x,
+            .weight = weight.weight_.view.raw(),
+            .dtype = weight.dtype_,
+            .bias = weight.has_bias() ? weight.bias_.data<float>() : nullptr,
+            .y = y,
+            .options = options};
+  }
+
+ private:
+  // PackRows pads inputs; this pads the outputs of the last block.
+  static void ClearPadding(const LinearWeight& weight, Tensor& packed) {
+    const int64_t used = weight.n_ % kPackedOutputs;
+    if (used == 0) return;
+    const int64_t pairs = packed.dim(1);
+    BFloat16* block = packed.data<BFloat16>() + (packed.dim(0) - 1) * pairs * kPackedOutputs * 2;
+    for (int64_t pair = 0; pair < pairs; ++pair, block += kPackedOutputs * 2) {
+      std::memset(block + used * 2, 0, (kPackedOutputs - used) * 2 * sizeof(BFloat16));
+    }
+  }
+};
+
+LinearWeight::LinearWeight(SharedMatrix weight, Tensor bias, WeightUse use) {
+  // One layout serves both uses (see runtime/ops/cpu/linear.h).
+  (void)use;
+  CheckWeight(weight.view);
+  *this = LinearImpl::Make({std::move(weight)}, std::move(bias));
+}
+
+LinearWeight LinearWeight::Stack(std::initializer_list<SharedMatrix> weights,
+                                 std::initializer_list<const Tensor*> biases, WeightUse use) {
+  (void)use;
+  if (weights.size() == 0 || (biases.size() != 0 && biases.size() != weights.size())) {
+    throw Error("[linear] stack must get as many biases as weights or none, got " +
+                std::to_string(weights.size()) + " weights and " + std::to_string(biases.size()) +
+                " biases");
+  }
+  int64_t n = 0;
+  for (const SharedMatrix& weight : weights) {
+    CheckWeight(weight.view);
+    n += weight.view.dim(0);
+  }
+  Tensor bias;
+  for (const Tensor* part : biases) {
+    if (part && !part->empty()) bias = Tensor(DType::kF32, {n});
+  }
+  if (!bias.empty()) {
+    float* to = bias.data<float>();
+    auto weight = weights.begin();
+    for (const Tensor* part : biases) {
+      const int64_t rows = (weight++)->view.dim(0);
+      if (part && !part->empty()) {
+        CheckBias(*part, rows);
+        std::memcpy(to, part->data<float>(), rows * sizeof(float));
+      } else {
+        std::memset(to, 0, rows * sizeof(float));
+      }
+      to += rows;
+    }
+  }
+  return LinearImpl::Make(weights, std::move(bias));
+}
+
+size_t LinearWeight::SizeBytes() const {
+  return (weight_.view.empty() ? 0 : weight_.view.SizeBytes()) + bias_.SizeBytes();
+}
+
+void LinearWeight::CopyRow(int64_t row, float* to) const {
+  if (row < 0 || row >= n_) {
+    throw Error("[linear] row must lie in [0, " + std::to_string(n_) + "), got " +
+                std::to_string(row));
+  }
+  if (!packed_) {
+    std::memcpy(to, weight_.view.data<float>() + row * k_, k_ * sizeof(float));
+    return;
+  }
+  const BFloat16* from = weight_.view.data<BFloat16>();
+  for (int64_t k = 0; k < k_; ++k) to[k] = from[PackedIndex(row, k, k_)].ToFloat();
+}
+
+const char* Name(LinearKernel kernel) {
+  switch (kernel) {
+    case LinearKernel::kReference:
+      return "reference";
+    case LinearKernel::kVector:
+      return "vector";
+    case LinearKernel::kOneDnn:
+      return "onednn";
+  }
+  return "?";
+}
+
+LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, bool native_bf16,
+                          bool reference) {
+  (void)n;
+  (void)k;
+  if (reference) return LinearKernel::kReference;
+  if (dtype == DType::kBF16 && !native_bf16) return LinearKernel::kVector;
+  return m <= 4 ? LinearKernel::kVector : LinearKernel::kOneDnn;
+}
+
+void Linear(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight, TensorView y,
+            const LinearOptions& options) {
+  if (weight.n() == 0) throw Error("[linear] weight must be set, got an empty one");
+  if (x.shape().rank() != 2 || x.dim(1) != weight.k() || x.dtype() != weight.dtype()) {
+    throw Error("[linear] x must be [M, " + std::to_string(weight.k()) + "] " +
+                Name(weight.dtype()) + ", got " + x.shape().ToString() + " " + Name(x.dtype()));
+  }
+  if (y.shape() != Shape{x.dim(0), weight.n()} || !y.contiguous() ||
+      (y.dtype() != DType::kF32 && y.dtype() != weight.dtype())) {
+    throw Error("[linear] y must be a contiguous " + Shape{x.dim(0), weight.n()}.ToString() +
+                " f32 or " + Name(weight.dtype()) + ", got " + y.shape().ToString() + " " +
+                Name(y.dtype()));
+  }
+  if (options.accumulate && (y.dtype() != DType::kF32 || options.activation != Activation::kNone)) {
+    throw Error(std::string("[linear] accumulate needs y in f32 and no activation, got ") +
+                Name(y.dtype()) + (options.activation == Activation::kNone ? "" : " and one"));
+  }
+  if (x.dim(0) == 0) return;
+
+  Workspace::Scope scope(ctx.workspace());
+  if (!x.contiguous()) {
+    // oneDNN has fast products for contiguous rows only; the copy is small beside the product.
+    const TensorView rows = ctx.workspace().Allocate(x.dtype(), x.shape());
+    ConvertInto(x, rows);
+    x = rows;
+  }
+  const LinearArgs args = LinearImpl::Args(x, weight, y, options);
+  static const bool native_bf16 = OneDnnHasBf16();
+  switch (ChooseLinear(args.m, args.n, args.k, args.dtype, native_bf16, ctx.reference_kernels())) {
+    case LinearKernel::kReference:
+      return LinearReference(args);
+    case LinearKernel::kVector:
+      return LinearVector(ctx, args);
+    case LinearKernel::kOneDnn:
+      return LinearOneDnn(ctx, args);
+  }
+}
+
+}  // namespace sluice
