@@ -5,6 +5,7 @@
 #include <string>
 
 #include "runtime/error.h"
+#include "runtime/ops/cpu/amx.h"
 #include "runtime/ops/cpu/attention.h"
 #include "runtime/parallel.h"
 
@@ -95,6 +96,13 @@ const char* Name(AttentionKernel kernel) {
   return "?";
 }
 
+// Tiles win at every size: a single query reads its keys no slower, and the products are free.
+AttentionKernel ChooseAttention(int64_t /*queries*/, int64_t /*keys*/, int /*head_dim*/,
+                                DType dtype, bool amx, bool reference) {
+  if (reference) return AttentionKernel::kReference;
+  return amx && dtype == DType::kBF16 ? AttentionKernel::kAmx : AttentionKernel::kSimd;
+}
+
 size_t KvBlockBytes(int kv_heads, int head_dim, DType dtype) {
   return size_t{2} * kv_heads * kKvBlockTokens * head_dim * SizeOf(dtype);
 }
@@ -116,7 +124,16 @@ void EncoderAttention(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int 
   CheckContiguous(kOp, "qkv", qkv);
   CheckContiguous(kOp, "out", out);
   if (rows == 0) return;
-  cpu::EncoderAttentionReference(ctx, qkv, batch, heads, head_dim, scale, out);
+  const int64_t length = rows / batch;
+  switch (ChooseAttention(length, length, head_dim, qkv.dtype(), cpu::AmxAllowed(),
+                          ctx.reference_kernels())) {
+    case AttentionKernel::kReference:
+      return cpu::EncoderAttentionReference(ctx, qkv, batch, heads, head_dim, scale, out);
+    case AttentionKernel::kSimd:
+      return cpu::EncoderAttentionSimd(ctx, qkv, batch, heads, head_dim, scale, out);
+    case AttentionKernel::kAmx:
+      return cpu::EncoderAttentionAmx(ctx, qkv, batch, heads, head_dim, scale, out);
+  }
 }
 
 void StoreKv(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, int64_t begin,
@@ -149,7 +166,15 @@ void CausalAttention(ExecContext& ctx, ConstTensorView q, int64_t begin, int hea
   CheckMatrix(kOp, "out", out, count, width, kv.dtype);
   CheckContiguous(kOp, "out", out);
   if (count == 0) return;
-  cpu::CausalAttentionReference(ctx, q, begin, heads, scale, kv, out);
+  switch (ChooseAttention(count, begin + count, kv.head_dim, kv.dtype, cpu::AmxAllowed(),
+                          ctx.reference_kernels())) {
+    case AttentionKernel::kReference:
+      return cpu::CausalAttentionReference(ctx, q, begin, heads, scale, kv, out);
+    case AttentionKernel::kSimd:
+      return cpu::CausalAttentionSimd(ctx, q, begin, heads, scale, kv, out);
+    case AttentionKernel::kAmx:
+      return cpu::CausalAttentionAmx(ctx, q, begin, heads, scale, kv, out);
+  }
 }
 
 }  // namespace sluice

@@ -1,0 +1,571 @@
+// Attention in f32 arithmetic on whatever vectors the machine has; bf16 inputs are widened once.
+//
+//   S^T[t, :] = sum over d of K[t, d] Q^T[d, :]       a key's element is broadcast, queries fill
+//   O^T[d, :] += sum over t of V[t, d] P^T[t, :]      the lanes
+//
+// Both products are the same loop over a broadcast operand with two strides, so keys and values are
+// read as they lie in the cache, for any D. The softmax over keys runs down the rows of S^T without
+// horizontal steps. Scores live for kChunkKeys keys at a time; maxima and sums follow Milakov and
+// Gimelshein 2018. Keys pass in spans of kSpanBlocks blocks under a group of query tiles that stays
+// in the second-level cache, so that a long cache is read from memory once per group.
+#include <algorithm>
+
+#include "runtime/ops/cpu/attention.h"
+#include "runtime/ops/cpu/attention_plan.h"
+#include "runtime/parallel.h"
+
+// The kernels keep arrays of vectors in registers, which types of unknown size do not allow.
+#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "runtime/ops/cpu/attention_simd.cc"
+#include <hwy/foreach_target.h>
+// After foreach_target.h.
+#include <hwy/highway.h>
+
+#include "runtime/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace sluice::cpu {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+using sluice::HWY_NAMESPACE::DF;
+using sluice::HWY_NAMESPACE::LoadFloats;
+using sluice::HWY_NAMESPACE::StoreFloats;
+using sluice::HWY_NAMESPACE::VF;
+
+constexpr int kLanes = hn::MaxLanes(DF());
+constexpr int kTileRows = 2 * kLanes;
+// Rows of the broadcast operand taken together: as many sums as registers hold, and enough of them
+// to cover the latency of an addition.
+constexpr int kRegisterRows = kLanes >= 16 ? 8 : 4;
+constexpr int kChunkKeys = 128;
+constexpr int kSpanBlocks = 8;
+constexpr int64_t kGroupBytes = 512 << 10;
+constexpr float kLog2e = 1.44269504f;
+// How far (in powers of two) scores may grow beyond the maximum in use before sums are rescaled.
+constexpr float kSlack = 8.0f;
+constexpr float kNothing = -1e30f;
+
+// Keys and values of one head and block in f32: K[t, d] = k[t * D + d],
+// V[t, d] = v[t * v_key + d * v_dim].
+struct Block {
+  const float* k;
+  const float* v;
+};
+
+struct Values {
+  int64_t v_key, v_dim;
+};
+
+// Where rows of queries and outputs are; see CausalPlan.
+template <typename T>
+struct RowMap {
+  const T* q;
+  int64_t q_stride;
+  T* out;
+  int64_t out_stride;
+  int heads;
+  int64_t count;
+};
+
+// Up to kTileRows queries on their way through the keys. The rows of the arrays are
+// `width` = kLanes * vectors long.
+struct QueryTile {
+  float* q;        // [D, width]
+  float* o;        // [D, width]
+  float* max;      // [width] scores * scale * log2(e)
+  float* sum;      // [width] of probabilities
+  float* visible;  // [width] keys [0, visible) count; exact, positions are below 2^24
+  int64_t first_row;
+  int rows, vectors;
+  bool started;
+  int64_t min_visible, max_visible;
+
+  static int64_t Floats(int64_t head_dim) { return kTileRows * (2 * head_dim + 3); }
+  int width() const { return kLanes * vectors; }
+  void Place(float* memory, int64_t head_dim) {
+    q = memory;
+    o = q + kTileRows * head_dim;
+    max = o + kTileRows * head_dim;
+    sum = max + kTileRows;
+    visible = sum + kTileRows;
+  }
+  void SetRows(int64_t index, int64_t all_rows) {
+    first_row = index * kTileRows;
+    rows = static_cast<int>(std::min<int64_t>(kTileRows, all_rows - first_row));
+    vectors = rows > kLanes ? 2 : 1;
+  }
+};
+
+// 2^x for x <= 127, relative error 1e-7; below 2^-126 the result stays there, which is nothing.
+HWY_INLINE VF Exp2(VF x) {
+  const DF d;
+  x = hn::Max(x, hn::Set(d, -126.0f));
+  const VF whole = hn::Round(x);
+  const VF f = hn::Sub(x, whole);
+  VF p = hn::MulAdd(f, hn::Set(d, 1.5345811e-4f), hn::Set(d, 1.33999312e-3f));
+  p = hn::MulAdd(p, f, hn::Set(d, 9.61848896e-3f));
+  p = hn::MulAdd(p, f, hn::Set(d, 5.55032878e-2f));
+  p = hn::MulAdd(p, f, hn::Set(d, 0.240226469f));
+  p = hn::MulAdd(p, f, hn::Set(d, 0.693147206f));
+  p = hn::MulAdd(p, f, hn::Set(d, 1.0f));
+  const hn::RebindToSigned<DF> di;
+  const auto exponent = hn::ShiftLeft<23>(hn::ConvertTo(di, whole));
+  return hn::BitCast(d, hn::Add(hn::BitCast(di, p), exponent));
+}
+
+// c[i, :] (+)= sum over j < count of a[i * a_row + j * a_step] * b[j, :] for kRows rows of c.
+// The rows of b and c are kVectors vectors long.
+template <int kRows, int kVectors>
+HWY_INLINE void MultiplyRows(const float* HWY_RESTRICT a, int64_t a_row, int64_t a_step,
+                             const float* HWY_RESTRICT b, int64_t count, bool add,
+                             float* HWY_RESTRICT c) {
+  const DF d;
+  VF acc[kRows][kVectors];
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      acc[i][v] = add ? hn::Load(d, c + (i * kVectors + v) * kLanes) : hn::Zero(d);
+    }
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    VF row[kVectors];
+    for (int v = 0; v < kVectors; ++v) row[v] = hn::Load(d, b + (j * kVectors + v) * kLanes);
+    for (int i = 0; i < kRows; ++i) {
+      const VF x = hn::Set(d, a[i * a_row + j * a_step]);
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = hn::MulAdd(x, row[v], acc[i][v]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) hn::Store(acc[i][v], d, c + (i * kVectors + v) * kLanes);
+  }
+}
+
+template <int kVectors>
+void Multiply(const float* a, int64_t rows, int64_t a_row, int64_t a_step, const float* b,
+              int64_t count, bool add, float* c) {
+  constexpr int kWidth = kVectors * kLanes;
+  int64_t i = 0;
+  for (; i + kRegisterRows <= rows; i += kRegisterRows) {
+    MultiplyRows<kRegisterRows, kVectors>(a + i * a_row, a_row, a_step, b, count, add,
+                                          c + i * kWidth);
+  }
+  for (; i < rows; ++i) {
+    MultiplyRows<1, kVectors>(a + i * a_row, a_row, a_step, b, count, add, c + i * kWidth);
+  }
+}
+
+// Turns scores of keys [first_key, first_key + keys) into probabilities in place, keeping maximum
+// and sum and rescaling O when the maximum has grown.
+template <int kVectors>
+void Softmax(QueryTile& tile, float* s, int64_t first_key, int64_t keys, int64_t head_dim,
+             float scale) {
+  constexpr int kWidth = kVectors * kLanes;
+  const DF d;
+  const VF c = hn::Set(d, scale * kLog2e), nothing = hn::Set(d, kNothing);
+  // Hidden scores become "nothing" first; what follows needs no mask.
+  for (int64_t t = std::max<int64_t>(0, tile.min_visible - first_key); t < keys; ++t) {
+    const VF key = hn::Set(d, static_cast<float>(first_key + t));
+    for (int v = 0; v < kVectors; ++v) {
+      float* x = s + t * kWidth + v * kLanes;
+      const auto sees = hn::Lt(key, hn::Load(d, tile.visible + v * kLanes));
+      hn::Store(hn::IfThenElse(sees, hn::Load(d, x), nothing), d, x);
+    }
+  }
+  VF largest[kVectors], max[kVectors], sum[kVectors];
+  for (int v = 0; v < kVectors; ++v) largest[v] = nothing;
+  for (int64_t t = 0; t < keys; ++t) {
+    for (int v = 0; v < kVectors; ++v) {
+      largest[v] = hn::Max(largest[v], hn::Load(d, s + t * kWidth + v * kLanes));
+    }
+  }
+  bool grown = false;
+  for (int v = 0; v < kVectors; ++v) {
+    max[v] = hn::Load(d, tile.max + v * kLanes);
+    sum[v] = hn::Load(d, tile.sum + v * kLanes);
+    largest[v] = hn::Mul(largest[v], c);
+    grown |= !hn::AllFalse(d, hn::Gt(largest[v], hn::Add(max[v], hn::Set(d, kSlack))));
+  }
+  if (grown) {
+    for (int v = 0; v < kVectors; ++v) {
+      const VF before = max[v];
+      max[v] = hn::Max(before, largest[v]);
+      hn::Store(max[v], d, tile.max + v * kLanes);
+      const VF factor = Exp2(hn::Sub(before, max[v]));
+      sum[v] = hn::Mul(sum[v], factor);
+      for (int64_t i = 0; tile.started && i < head_dim; ++i) {
+        float* o = tile.o + i * kWidth + v * kLanes;
+        hn::Store(hn::Mul(hn::Load(d, o), factor), d, o);
+      }
+    }
+  }
+  const VF hidden = hn::Set(d, 0.5f * kNothing);
+  for (int64_t t = 0; t < keys; ++t) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* x = s + t * kWidth + v * kLanes;
+      const VF score = hn::Load(d, x);
+      // A row that has seen no key yet has max = nothing * c; its hidden scores must stay 0.
+      const VF p = hn::IfThenElseZero(hn::Gt(score, hidden), Exp2(hn::MulSub(score, c, max[v])));
+      sum[v] = hn::Add(sum[v], p);
+      hn::Store(p, d, x);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) hn::Store(sum[v], d, tile.sum + v * kLanes);
+}
+
+// Takes one tile over keys [begin, end), which start with blocks[0].
+template <int kVectors>
+void AttendRows(QueryTile& tile, const Block* blocks, Values values, int64_t begin, int64_t end,
+                int64_t head_dim, float scale, float* s) {
+  constexpr int kWidth = kVectors * kLanes;
+  for (int64_t first = begin; first < end; first += kChunkKeys) {
+    const int64_t keys = std::min<int64_t>(kChunkKeys, end - first);
+    const Block* chunk = blocks + (first - begin) / kKvBlockTokens;
+    for (int64_t t = 0; t < keys; t += kKvBlockTokens) {
+      Multiply<kVectors>(chunk[t / kKvBlockTokens].k, std::min<int64_t>(kKvBlockTokens, keys - t),
+                         head_dim, 1, tile.q, head_dim, false, s + t * kWidth);
+    }
+    Softmax<kVectors>(tile, s, first, keys, head_dim, scale);
+    for (int64_t t = 0; t < keys; t += kKvBlockTokens) {
+      Multiply<kVectors>(chunk[t / kKvBlockTokens].v, head_dim, values.v_dim, values.v_key,
+                         s + t * kWidth, std::min<int64_t>(kKvBlockTokens, keys - t), tile.started,
+                         tile.o);
+      tile.started = true;
+    }
+  }
+}
+
+// What one thread works in.
+struct Scratch {
+  float* scores;  // [kChunkKeys, kTileRows]
+  float* rows;    // [kTileRows, D + 4] a tile of queries or outputs, row by row
+  float* packed;  // blocks of 2 * kKvBlockTokens * D
+  float* tile_floats;
+  QueryTile* tiles;
+  int64_t group;
+
+  static int64_t Group(int64_t head_dim, int64_t tiles) {
+    const int64_t bytes = QueryTile::Floats(head_dim) * sizeof(float);
+    return std::clamp<int64_t>(kGroupBytes / bytes, 1, tiles);
+  }
+  static int64_t RowsFloats(int64_t head_dim) { return kTileRows * RoundUp(head_dim + 4, 16); }
+  static int64_t PackedFloats(int64_t head_dim) { return 2 * kKvBlockTokens * head_dim; }
+  static int64_t Bytes(int64_t head_dim, int64_t group, int64_t packed_blocks) {
+    const int64_t floats = kChunkKeys * kTileRows + RowsFloats(head_dim) +
+                           packed_blocks * PackedFloats(head_dim) +
+                           group * QueryTile::Floats(head_dim);
+    return floats * 4 + RoundUp(group * sizeof(QueryTile), 64);
+  }
+  Scratch(TensorView memory, int64_t thread, int64_t head_dim, int64_t group, int64_t packed_blocks)
+      : group(group) {
+    scores = reinterpret_cast<float*>(memory.data<uint8_t>() + thread * memory.stride0());
+    rows = scores + kChunkKeys * kTileRows;
+    packed = rows + RowsFloats(head_dim);
+    tile_floats = packed + packed_blocks * PackedFloats(head_dim);
+    tiles = reinterpret_cast<QueryTile*>(tile_floats + group * QueryTile::Floats(head_dim));
+  }
+};
+
+template <typename T>
+void WidenRow(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) StoreFloats(LoadFloats(from + i), to + i);
+  if (i < count) {
+    StoreFloats(sluice::HWY_NAMESPACE::LoadFloatsN(from + i, count - i), to + i);
+  }
+}
+
+// For rows of known slack: writes whole vectors.
+template <typename T>
+void LoadQueries(const RowMap<T>& map, int64_t head_dim, float* rows, QueryTile& tile) {
+  const DF d;
+  const int64_t stride = RoundUp(head_dim + 4, 16);
+  const int width = tile.width();
+  for (int r = 0; r < width; ++r) {
+    const int64_t row = tile.first_row + std::min(r, tile.rows - 1);
+    const T* from = map.q + row / map.heads * map.q_stride + row % map.heads * head_dim;
+    for (int64_t i = 0; i < head_dim; ++i) {
+      if constexpr (std::is_same_v<T, float>) {
+        rows[r * stride + i] = from[i];
+      } else {
+        rows[r * stride + i] = from[i].ToFloat();
+      }
+    }
+  }
+  HWY_ALIGN float quads[4 * kLanes];
+  for (int first = 0; first < width; first += kLanes) {
+    for (int64_t i = 0; i < head_dim; i += 4) {
+      for (int r = 0; r < kLanes; ++r) {
+        std::copy_n(rows + (first + r) * stride + i, 4, quads + 4 * r);
+      }
+      VF part[4];
+      hn::LoadInterleaved4(d, quads, part[0], part[1], part[2], part[3]);
+      for (int64_t j = 0; j < std::min<int64_t>(4, head_dim - i); ++j) {
+        hn::Store(part[j], d, tile.q + (i + j) * width + first);
+      }
+    }
+  }
+}
+
+template <typename T>
+void StoreOutputs(const RowMap<T>& map, int64_t head_dim, float* rows, const QueryTile& tile) {
+  const DF d;
+  const int64_t stride = RoundUp(head_dim + 4, 16);
+  const int width = tile.width();
+  HWY_ALIGN float quads[4 * kLanes];
+  for (int first = 0; first < width; first += kLanes) {
+    const VF inverse = hn::Div(hn::Set(d, 1.0f), hn::Load(d, tile.sum + first));
+    for (int64_t i = 0; i < head_dim; i += 4) {
+      VF part[4];
+      for (int64_t j = 0; j < 4; ++j) {
+        const int64_t column = std::min(i + j, head_dim - 1);
+        part[j] = hn::Mul(hn::Load(d, tile.o + column * width + first), inverse);
+      }
+      hn::StoreInterleaved4(part[0], part[1], part[2], part[3], d, quads);
+      for (int r = 0; r < kLanes; ++r) {
+        std::copy_n(quads + 4 * r, 4, rows + (first + r) * stride + i);
+      }
+    }
+  }
+  for (int r = 0; r < tile.rows; ++r) {
+    const int64_t row = tile.first_row + r;
+    T* to = map.out + row / map.heads * map.out_stride + row % map.heads * head_dim;
+    const float* from = rows + r * stride;
+    int64_t i = 0;
+    for (; i + kLanes <= head_dim; i += kLanes) StoreFloats(hn::LoadU(d, from + i), to + i);
+    if (i < head_dim) {
+      sluice::HWY_NAMESPACE::StoreFloatsN(hn::LoadU(d, from + i), to + i, head_dim - i);
+    }
+  }
+}
+
+// Takes query tiles [first, last) over keys [key_begin, key_end), key_begin at the beginning of a
+// block, and calls finish(tile) for each. visible(row): how many keys a row sees, growing with the
+// row. block(i, slot): where block i is; it may be widened into scratch slot < kSpanBlocks.
+template <typename T, typename Visible, typename BlockAt, typename Finish>
+void AttendGroups(const RowMap<T>& map, int64_t head_dim, int64_t first, int64_t last,
+                  int64_t key_begin, int64_t key_end, Values values, float scale,
+                  const Scratch& scratch, const Visible& visible, const BlockAt& block,
+                  const Finish& finish) {
+  for (; first < last; first += scratch.group) {
+    const int64_t count = std::min(scratch.group, last - first);
+    for (int64_t i = 0; i < count; ++i) {
+      QueryTile& tile = scratch.tiles[i];
+      tile.Place(scratch.tile_floats + i * QueryTile::Floats(head_dim), head_dim);
+      tile.SetRows(first + i, map.count);
+      tile.started = false;
+      for (int r = 0; r < tile.width(); ++r) {
+        tile.visible[r] = static_cast<float>(visible(tile.first_row + std::min(r, tile.rows - 1)));
+        tile.max[r] = kNothing;
+        tile.sum[r] = 0;
+      }
+      tile.min_visible = visible(tile.first_row);
+      tile.max_visible = visible(tile.first_row + tile.rows - 1);
+      LoadQueries(map, head_dim, scratch.rows, tile);
+    }
+    const int64_t end = std::min(key_end, scratch.tiles[count - 1].max_visible);
+    for (int64_t begin = key_begin; begin < end; begin += kSpanBlocks * kKvBlockTokens) {
+      const int64_t span_end = std::min<int64_t>(end, begin + kSpanBlocks * kKvBlockTokens);
+      Block blocks[kSpanBlocks];
+      for (int64_t i = 0; begin + i * kKvBlockTokens < span_end; ++i) {
+        blocks[i] = block(begin / kKvBlockTokens + i, i);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        QueryTile& tile = scratch.tiles[i];
+        const int64_t tile_end = std::min(span_end, tile.max_visible);
+        if (tile.vectors == 2) {
+          AttendRows<2>(tile, blocks, values, begin, tile_end, head_dim, scale, scratch.scores);
+        } else {
+          AttendRows<1>(tile, blocks, values, begin, tile_end, head_dim, scale, scratch.scores);
+        }
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) finish(scratch.tiles[i]);
+  }
+}
+
+// Adds up what the ranges of keys gave: partial[s] = O [D, width] | max | sum [kTileRows each].
+void Combine(const float* partial, int64_t stride, int64_t ranges, int64_t head_dim,
+             QueryTile& tile) {
+  const DF d;
+  const int width = tile.width();
+  for (int first = 0; first < width; first += kLanes) {
+    const float* stats = partial + kTileRows * head_dim + first;
+    VF max = hn::Set(d, kNothing), sum = hn::Zero(d);
+    for (int64_t s = 0; s < ranges; ++s) max = hn::Max(max, hn::Load(d, stats + s * stride));
+    for (int64_t s = 0; s < ranges; ++s) {
+      const VF weight = Exp2(hn::Sub(hn::Load(d, stats + s * stride), max));
+      sum = hn::MulAdd(hn::Load(d, stats + s * stride + kTileRows), weight, sum);
+      for (int64_t i = 0; i < head_dim; ++i) {
+        float* o = tile.o + i * width + first;
+        const VF before = s == 0 ? hn::Zero(d) : hn::Load(d, o);
+        const VF more = hn::Load(d, partial + s * stride + i * width + first);
+        hn::Store(hn::MulAdd(more, weight, before), d, o);
+      }
+    }
+    hn::Store(sum, d, tile.sum + first);
+  }
+}
+
+template <typename T>
+void Encoder(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads, int head_dim,
+             float scale, TensorView out) {
+  const int64_t length = qkv.dim(0) / batch, width = int64_t{heads} * head_dim;
+  const int64_t num_blocks = CeilDiv(length, kKvBlockTokens), tiles = CeilDiv(length, kTileRows);
+  const int64_t group = Scratch::Group(head_dim, tiles);
+  const int64_t threads = ctx.num_threads(), units = batch * heads * tiles;
+  const T* all = qkv.data<T>();
+  T* all_out = out.data<T>();
+
+  Workspace::Scope scope(ctx.workspace());
+  // One block more: rows are widened in whole vectors.
+  const TensorView memory = ctx.workspace().Allocate(
+      DType::kU8, {threads, Scratch::Bytes(head_dim, group, num_blocks + 1)});
+  ParallelFor(ctx, threads, 1, [&](int64_t thread, int64_t last_thread) {
+    const Scratch scratch(memory, thread, head_dim, group, num_blocks + 1);
+    const int64_t area = kKvBlockTokens * head_dim;
+    float* packed_v = scratch.packed + num_blocks * area;
+    const int64_t end = units * last_thread / threads;
+    for (int64_t unit = units * thread / threads; unit < end;) {
+      const int64_t item = unit / tiles, frame = item / heads, head = item % heads;
+      const int64_t last = std::min(end, (item + 1) * tiles);
+      const T* q = all + frame * length * 3 * width + head * head_dim;
+      // Keys first, row by row upwards: what a row writes behind its end is overwritten.
+      for (int64_t t = 0; t < length; ++t) {
+        WidenRow(q + width + t * 3 * width, head_dim, scratch.packed + t * head_dim);
+      }
+      for (int64_t t = 0; t < length; ++t) {
+        WidenRow(q + 2 * width + t * 3 * width, head_dim, packed_v + t * head_dim);
+      }
+      const RowMap<T> map = {q,     3 * width, all_out + frame * length * width + head * head_dim,
+                             width, 1,         length};
+      AttendGroups(
+          map, head_dim, unit - item * tiles, last - item * tiles, 0, length, Values{head_dim, 1},
+          scale, scratch, [&](int64_t) { return length; },
+          [&](int64_t b, int64_t) {
+            return Block{scratch.packed + b * area, packed_v + b * area};
+          },
+          [&](const QueryTile& tile) { StoreOutputs(map, head_dim, scratch.rows, tile); });
+      unit = last;
+    }
+  });
+}
+
+template <typename T>
+void Causal(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
+            const KvLayerView& kv, TensorView out) {
+  constexpr bool kInPlace = std::is_same_v<T, float>;
+  const int64_t head_dim = kv.head_dim, area = kKvBlockTokens * head_dim;
+  const int64_t threads = ctx.num_threads();
+  const CausalPlan plan(begin, q.dim(0), heads, kv.kv_heads, kTileRows, ctx.num_threads());
+  const int64_t group = Scratch::Group(head_dim, plan.tiles);
+  const int64_t packed_blocks = kInPlace ? 0 : kSpanBlocks;
+  const int64_t partial_floats = kTileRows * (head_dim + 2);
+  const auto map_of = [&](int64_t kv_head) {
+    const int64_t column = kv_head * plan.heads_per_kv * head_dim;
+    return RowMap<T>{q.data<T>() + column, q.stride0(),       out.data<T>() + column,
+                     heads * head_dim,     plan.heads_per_kv, plan.rows};
+  };
+
+  Workspace::Scope scope(ctx.workspace());
+  const TensorView memory = ctx.workspace().Allocate(
+      DType::kU8, {threads, Scratch::Bytes(head_dim, group, packed_blocks)});
+  // [kv head, tile, range] of O [D, width] | max | sum [kTileRows each].
+  float* partials = nullptr;
+  if (plan.ranges > 1) {
+    partials = ctx.workspace().Allocate(DType::kF32, {plan.units, partial_floats}).data<float>();
+  }
+  ParallelFor(ctx, threads, 1, [&](int64_t thread, int64_t last_thread) {
+    const Scratch scratch(memory, thread, head_dim, group, packed_blocks);
+    const int64_t end = plan.FirstUnit(last_thread);
+    for (int64_t index = plan.FirstUnit(thread); index < end;) {
+      const CausalPlan::Unit unit = plan.At(index);
+      const int64_t last = std::min(plan.tiles, unit.tile + end - index);
+      const RowMap<T> map = map_of(unit.kv_head);
+      AttendGroups(
+          map, head_dim, unit.tile, last, plan.RangeBegin(unit.range),
+          plan.RangeBegin(unit.range + 1), Values{1, kKvBlockTokens}, scale, scratch,
+          [&](int64_t row) { return plan.Visible(row); },
+          [&](int64_t b, int64_t slot) {
+            const T* k = static_cast<const T*>(kv.blocks[b]) + unit.kv_head * area;
+            const T* v = k + kv.kv_heads * area;
+            if constexpr (kInPlace) {
+              return Block{k, v};
+            } else {
+              float* to = scratch.packed + slot * 2 * area;
+              WidenRow(k, area, to);
+              WidenRow(v, area, to + area);
+              return Block{to, to + area};
+            }
+          },
+          [&](const QueryTile& tile) {
+            if (partials == nullptr) return StoreOutputs(map, head_dim, scratch.rows, tile);
+            const int64_t place =
+                (unit.kv_head * plan.tiles + tile.first_row / kTileRows) * plan.ranges + unit.range;
+            float* to = partials + place * partial_floats;
+            if (tile.started) {
+              std::copy_n(tile.o, tile.width() * head_dim, to);
+            } else {
+              std::fill_n(to, tile.width() * head_dim, 0.0f);
+            }
+            std::copy_n(tile.max, tile.width(), to + kTileRows * head_dim);
+            std::copy_n(tile.sum, tile.width(), to + kTileRows * (head_dim + 1));
+          });
+      index += last - unit.tile;
+    }
+  });
+  if (partials == nullptr) return;
+  const int64_t all_tiles = kv.kv_heads * plan.tiles;
+  ParallelFor(ctx, threads, 1, [&](int64_t thread, int64_t last_thread) {
+    const Scratch scratch(memory, thread, head_dim, group, packed_blocks);
+    QueryTile& tile = scratch.tiles[0];
+    tile.Place(scratch.tile_floats, head_dim);
+    const int64_t end = all_tiles * last_thread / threads;
+    for (int64_t i = all_tiles * thread / threads; i < end; ++i) {
+      tile.SetRows(i % plan.tiles, plan.rows);
+      Combine(partials + i * plan.ranges * partial_floats, partial_floats, plan.ranges, head_dim,
+              tile);
+      StoreOutputs(map_of(i / plan.tiles), head_dim, scratch.rows, tile);
+    }
+  });
+}
+
+void EncoderAttention(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads, int head_dim,
+                      float scale, TensorView out) {
+  if (qkv.dtype() == DType::kF32) {
+    Encoder<float>(ctx, qkv, batch, heads, head_dim, scale, out);
+  } else {
+    Encoder<BFloat16>(ctx, qkv, batch, heads, head_dim, scale, out);
+  }
+}
+
+void CausalAttention(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
+                     const KvLayerView& kv, TensorView out) {
+  if (kv.dtype == DType::kF32) {
+    Causal<float>(ctx, q, begin, heads, scale, kv, out);
+  } else {
+    Causal<BFloat16>(ctx, q, begin, heads, scale, kv, out);
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace sluice::cpu
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace sluice::cpu {
+
+HWY_EXPORT(EncoderAttention);
+HWY_EXPORT(CausalAttention);
+
+void EncoderAttentionSimd(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads,
+                          int head_dim, float scale, TensorView out) {
+  HWY_DYNAMIC_DISPATCH(EncoderAttention)(ctx, qkv, batch, heads, head_dim, scale, out);
+}
+
+void CausalAttentionSimd(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
+                         const KvLayerView& kv, TensorView out) {
+  HWY_DYNAMIC_DISPATCH(CausalAttention)(ctx, q, begin, heads, scale, kv, out);
+}
+
+}  // namespace sluice::cpu
+#endif  // HWY_ONCE
