@@ -19,12 +19,17 @@ class SafetensorsFile {
  public:
   // Throws InputError, naming file, tensor, expected and found: not there, shorter than its header
   // says, header length beyond the file, header not JSON, unknown dtype, size != shape x dtype,
-  // offsets out of bounds, overlapping or leaving holes, rank > 4, duplicate names.
+  // offsets out of bounds, overlapping or leaving holes, rank > 8, duplicate names.
   static std::shared_ptr<const SafetensorsFile> Open(const std::filesystem::path& path);
   ~SafetensorsFile();
 
   const std::filesystem::path& path() const { return path_; }
+  // Ranks 5 to 8 appear with their axes from the fourth on merged: [E, 3, 2, 14, 14] is
+  // [E, 3, 2, 196]. Nothing promises that data is aligned, not even to its elements.
   const std::map<std::string, ConstTensorView>& tensors() const { return tensors_; }
+  // Tensors of dtypes that the format knows and we do not compute with (I64, F64, BOOL, ...), with
+  // the name of that dtype. Their sizes are checked like all others.
+  const std::map<std::string, std::string>& other_tensors() const { return other_tensors_; }
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   // Tells the system that these mapped pages will not be read again soon (after a copy was made of
   // them).
@@ -36,6 +41,7 @@ class SafetensorsFile {
   void* map_ = nullptr;
   size_t map_bytes_ = 0;
   std::map<std::string, ConstTensorView> tensors_;
+  std::map<std::string, std::string> other_tensors_;
   std::map<std::string, std::string> metadata_;
 };
 
@@ -51,12 +57,15 @@ class Checkpoint {
     std::shared_ptr<const SafetensorsFile> file;
   };
   const std::map<std::string, Entry>& tensors() const { return tensors_; }
+  // See SafetensorsFile::other_tensors.
+  const std::map<std::string, std::string>& other_tensors() const { return other_tensors_; }
   const std::filesystem::path& directory() const { return directory_; }
   int64_t TotalBytes() const;
 
  private:
   std::filesystem::path directory_;
   std::map<std::string, Entry> tensors_;
+  std::map<std::string, std::string> other_tensors_;
 };
 
 // Writes one file (for tests, tools and random checkpoints). Throws Error when the disk refuses.

@@ -17,7 +17,8 @@ namespace sluice {
 class WeightStore {
  public:
   // `canonical` maps a file's name to the canonical one, or to nothing for tensors to ignore.
-  // Throws InputError when two file names become one canonical name.
+  // Throws InputError when two file names become one canonical name, or when a tensor that is not
+  // to be ignored has a dtype that we do not compute with (see SafetensorsFile::other_tensors).
   WeightStore(const Checkpoint& checkpoint,
               const std::function<std::optional<std::string>(const std::string&)>& canonical,
               DType compute_type);
@@ -26,7 +27,9 @@ class WeightStore {
   // A copy in f32 (norm weights, biases, position tables: small things). Throws InputError naming
   // file, tensor, expected and found shape or dtype; likewise below.
   Tensor TakeF32(const std::string& name, const Shape& expected);
-  // In the compute dtype; the mapped pages themselves where the dtype already matches.
+  // In the compute dtype; the mapped pages themselves where the dtype already matches (and the data
+  // is aligned to it). A rank-2 `expected` also fits a tensor of higher rank whose later axes
+  // multiply to expected[1]: a convolution [N, C, P, P] is [N, C * P * P].
   // The store's Checkpoint files stay open for as long as the returned Matrix lives.
   SharedMatrix TakeMatrix(const std::string& name, const Shape& expected);
   // A projection `name.weight` [N, K] and, if `with_bias`, `name.bias` [N].
