@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <string>
 #include <unordered_set>
 
@@ -77,8 +78,8 @@ int32_t Sampler::Sample(std::span<float> logits, std::span<const int32_t> contex
 
   const bool limit_count = options_.top_k > 0 && options_.top_k < num_ids_;
   const bool limit_mass = options_.top_p < 1.0f;
-  order_.clear();
-  for (int32_t id = 0; id < num_ids_; ++id) order_.push_back(id);
+  order_.resize(num_ids_);
+  std::iota(order_.begin(), order_.end(), 0);
   double total = 0;
   size_t kept = order_.size();
   if (!limit_count && !limit_mass) {

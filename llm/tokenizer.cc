@@ -1,6 +1,6 @@
 #include "llm/tokenizer.h"
 
-#include <algorithm>
+#include <deque>
 #include <unordered_map>
 #include <utility>
 
@@ -62,7 +62,9 @@ void ReadPostProcessor(const nlohmann::json& spec, const std::string& where, Fra
     throw InputError(where + ".type must be ByteLevel, TemplateProcessing or Sequence, is " +
                      Quoted(type));
   }
-  Frame outer;
+  if (!frame->before.empty() || !frame->after.empty()) {
+    throw InputError(where + ": one TemplateProcessing can be evaluated, this is a second");
+  }
   int num_texts = 0;
   const nlohmann::json& single = ArrayField(spec, where, "single");
   for (size_t i = 0; i < single.size(); ++i) {
@@ -75,15 +77,13 @@ void ReadPostProcessor(const nlohmann::json& spec, const std::string& where, Fra
     }
     const std::string name =
         StringField(AnyField(single[i], at, "SpecialToken"), at + ".SpecialToken", "id");
-    std::vector<int32_t>& side = num_texts == 0 ? outer.before : outer.after;
+    std::vector<int32_t>& side = num_texts == 0 ? frame->before : frame->after;
     for (const int32_t id : TemplateIds(spec, where, name)) side.push_back(id);
   }
   if (num_texts != 1) {
     throw InputError(where + ".single must hold the text once, holds it " +
                      std::to_string(num_texts) + " times");
   }
-  frame->before.insert(frame->before.begin(), outer.before.begin(), outer.before.end());
-  frame->after.insert(frame->after.end(), outer.after.begin(), outer.after.end());
 }
 
 std::vector<AddedToken> ReadAddedTokens(const nlohmann::json& file) {
@@ -201,7 +201,13 @@ class BpeTokenizer : public Tokenizer {
           continue;
         }
         const std::string content = normalizer_->Normalize(token.content);
-        if (!content.empty()) normalized_matcher_.Add(content, &token);
+        if (content.empty()) {
+          throw InputError("the normalizer leaves nothing of the added token " +
+                           Quoted(token.content));
+        }
+        normalized_matcher_.Add(content, &token);
+        // Decodes to what was found in the text, as since version 0.23 of the reference.
+        contents_[token.id] = normalized_contents_.emplace_back(content);
       }
     }
     special_.resize(contents_.size());
@@ -347,8 +353,10 @@ class BpeTokenizer : public Tokenizer {
   const std::unique_ptr<const Normalizer> normalizer_;
   const std::unique_ptr<const PreTokenizer> pre_tokenizer_;
   const std::vector<DecoderStep> decoder_;
-  // Content by id over vocabulary and added tokens; looks into bpe_ and added_.
+  // Content by id over vocabulary and added tokens; looks into
+  // bpe_, added_ and normalized_contents_.
   std::vector<std::string_view> contents_;
+  std::deque<std::string> normalized_contents_;  // of added tokens looked for after the normalizer
   std::unordered_map<std::string_view, int32_t> added_ids_;
   std::vector<bool> special_;
   AddedTokenMatcher raw_matcher_;         // on the text as it came
