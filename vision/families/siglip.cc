@@ -72,13 +72,8 @@ SiglipEncoder::SiglipEncoder(WeightStore& weights, const SiglipConfig& config)
   const int64_t width = config.hidden_size, inner = config.intermediate_size;
   const int64_t patch = config.patch_size;
   const std::string embeddings = "vision_tower.embeddings.";
-  SharedMatrix kernel =
-      weights.TakeMatrix(embeddings + "patch_embedding.weight", {width, kChannels, patch, patch});
-  kernel.view =
-      ConstTensorView(kernel.view.raw(), kernel.view.dtype(), {width, kChannels * patch * patch});
-  patch_embedding_ =
-      LinearWeight(std::move(kernel), weights.TakeF32(embeddings + "patch_embedding.bias", {width}),
-                   WeightUse::kManyRows);
+  patch_embedding_ = weights.TakeLinear(embeddings + "patch_embedding", width,
+                                        kChannels * patch * patch, true, WeightUse::kManyRows);
   positions_ =
       weights.TakeF32(embeddings + "position_embedding.weight", {int64_t{grid_} * grid_, width});
   const auto take_norm = [&](const std::string& name) {
