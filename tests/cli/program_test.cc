@@ -1,0 +1,193 @@
+// The program as a script sees it: exit codes, one line on stderr, one object on stdout.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <string>
+
+namespace sluice {
+namespace {
+
+using nlohmann::json;
+using ::testing::HasSubstr;
+
+struct Outcome {
+  int exit_code = -1;
+  std::string out, err;
+};
+
+std::string ReadFile(const std::filesystem::path& path) {
+  std::stringstream text;
+  text << std::ifstream(path).rdbuf();
+  return text.str();
+}
+
+class ProgramTest : public ::testing::Test {
+ protected:
+  ProgramTest()
+      : directory_(std::filesystem::path(::testing::TempDir()) /
+                   ("program_test_" +
+                    std::string(::testing::UnitTest::GetInstance()->current_test_info()->name()))) {
+    std::filesystem::create_directories(directory_);
+  }
+  ~ProgramTest() override { std::filesystem::remove_all(directory_); }
+
+  Outcome Sluice(const std::string& arguments) const {
+    const auto out = directory_ / "stdout", err = directory_ / "stderr";
+    const std::string command = std::string(SLUICE_PROGRAM) + " " + arguments + " >" +
+                                out.string() + " 2>" + err.string() + " </dev/null";
+    const int status = std::system(command.c_str());
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, ReadFile(out), ReadFile(err)};
+  }
+
+  // Expects exit code 2, nothing on stdout and one line on stderr that holds `part`.
+  void ExpectRefused(const std::string& arguments, const std::string& part) const {
+    const Outcome outcome = Sluice(arguments);
+    EXPECT_EQ(outcome.exit_code, 2) << arguments;
+    EXPECT_EQ(outcome.out, "") << arguments;
+    EXPECT_EQ(std::count(outcome.err.begin(), outcome.err.end(), '\n'), 1) << outcome.err;
+    EXPECT_THAT(outcome.err, HasSubstr(part)) << arguments;
+  }
+
+  const std::string model_ = " --model " SLUICE_SOURCE_DIR "/tests/golden/tiny_tied ";
+  const std::filesystem::path directory_;
+};
+
+TEST_F(ProgramTest, HelpNamesEverySubcommand) {
+  const Outcome outcome = Sluice("--help");
+  EXPECT_EQ(outcome.exit_code, 0);
+  for (const char* command : {"ask", "bench", "eval", "info", "render"}) {
+    EXPECT_THAT(outcome.out, HasSubstr(command));
+    const Outcome help = Sluice(std::string(command) + " --help");
+    EXPECT_EQ(help.exit_code, 0);
+    EXPECT_THAT(help.out, HasSubstr("--json"));
+  }
+}
+
+TEST_F(ProgramTest, WrongUsageIsOneLineAndExitCodeTwo) {
+  ExpectRefused("", "subcommand");
+  ExpectRefused("frobnicate", "frobnicate");
+  ExpectRefused("ask", "--source");
+  ExpectRefused("ask --source test --colour red", "--colour");
+  ExpectRefused("ask --source test", "--question");
+  ExpectRefused("ask --source test --question ''", "question");
+  ExpectRefused("ask --source test --question x --dtype f8", "f8");
+  ExpectRefused("ask --source test --question x --fps 2 --every-nth 3", "--every-nth");
+  ExpectRefused("eval --clips 0", "--clips");
+}
+
+TEST_F(ProgramTest, WrongInputIsOneLineThatNamesIt) {
+  ExpectRefused("ask --source /no/such/file.mp4 --question x" + model_, "/no/such/file.mp4");
+  ExpectRefused("ask --source " + directory_.string() + " --question x" + model_,
+                directory_.string());
+  const auto empty = directory_ / "empty.mp4";
+  std::ofstream(empty).flush();
+  ExpectRefused("ask --source " + empty.string() + " --question x" + model_, empty.string());
+  ExpectRefused("ask --source test:smpte:1 --question x --model /no/such/model", "/no/such/model");
+  ExpectRefused("ask --source test:smpte:1 --question x --questions /no/such.jsonl" + model_,
+                "/no/such.jsonl");
+  ExpectRefused("info --model /no/such/model", "/no/such/model");
+}
+
+TEST_F(ProgramTest, InfoDescribesCheckpointAndMachine) {
+  const Outcome outcome = Sluice("info --json" + model_);
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  const json info = json::parse(outcome.out);
+  EXPECT_EQ(info["checkpoint"]["architecture"], "LlavaOnevisionForConditionalGeneration");
+  EXPECT_EQ(info["checkpoint"]["vision"]["tokens_per_frame"], 9);
+  EXPECT_GT(info["checkpoint"]["parameters"], 0);
+  EXPECT_GE(info["machine"]["physical_cores"], 1);
+  EXPECT_TRUE(info["fast_paths"].contains("decode_linear"));
+  const Outcome text = Sluice("info" + model_);
+  EXPECT_EQ(text.exit_code, 0);
+  EXPECT_THAT(text.out, HasSubstr("LlavaOnevisionForConditionalGeneration"));
+}
+
+TEST_F(ProgramTest, AskReportsEveryAnswerAsOneObject) {
+  const Outcome outcome = Sluice(
+      "ask --json --source test:smpte:3 --max-new-tokens 4 --question 'What?@1' --question "
+      "'And now?'" +
+      model_);
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  const json report = json::parse(outcome.out);
+  ASSERT_EQ(report["answers"].size(), 2u);
+  EXPECT_EQ(report["answers"][0]["question"], "What?");
+  EXPECT_EQ(report["answers"][0]["at_media_seconds"], 1.0);
+  EXPECT_LT(report["answers"][0]["frames_seen"], report["answers"][1]["frames_seen"]);
+  EXPECT_LE(report["answers"][0]["token_ids"].size(), 4u);
+  EXPECT_EQ(report["frames"]["sampled"], report["answers"][1]["frames_seen"]);
+  for (const char* stage : {"encode", "prefill", "decode"}) {
+    EXPECT_GT(report["stages"][stage]["seconds"], 0) << stage;
+  }
+}
+
+TEST_F(ProgramTest, AskPrintsQuestionsAnswersAndStages) {
+  const Outcome outcome = Sluice(
+      "ask --stats --source test:smpte:2 --max-new-tokens 4 --question 'What is it?'" + model_);
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  EXPECT_THAT(outcome.out, HasSubstr("What is it?"));
+  EXPECT_THAT(outcome.out, HasSubstr("ms/item"));
+  EXPECT_EQ(outcome.err, "");  // no progress bar where there is no terminal
+}
+
+TEST_F(ProgramTest, SameSeedGivesTheSameAnswer) {
+  const std::string ask =
+      "ask --json --source test:smpte:1 --max-new-tokens 8 --question x --temperature 2 --seed ";
+  const auto text = [&](const char* seed) {
+    return json::parse(Sluice(ask + seed + model_).out)["answers"][0]["token_ids"];
+  };
+  EXPECT_EQ(text("5"), text("5"));
+  EXPECT_NE(text("5"), text("6"));
+}
+
+TEST_F(ProgramTest, TooFewRightAnswersFail) {
+  ASSERT_EQ(
+      Sluice("render --frames 8 --times 2 --name film --out " + directory_.string()).exit_code, 0);
+  const auto film = directory_ / "film.mp4", questions = directory_ / "film.jsonl";
+  EXPECT_TRUE(std::filesystem::exists(film));
+  const Outcome outcome = Sluice("ask --max-new-tokens 2 --require-right 1000 --source " +
+                                 film.string() + " --questions " + questions.string() + model_);
+  EXPECT_EQ(outcome.exit_code, 1);
+  EXPECT_THAT(outcome.out, HasSubstr("answers are right"));
+  EXPECT_THAT(outcome.err, HasSubstr("expected at least 1000 right answers"));
+}
+
+TEST_F(ProgramTest, EvalScoresRenderedAndVideoClips) {
+  for (const char* source : {"rendered", "mp4"}) {
+    const Outcome outcome =
+        Sluice("eval --json --clips 2 --frames 8 --questions-per-clip 4 --source " +
+               std::string(source) + model_);
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+    const json report = json::parse(outcome.out);
+    EXPECT_EQ(report["frames"], 16);
+    EXPECT_EQ(report["tokens_per_frame"], 9.0);
+    EXPECT_GE(report["accuracy"]["mean"], 0.0);
+    EXPECT_FALSE(report["accuracy"]["by_kind"].empty());
+    EXPECT_EQ(report["majority_baseline"].size(), report["accuracy"]["by_kind"].size());
+    for (const char* figure :
+         {"encode_ms_per_frame", "prefill_ms_per_frame", "decode_tokens_per_s"}) {
+      EXPECT_GT(report[figure], 0.0) << figure;
+    }
+  }
+}
+
+TEST_F(ProgramTest, BenchMeasuresEveryStageAgainstThePeak) {
+  const Outcome outcome =
+      Sluice("bench --json --seconds 0 --batch 2 --context-frames 4 --threads 1" + model_);
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  const json report = json::parse(outcome.out);
+  EXPECT_GT(report["peak"]["gflops"], 0.0);
+  EXPECT_GT(report["peak"]["read_gbps"], 0.0);
+  EXPECT_GT(report["encode"]["percent_of_peak"], 0.0);
+  EXPECT_GT(report["prefill"]["percent_of_peak"], 0.0);
+  EXPECT_GT(report["decode"]["percent_of_read_bandwidth"], 0.0);
+}
+
+}  // namespace
+}  // namespace sluice
