@@ -27,7 +27,7 @@ constexpr size_t kMaxCachedPieces = 1 << 14;
 constexpr size_t kMaxCachedPieceBytes = 64;
 
 // What a post-processor puts around the ids of a text.
-struct Frame {
+struct Surround {
   std::vector<int32_t> before;
   std::vector<int32_t> after;
 };
@@ -47,14 +47,14 @@ std::vector<int32_t> TemplateIds(const nlohmann::json& spec, const std::string& 
   return ids;
 }
 
-void ReadPostProcessor(const nlohmann::json& spec, const std::string& where, Frame* frame) {
+void ReadPostProcessor(const nlohmann::json& spec, const std::string& where, Surround* around) {
   if (spec.is_null()) return;
   const std::string type = StringField(spec, where, "type");
   if (type == "ByteLevel") return;  // moves offsets only
   if (type == "Sequence") {
     const nlohmann::json& list = ArrayField(spec, where, "processors");
     for (size_t i = 0; i < list.size(); ++i) {
-      ReadPostProcessor(list[i], where + ".processors[" + std::to_string(i) + "]", frame);
+      ReadPostProcessor(list[i], where + ".processors[" + std::to_string(i) + "]", around);
     }
     return;
   }
@@ -62,7 +62,7 @@ void ReadPostProcessor(const nlohmann::json& spec, const std::string& where, Fra
     throw InputError(where + ".type must be ByteLevel, TemplateProcessing or Sequence, is " +
                      Quoted(type));
   }
-  if (!frame->before.empty() || !frame->after.empty()) {
+  if (!around->before.empty() || !around->after.empty()) {
     throw InputError(where + ": one TemplateProcessing can be evaluated, this is a second");
   }
   int num_texts = 0;
@@ -77,7 +77,7 @@ void ReadPostProcessor(const nlohmann::json& spec, const std::string& where, Fra
     }
     const std::string name =
         StringField(AnyField(single[i], at, "SpecialToken"), at + ".SpecialToken", "id");
-    std::vector<int32_t>& side = num_texts == 0 ? frame->before : frame->after;
+    std::vector<int32_t>& side = num_texts == 0 ? around->before : around->after;
     for (const int32_t id : TemplateIds(spec, where, name)) side.push_back(id);
   }
   if (num_texts != 1) {
@@ -213,8 +213,8 @@ class BpeTokenizer : public Tokenizer {
     special_.resize(contents_.size());
     for (const AddedToken& token : added_) special_[token.id] = token.special;
 
-    ReadPostProcessor(Stage(file, "post_processor"), "post_processor", &frame_);
-    for (const std::vector<int32_t>* side : {&frame_.before, &frame_.after}) {
+    ReadPostProcessor(Stage(file, "post_processor"), "post_processor", &around_);
+    for (const std::vector<int32_t>* side : {&around_.before, &around_.after}) {
       for (const int32_t id : *side) {
         if (!HasToken(id)) {
           throw InputError("post_processor adds id " + std::to_string(id) +
@@ -233,7 +233,7 @@ class BpeTokenizer : public Tokenizer {
     const bool skip_special = special == SpecialTokens::kAsText;
     const std::string text = unicode::Sanitize(raw);
     std::vector<int32_t> ids;
-    if (add_special) ids = frame_.before;
+    if (add_special) ids = around_.before;
     Cache cache;
     for (const auto& segment : raw_matcher_.Split(text, skip_special)) {
       if (segment.token != nullptr) {
@@ -255,7 +255,7 @@ class BpeTokenizer : public Tokenizer {
         }
       }
     }
-    if (add_special) ids.insert(ids.end(), frame_.after.begin(), frame_.after.end());
+    if (add_special) ids.insert(ids.end(), around_.after.begin(), around_.after.end());
     return ids;
   }
 
@@ -361,7 +361,7 @@ class BpeTokenizer : public Tokenizer {
   std::vector<bool> special_;
   AddedTokenMatcher raw_matcher_;         // on the text as it came
   AddedTokenMatcher normalized_matcher_;  // on what the normalizer made of it
-  Frame frame_;
+  Surround around_;
 };
 
 }  // namespace
