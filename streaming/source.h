@@ -13,7 +13,8 @@
 
 namespace sluice {
 
-// How frames are picked from the stream.
+// How frames are picked from the stream, by their time stamps; frame_sampler.h states the rule and
+// how it differs from the reference's way with offline clips. A frame is never delivered twice.
 struct SamplingRate {
   double fps = 2.0;   // frames a second of media time; used when every_nth is 0
   int every_nth = 0;  // every N-th decoded frame instead
@@ -21,38 +22,43 @@ struct SamplingRate {
 
 struct SourceOptions {
   SamplingRate rate;
-  std::optional<MediaTime> begin, end;  // of files: only this part
+  std::optional<MediaTime> begin, end;  // of recordings: only frames in [begin, end)
   int64_t max_frames = 0;               // stop after so many sampled frames; 0: all
-  std::chrono::milliseconds stall_timeout{
-      10000};                  // a source that delivers nothing for so long has failed
+  // A source that delivers nothing for so long has failed. Frames that sampling passes over count
+  // as delivered.
+  std::chrono::milliseconds stall_timeout{10000};
   int max_side_pixels = 8192;  // larger pictures are refused
 };
 
 struct SourceInfo {
-  bool live = false;
-  std::optional<MediaTime> duration;
-  int width = 0, height = 0;
-  std::string codec;
+  bool live = false;                  // cannot be asked to wait: read it as fast as it comes
+  std::optional<MediaTime> duration;  // as the container says; none of live sources
+  int width = 0, height = 0;          // of the first frame; later ones may differ
+  std::string codec;                  // "H.264 (High Profile)"
 };
 
-// A stream of frames. Used by one thread at a time, except Cancel.
+// A stream of frames: upright as the container's orientation tag says, in the stream's own colour
+// matrix, never scaled (pixels that are not square stay so). Frame times begin at 0 with the first
+// frame of the stream, also when `begin` skips it. Used by one thread at a time, except Cancel.
 class Source {
  public:
-  // `source`: a path, file://, http(s)://, rtsp://, "camera" or "camera:/dev/videoN", "test" or
-  // "test:PATTERN[:SECONDS]" (GStreamer's videotestsrc, e.g. "test:smpte:3"). Waits until the first
-  // frame's format is known. Throws InputError in one line: missing path, directory, empty file,
-  // not a media file, no video in it, unsupported codec (named), stall.
+  // `source`: a path, file://, http(s)://, rtsp(s)://, "camera" or "camera:/dev/videoN", "test" or
+  // "test:PATTERN[:SECONDS]" (GStreamer's videotestsrc at 640x480 and 30 frames a second, e.g.
+  // "test:smpte:3"; live and endless without SECONDS; the pattern "camera" is a moving ball).
+  // Waits until the first frame's format is known. Throws InputError in one line: missing path,
+  // directory, empty or unreadable file, not a media file, no video in it, unsupported codec
+  // (named), pictures larger than allowed, begin beyond the end, stall.
   static std::unique_ptr<Source> Open(const std::string& source, const SourceOptions& options);
   virtual ~Source() = default;
 
   virtual const SourceInfo& info() const = 0;
   // The next sampled frame, or null at the end of the stream (or after Cancel). Throws InputError
-  // when the stream breaks (for example a truncated file, after all frames that could be decoded
-  // were delivered it just ends if at least one came).
+  // on a stall and when a live stream breaks. A damaged recording delivers what could be decoded
+  // and ends with a warning; it throws when that is not a single frame.
   virtual FramePtr Next() = 0;
   // Wakes Next; it then returns null. Thread-safe.
   virtual void Cancel() = 0;
-  // Set when the stream ended early because it was damaged: one line that says so.
+  // Set when the stream ended early because it was damaged or cut off: one line that says so.
   virtual std::optional<std::string> warning() const = 0;
 };
 

@@ -1,0 +1,138 @@
+// A GStreamer pipeline behind the Source interface. Private to streaming/; see source.h.
+//
+//   uridecodebin | v4l2src ! decodebin | videotestsrc      everything up to decoded pictures
+//     -> probe      picks frames by time stamp and drops the others before they cost anything more
+//     -> videoflip  turns pictures upright as the file's orientation tag says
+//     -> videoconvert ! RGB     the stream's own colour matrix and range; never scales
+//     -> appsink    one picture waits; when it is taken, one row-wise copy makes the Frame
+//
+// GStreamer's threads run the pipeline; they hand over through `State` and never call out.
+#ifndef SLUICE_STREAMING_GST_SOURCE_H_
+#define SLUICE_STREAMING_GST_SOURCE_H_
+
+#include <gst/app/gstappsink.h>
+#include <gst/gst.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "streaming/frame_sampler.h"
+#include "streaming/source.h"
+
+namespace sluice {
+
+// What to open, already checked as far as that goes without GStreamer.
+struct SourceRequest {
+  enum class Kind { kUri, kCamera, kTest };
+  Kind kind = Kind::kUri;
+  std::string label;         // as given, without passwords: for messages
+  std::string location;      // URI, device or videotestsrc pattern
+  double test_seconds = 0;   // of a test source; 0: live and endless
+  std::string cut_off = {};  // of a file that is shorter than its header says: both sizes
+};
+
+struct UnrefElement {
+  void operator()(GstElement* element) const { gst_object_unref(element); }
+};
+using ElementPtr = std::unique_ptr<GstElement, UnrefElement>;
+
+class GstSource final : public Source {
+ public:
+  GstSource(SourceRequest request, const SourceOptions& options);
+  ~GstSource() override;
+
+  // Builds and starts the pipeline and waits for the first picture's format.
+  void Start();
+
+  const SourceInfo& info() const override { return info_; }
+  FramePtr Next() override;
+  void Cancel() override;
+  std::optional<std::string> warning() const override { return warning_; }
+
+ private:
+  using SteadyTime = std::chrono::steady_clock::time_point;
+  static constexpr int64_t kNoOrigin = INT64_MIN;
+
+  // Shared with GStreamer's threads.
+  struct State {
+    std::mutex mutex;
+    std::condition_variable changed;
+    uint64_t events = 0;  // counts whatever a reader may be waiting for
+    bool cancelled = false;
+    bool preroll = false;                 // the sink holds its first picture
+    bool past_end = false;                // the sampler wants nothing more
+    bool video_linked = false;            // a decoded video stream was found
+    std::string refusal;                  // what we refuse ourselves: size, no video; final
+    std::string error;                    // the first thing GStreamer reported
+    std::string missing;                  // a decoder or demuxer that is not installed
+    std::set<std::string> other_streams;  // media types that are not video
+    std::vector<ElementPtr> demuxers;     // elements that read containers by themselves
+    SteadyTime last_picture;              // when a decoded picture last came by
+    SteadyTime last_data;                 // when a video decoder was last fed
+  };
+
+  // Building.
+  GstElement* Add(const char* factory);
+  void BuildInput();
+  void BuildOutput();
+  void WatchDecodebin(GstElement* bin);
+
+  // Waiting. Each returns with state_.mutex free.
+  uint64_t Events();
+  void Notify(const std::function<void(State&)>& change);
+  bool WaitForChange(uint64_t seen, SteadyTime asked,
+                     std::chrono::milliseconds at_most = std::chrono::milliseconds::max());
+  void WaitForFormat();
+  std::string DemuxerGaveUp();
+  void SeekToBegin();
+  FramePtr Finish();
+  FramePtr ToFrame(GstSample* sample);
+  void ReadFormat(GstSample* sample);
+  [[noreturn]] void Throw(const std::string& what) const;
+
+  // On GStreamer's threads.
+  static GstBusSyncReply OnMessage(GstBus*, GstMessage* message, gpointer self);
+  static gboolean OnAutoplugContinue(GstElement*, GstPad*, GstCaps* caps, gpointer self);
+  static void OnUnknownType(GstElement*, GstPad*, GstCaps* caps, gpointer self);
+  static void OnPadAdded(GstElement*, GstPad* pad, gpointer self);
+  static void OnNoMorePads(GstElement*, gpointer self);
+  static void OnSourceSetup(GstElement*, GstElement* source, gpointer self);
+  static void OnElementAdded(GstBin*, GstBin*, GstElement* element, gpointer self);
+  static GstPadProbeReturn OnDecoderInput(GstPad*, GstPadProbeInfo*, gpointer self);
+  static GstPadProbeReturn OnDecoded(GstPad*, GstPadProbeInfo* info, gpointer self);
+  GstPadProbeReturn OnPicture(GstPadProbeInfo* info);
+  bool RefuseIfTooLarge(int width, int height);
+  MediaTime StreamTime(const GstSegment& segment, GstClockTime pts) const;
+
+  const SourceRequest request_;
+  const SourceOptions options_;
+  SourceInfo info_;
+  std::optional<std::string> warning_;
+  int64_t delivered_ = 0;
+  bool ended_ = false;
+
+  GstElement* pipeline_ = nullptr;  // owned
+  GstElement* flip_ = nullptr;      // owned by the pipeline, as all elements
+  GstAppSink* sink_ = nullptr;
+  GstSample* stashed_ = nullptr;  // owned: a live source's first picture, read for its format
+
+  State state_;
+
+  // Used by the streaming thread that carries decoded pictures.
+  FrameSampler sampler_;
+  GstSegment segment_;
+  GstClockTime frame_duration_ = GST_CLOCK_TIME_NONE;  // by the caps' frame rate
+  GstClockTime next_pts_ = 0;                          // for pictures without a time stamp
+  // Read by both sides.
+  std::atomic<int64_t> origin_ns_ = kNoOrigin;  // stream time of the first picture
+  std::atomic<int64_t> newest_ns_ = 0;          // media time of the newest decoded picture
+};
+
+}  // namespace sluice
+
+#endif  // SLUICE_STREAMING_GST_SOURCE_H_
