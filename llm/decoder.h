@@ -14,7 +14,11 @@
 
 namespace sluice {
 
-// Sees intermediate results by name ("layer.3", "norm", "logits"); for tests and tools.
+// Sees intermediate results by name, each whole; for tests and tools. "layer.3.query" and
+// "layer.3.key" (after the rotation, in the compute dtype, rows strided), "layer.3" [rows, E] f32,
+// and of the rows whose logits are asked for "norm" [rows, E] f32 and "logits" [rows, V] f32 (the
+// latter one sequence a call, or all together). With a probe, a step is a single chunk, whatever
+// scratch memory that takes.
 using DecoderProbe = std::function<void(std::string_view name, ConstTensorView value)>;
 
 // One sequence's part of a step.
@@ -28,7 +32,8 @@ class Decoder {
  public:
   virtual ~Decoder() = default;
 
-  // Runs all layers over the new positions of each sequence and appends to the caches. Throws
+  // Runs all layers over the new positions of each sequence and appends to the caches. Long steps
+  // run in chunks, so that scratch memory does not grow with them. Throws
   // ResourceExhausted when a cache cannot grow, InputError beyond max_positions(); caches are then
   // unchanged.
   virtual void Step(ExecContext& ctx, std::span<SequenceStep> sequences,

@@ -15,8 +15,9 @@
 
 namespace sluice {
 
-// Sees intermediate results by name ("embeddings", "layer.3", "tower", "projector", "pooled"); for
-// tests and tools.
+// Sees intermediate results by name ("embeddings", "layer.3", "tower", "projector", "pooled"), each
+// whole and in f32, [F * N, width]; for tests and tools. With a probe, all frames go through the
+// tower together, whatever scratch memory that takes.
 using TensorProbe = std::function<void(std::string_view name, ConstTensorView value)>;
 
 class VisionEncoder {
