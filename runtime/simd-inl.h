@@ -1,5 +1,9 @@
 // Vectors of f32 read from and written to f32, bf16 or f16 memory, for the Highway files of
 // runtime/. Included once for every instruction set, after <hwy/foreach_target.h>.
+//
+// Do not keep what HWY_DYNAMIC_DISPATCH gives: until the first dispatch of the process it is the
+// function that examines the processor, which costs 20 us and more on virtual machines, and a kept
+// pointer would examine it in every call.
 #if defined(SLUICE_RUNTIME_SIMD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SLUICE_RUNTIME_SIMD_INL_H_
 #undef SLUICE_RUNTIME_SIMD_INL_H_

@@ -100,16 +100,16 @@ HWY_EXPORT(SoftmaxRows);
 
 void SiluMulSimd(ExecContext& ctx, ConstTensorView gate_up, TensorView y) {
   if (y.dim(1) == 0) return;
-  const auto rows = HWY_DYNAMIC_DISPATCH(SiluAny);
   // Waking a thread costs about as much as 4 K exponentials.
-  ParallelFor(ctx, y.dim(0), 1 + 4096 / y.dim(1),
-              [&](int64_t begin, int64_t end) { rows(gate_up, y, begin, end); });
+  ParallelFor(ctx, y.dim(0), 1 + 4096 / y.dim(1), [&](int64_t begin, int64_t end) {
+    HWY_DYNAMIC_DISPATCH(SiluAny)(gate_up, y, begin, end);
+  });
 }
 
 void SoftmaxSimd(ExecContext& ctx, TensorView x) {
-  const auto rows = HWY_DYNAMIC_DISPATCH(SoftmaxRows);
-  ParallelFor(ctx, x.dim(0), 1 + 4096 / x.dim(1),
-              [&](int64_t begin, int64_t end) { rows(x, begin, end); });
+  ParallelFor(ctx, x.dim(0), 1 + 4096 / x.dim(1), [&](int64_t begin, int64_t end) {
+    HWY_DYNAMIC_DISPATCH(SoftmaxRows)(x, begin, end);
+  });
 }
 
 }  // namespace sluice

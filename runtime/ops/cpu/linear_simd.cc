@@ -7,6 +7,25 @@
 #include "runtime/ops/cpu/linear.h"
 #include "runtime/parallel.h"
 
+#ifndef SLUICE_RUNTIME_OPS_CPU_LINEAR_SIMD_CC_ONCE_
+#define SLUICE_RUNTIME_OPS_CPU_LINEAR_SIMD_CC_ONCE_
+namespace sluice {
+
+inline constexpr int64_t kRowsAtOnce = 4;
+inline constexpr int64_t kStrip = 32;  // outputs that stay on one thread
+
+// A product with its inputs as the kernels want them.
+struct VectorJob {
+  const LinearArgs* args = nullptr;
+  const float* x = nullptr;  // rows of f32, `x_stride` apart; packed: an even number, zero padded
+  int64_t x_stride = 0;
+  float* sums = nullptr;  // [M, sums_stride] scratch
+  int64_t sums_stride = 0;
+};
+
+}  // namespace sluice
+#endif  // seen by every instruction set, defined by the first
+
 // The kernels keep arrays of vectors in registers, which types of unknown size do not allow.
 #define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #undef HWY_TARGET_INCLUDE
@@ -196,22 +215,100 @@ HWY_INLINE void FinishRun(const float* sums, const float* bias, const LinearOpti
   }
 }
 
-void FinishF32(const float* sums, const float* bias, const LinearOptions& options, int64_t count,
-               void* y) {
-  FinishRun(sums, bias, options, count, static_cast<float*>(y));
-}
-void FinishBF16(const float* sums, const float* bias, const LinearOptions& options, int64_t count,
-                void* y) {
-  FinishRun(sums, bias, options, count, static_cast<BFloat16*>(y));
+void Outputs(const VectorJob& job, int64_t begin, int64_t end) {
+  const LinearArgs& args = *job.args;
+  const bool packed = args.dtype == DType::kBF16;
+  // With more rows than one pass takes, passes go over a part of the weight that stays in the
+  // second-level cache.
+  const int64_t output_bytes = args.k * static_cast<int64_t>(SizeOf(args.dtype));
+  const int64_t part = args.m <= kRowsAtOnce
+                           ? end - begin
+                           : std::max<int64_t>(1, (512 << 10) / (output_bytes * kStrip)) * kStrip;
+  for (int64_t n = begin; n < end; n += part) {
+    const int64_t n_end = std::min(n + part, end);
+    for (int64_t m = 0; m < args.m; m += kRowsAtOnce) {
+      const int64_t rows = std::min<int64_t>(kRowsAtOnce, args.m - m);
+      const float* x = job.x + m * job.x_stride;
+      float* sums = job.sums + m * job.sums_stride;
+      if (packed) {
+        PackedRows(static_cast<const BFloat16*>(args.weight), args.k, n, n_end, x, job.x_stride,
+                   rows, sums, job.sums_stride);
+      } else {
+        PlainRows(static_cast<const float*>(args.weight), args.k, n, n_end, x, rows, sums,
+                  job.sums_stride);
+      }
+    }
+  }
+  for (int64_t m = 0; m < args.m; ++m) {
+    const float* sums = job.sums + m * job.sums_stride + begin;
+    const float* bias = args.bias ? args.bias + begin : nullptr;
+    const int64_t at = m * args.n + begin;
+    if (args.y.dtype() == DType::kBF16) {
+      FinishRun(sums, bias, args.options, end - begin, args.y.data<BFloat16>() + at);
+    } else {
+      FinishRun(sums, bias, args.options, end - begin, args.y.data<float>() + at);
+    }
+  }
 }
 
-// Transposes 16 rows x 16 pairs of inputs: from rows `stride` pairs apart to lines of
-// kPackedOutputs pairs.
-void PackTile(const char* from, int64_t stride_bytes, uint32_t* to) {
-  HWY_ALIGN uint32_t tile[16][16];
-  for (int r = 0; r < 16; ++r) std::memcpy(tile[r], from + r * stride_bytes, sizeof(tile[r]));
-  for (int p = 0; p < 16; ++p) {
-    for (int r = 0; r < 16; ++r) to[p * kPackedOutputs + r] = tile[r][p];
+// Transposes 16 rows x 16 pairs of inputs: from rows `stride_bytes` apart to lines of
+// kPackedOutputs pairs, in squares of 4 x 4 pairs.
+HWY_INLINE void PackTile(const char* from, int64_t stride_bytes, uint32_t* to) {
+#if HWY_TARGET == HWY_SCALAR
+  for (int r = 0; r < 16; ++r) {
+    for (int p = 0; p < 16; ++p) {
+      std::memcpy(to + p * kPackedOutputs + r, from + r * stride_bytes + p * 4, 4);
+    }
+  }
+#else
+  const hn::FixedTag<uint32_t, 4> d;
+  const hn::FixedTag<uint64_t, 2> d2;
+  const hn::FixedTag<uint8_t, 16> bytes;
+  const auto load = [&](const char* p) HWY_ATTR {
+    return hn::BitCast(d, hn::LoadU(bytes, reinterpret_cast<const uint8_t*>(p)));
+  };
+  for (int r = 0; r < 16; r += 4) {
+    for (int p = 0; p < 16; p += 4) {
+      const char* corner = from + r * stride_bytes + p * 4;
+      const auto r0 = load(corner), r1 = load(corner + stride_bytes);
+      const auto r2 = load(corner + 2 * stride_bytes), r3 = load(corner + 3 * stride_bytes);
+      const auto a = hn::BitCast(d2, hn::InterleaveLower(d, r0, r1));  // 00 10 01 11
+      const auto b = hn::BitCast(d2, hn::InterleaveLower(d, r2, r3));
+      const auto c = hn::BitCast(d2, hn::InterleaveUpper(d, r0, r1));  // 02 12 03 13
+      const auto e = hn::BitCast(d2, hn::InterleaveUpper(d, r2, r3));
+      uint32_t* line = to + p * kPackedOutputs + r;
+      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d2, a, b)), d, line);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d2, a, b)), d, line + kPackedOutputs);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d2, c, e)), d, line + 2 * kPackedOutputs);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d2, c, e)), d, line + 3 * kPackedOutputs);
+    }
+  }
+#endif
+}
+
+// Rows [begin, end) of the packed matrix; `from` holds row `begin` and those after it.
+void PackRange(const char* from, int64_t begin, int64_t end, int64_t k, BFloat16* packed) {
+  const int64_t row_bytes = k * static_cast<int64_t>(sizeof(BFloat16));
+  const int64_t padded_k = (k + kPackedInputs - 1) / kPackedInputs * kPackedInputs;
+  const auto pack_columns = [&](int64_t n, int64_t first_k) {
+    for (int64_t i = first_k; i < padded_k; ++i) {
+      BFloat16 value = {0};
+      if (i < k) std::memcpy(&value, from + (n - begin) * row_bytes + i * 2, sizeof(value));
+      packed[PackedIndex(n, i, k)] = value;
+    }
+  };
+  for (int64_t n = begin; n < end;) {
+    if (n % 16 != 0 || n + 16 > end) {
+      pack_columns(n++, 0);
+      continue;
+    }
+    uint32_t* to = reinterpret_cast<uint32_t*>(packed + PackedIndex(n, 0, k));
+    const int64_t whole_k = k / 32 * 32;
+    for (int64_t i = 0; i < whole_k; i += 32) {
+      PackTile(from + (n - begin) * row_bytes + i * 2, row_bytes, to + i / 2 * kPackedOutputs);
+    }
+    for (int64_t r = n; r < n + 16; ++r) pack_columns(r, whole_k);
+    n += 16;
   }
 }
 
@@ -225,106 +322,51 @@ HWY_AFTER_NAMESPACE();
 #include "runtime/load_threads.h"
 
 namespace sluice {
-HWY_EXPORT(PackedRows);
-HWY_EXPORT(PlainRows);
-HWY_EXPORT(FinishF32);
-HWY_EXPORT(FinishBF16);
-HWY_EXPORT(PackTile);
+HWY_EXPORT(Outputs);
+HWY_EXPORT(PackRange);
 
 void LinearVector(ExecContext& ctx, const LinearArgs& args) {
   const bool packed = args.dtype == DType::kBF16;
   Workspace::Scope scope(ctx.workspace());
   const int64_t padded_n = (args.n + kPackedOutputs - 1) / kPackedOutputs * kPackedOutputs;
-  float* sums = ctx.workspace().Allocate(DType::kF32, {args.m, padded_n}).data<float>();
-
-  const float* x = nullptr;
-  int64_t x_stride = args.k;
+  VectorJob job;
+  job.args = &args;
+  job.sums_stride = padded_n;
+  job.sums = ctx.workspace().Allocate(DType::kF32, {args.m, padded_n}).data<float>();
+  job.x_stride = args.k;
   if (packed) {
-    x_stride = (args.k + 1) / 2 * 2;
-    float* wide = ctx.workspace().Allocate(DType::kF32, {args.m, x_stride}).data<float>();
+    job.x_stride = (args.k + 1) / 2 * 2;
+    float* wide = ctx.workspace().Allocate(DType::kF32, {args.m, job.x_stride}).data<float>();
     for (int64_t m = 0; m < args.m; ++m) {
-      ConvertElements(args.x.data<BFloat16>() + m * args.k, DType::kBF16, wide + m * x_stride,
-                      DType::kF32, args.k);
-      if (args.k < x_stride) wide[m * x_stride + args.k] = 0;
+      float* row = wide + m * job.x_stride;
+      ConvertElements(args.x.data<BFloat16>() + m * args.k, DType::kBF16, row, DType::kF32, args.k);
+      if (args.k < job.x_stride) row[args.k] = 0;
     }
-    x = wide;
+    job.x = wide;
   } else {
-    x = args.x.data<float>();
+    job.x = args.x.data<float>();
   }
 
   // Threads take whole strips; one needs some 64 KB of weight to be worth waking.
-  constexpr int64_t kStrip = 32;
   const int64_t strip_bytes = kStrip * args.k * static_cast<int64_t>(SizeOf(args.dtype));
   const int64_t strips = (args.n + kStrip - 1) / kStrip;
-  const auto packed_rows = HWY_DYNAMIC_DISPATCH(PackedRows);
-  const auto plain_rows = HWY_DYNAMIC_DISPATCH(PlainRows);
-  const auto finish = args.y.dtype() == DType::kBF16 ? HWY_DYNAMIC_DISPATCH(FinishBF16)
-                                                     : HWY_DYNAMIC_DISPATCH(FinishF32);
-  char* y = static_cast<char*>(args.y.raw());
-  const int64_t y_size = static_cast<int64_t>(SizeOf(args.y.dtype()));
-  ParallelFor(
-      ctx, strips, std::max<int64_t>(1, 65536 / strip_bytes), [&](int64_t first, int64_t last) {
-        const int64_t begin = first * kStrip, end = std::min(last * kStrip, args.n);
-        // With more rows than one pass takes, passes go over a part of the weight that
-        // stays in the second-level cache.
-        const int64_t part =
-            args.m <= 4 ? end - begin : std::max<int64_t>(1, (512 << 10) / strip_bytes) * kStrip;
-        for (int64_t n = begin; n < end; n += part) {
-          const int64_t n_end = std::min(n + part, end);
-          for (int64_t m = 0; m < args.m; m += 4) {
-            const int64_t rows = std::min<int64_t>(4, args.m - m);
-            if (packed) {
-              packed_rows(static_cast<const BFloat16*>(args.weight), args.k, n, n_end,
-                          x + m * x_stride, x_stride, rows, sums + m * padded_n, padded_n);
-            } else {
-              plain_rows(static_cast<const float*>(args.weight), args.k, n, n_end, x + m * x_stride,
-                         rows, sums + m * padded_n, padded_n);
-            }
-          }
-        }
-        for (int64_t m = 0; m < args.m; ++m) {
-          finish(sums + m * padded_n + begin, args.bias ? args.bias + begin : nullptr, args.options,
-                 end - begin, y + (m * args.n + begin) * y_size);
-        }
-      });
+  ParallelFor(ctx, strips, std::max<int64_t>(1, 65536 / strip_bytes),
+              [&](int64_t first, int64_t last) {
+                HWY_DYNAMIC_DISPATCH(Outputs)
+                (job, first * kStrip, std::min(last * kStrip, args.n));
+              });
 }
 
 void PackRows(const void* source, int64_t row, int64_t rows, int64_t k, BFloat16* packed) {
   const char* from = static_cast<const char*>(source);
-  const int64_t row_bytes = k * static_cast<int64_t>(sizeof(BFloat16));
-  const int64_t padded_k = (k + kPackedInputs - 1) / kPackedInputs * kPackedInputs;
-  const auto pack_tile = HWY_DYNAMIC_DISPATCH(PackTile);
   // Ranges follow the destination's blocks, so that no two threads write one line.
   const int64_t first_block = row / kPackedOutputs;
-  const int64_t last_block = (row + rows + kPackedOutputs - 1) / kPackedOutputs;
-  ParallelLoad(last_block - first_block, [&](int64_t begin_block, int64_t end_block) {
+  const int64_t end_block = (row + rows + kPackedOutputs - 1) / kPackedOutputs;
+  ParallelLoad(end_block - first_block, [&](int64_t begin_block, int64_t last_block) {
     const int64_t begin = std::max((first_block + begin_block) * kPackedOutputs, row);
-    const int64_t end = std::min((first_block + end_block) * kPackedOutputs, row + rows);
-    for (int64_t n = begin; n < end;) {
-      const bool tile = n % 16 == 0 && n + 16 <= end;
-      if (tile) {
-        int64_t kk = 0;
-        uint32_t* to = reinterpret_cast<uint32_t*>(packed + PackedIndex(n, 0, k));
-        for (; kk + 32 <= k; kk += 32) {
-          pack_tile(from + (n - row) * row_bytes + kk * 2, row_bytes, to + kk / 2 * kPackedOutputs);
-        }
-        for (; kk < padded_k; ++kk) {
-          for (int64_t r = n; r < n + 16; ++r) {
-            BFloat16 value = {0};
-            if (kk < k) std::memcpy(&value, from + (r - row) * row_bytes + kk * 2, sizeof(value));
-            packed[PackedIndex(r, kk, k)] = value;
-          }
-        }
-        n += 16;
-      } else {
-        for (int64_t kk = 0; kk < padded_k; ++kk) {
-          BFloat16 value = {0};
-          if (kk < k) std::memcpy(&value, from + (n - row) * row_bytes + kk * 2, sizeof(value));
-          packed[PackedIndex(n, kk, k)] = value;
-        }
-        ++n;
-      }
-    }
+    const int64_t end = std::min((first_block + last_block) * kPackedOutputs, row + rows);
+    HWY_DYNAMIC_DISPATCH(PackRange)
+    (from + (begin - row) * k * static_cast<int64_t>(sizeof(BFloat16)), begin, end, k, packed);
   });
 }
 

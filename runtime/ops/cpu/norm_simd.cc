@@ -99,10 +99,10 @@ namespace sluice {
 HWY_EXPORT(NormRows);
 
 void NormSimd(ExecContext& ctx, const NormArgs& args) {
-  const auto rows = HWY_DYNAMIC_DISPATCH(NormRows);
   // Waking a thread costs about as much as 16 K elements.
-  ParallelFor(ctx, args.x.dim(0), 1 + 16384 / args.x.dim(1),
-              [&](int64_t begin, int64_t end) { rows(args, begin, end); });
+  ParallelFor(ctx, args.x.dim(0), 1 + 16384 / args.x.dim(1), [&](int64_t begin, int64_t end) {
+    HWY_DYNAMIC_DISPATCH(NormRows)(args, begin, end);
+  });
 }
 
 }  // namespace sluice

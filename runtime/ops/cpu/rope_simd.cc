@@ -76,11 +76,20 @@ void Angles(float position, const float* inv_freq, int64_t half, float* cosines,
   }
 }
 
-void RotateF32(void* row, int64_t heads, int64_t half, const float* cosines, const float* sines) {
-  RotateRow(static_cast<float*>(row), heads, half, cosines, sines);
-}
-void RotateBF16(void* row, int64_t heads, int64_t half, const float* cosines, const float* sines) {
-  RotateRow(static_cast<BFloat16*>(row), heads, half, cosines, sines);
+// Rows [begin, end). tables: [S, 2 * half] f32 of scratch, a row for each row of x.
+void RotateRows(TensorView x, int64_t half, std::span<const int32_t> positions,
+                const float* inv_freq, float* tables, int64_t begin, int64_t end) {
+  const int64_t heads = x.dim(1) / (2 * half);
+  for (int64_t s = begin; s < end; ++s) {
+    float* cosines = tables + s * 2 * half;
+    float* sines = cosines + half;
+    Angles(static_cast<float>(positions[s]), inv_freq, half, cosines, sines);
+    if (x.dtype() == DType::kBF16) {
+      RotateRow(x.data<BFloat16>() + s * x.stride0(), heads, half, cosines, sines);
+    } else {
+      RotateRow(x.data<float>() + s * x.stride0(), heads, half, cosines, sines);
+    }
+  }
 }
 
 }  // namespace HWY_NAMESPACE
@@ -89,26 +98,16 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace sluice {
-HWY_EXPORT(Angles);
-HWY_EXPORT(RotateF32);
-HWY_EXPORT(RotateBF16);
+HWY_EXPORT(RotateRows);
 
 void RopeSimd(ExecContext& ctx, TensorView x, int head_dim, std::span<const int32_t> positions,
               const float* inv_freq) {
-  const int64_t half = head_dim / 2, heads = x.dim(1) / head_dim;
+  if (x.dim(1) == 0) return;
+  const int64_t half = head_dim / 2;
   Workspace::Scope scope(ctx.workspace());
   float* tables = ctx.workspace().Allocate(DType::kF32, {x.dim(0), 2 * half}).data<float>();
-  const auto rotate = x.dtype() == DType::kBF16 ? HWY_DYNAMIC_DISPATCH(RotateBF16)
-                                                : HWY_DYNAMIC_DISPATCH(RotateF32);
-  const auto angles = HWY_DYNAMIC_DISPATCH(Angles);
-  const int64_t row_bytes = x.stride0() * static_cast<int64_t>(SizeOf(x.dtype()));
   ParallelFor(ctx, x.dim(0), 1 + 4096 / x.dim(1), [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      float* cosines = tables + s * 2 * half;
-      float* sines = cosines + half;
-      angles(static_cast<float>(positions[s]), inv_freq, half, cosines, sines);
-      rotate(static_cast<char*>(x.raw()) + s * row_bytes, heads, half, cosines, sines);
-    }
+    HWY_DYNAMIC_DISPATCH(RotateRows)(x, half, positions, inv_freq, tables, begin, end);
   });
 }
 
