@@ -28,10 +28,15 @@ struct EngineOptions {
 // Thread-safe: sessions of one engine may run on different threads.
 class Engine {
  public:
+  // Loads the checkpoint. Throws InputError as Vlm::Load does.
   explicit Engine(const EngineOptions& options);
+  // With a model that is loaded already; `model` and `vlm` of the options are not read.
+  Engine(std::shared_ptr<const Vlm> vlm, const EngineOptions& options);
   const std::shared_ptr<const Vlm>& vlm() const { return vlm_; }
   int num_threads() const { return num_threads_; }
+  // Its KV blocks come from the engine's pool, under the budget of all sessions together.
   std::unique_ptr<Session> NewSession(const SessionOptions& options) const;
+  // For one thread at a time, with num_threads() threads of its own.
   std::unique_ptr<ExecContext> NewContext() const;
 
  private:
@@ -73,8 +78,18 @@ struct RunResult {
   std::optional<std::string> warning;  // a damaged source that ended early
 };
 
-// Plays `source` through `session`, asking each question at its time. Decoding runs on a thread of
-// its own, beside this one.
+// Plays `source` through `session`, asking each question at its time, in order of time; questions
+// for the same time in the order given. Decoding runs on a thread of its own, beside this one.
+//
+// A recording is ingested in batches of frames_per_batch frames, cut only by questions and its end,
+// so that the same file gives the same answers however fast this machine is. A live source is
+// ingested in batches of what is waiting, at most so many; when it is faster than the model, the
+// oldest waiting frames are dropped and counted.
+//
+// Source::Cancel from another thread ends the run early: remaining questions are asked about what
+// has been seen. Exceptions (of the source, the model, the observer) end it at once and pass
+// through; the session then holds what was ingested before. Throws InputError when a question is
+// due before the first frame or the source gave none.
 RunResult Run(ExecContext& ctx, Session& session, Source& source,
               std::vector<TimedQuestion> questions, const RunObserver& observer);
 

@@ -19,18 +19,23 @@ enum class DropPolicy {
 
 class FrameQueue {
  public:
+  // capacity: frames that may wait, at least 1.
   FrameQueue(size_t capacity, DropPolicy policy);
 
-  // Returns false once the queue is closed by the consumer (Cancel).
+  // Waits for room or makes some, as the policy says. Returns false, and forgets the frame, once
+  // the consumer has cancelled.
   bool Push(FramePtr frame);
   // No more frames will come; Pop drains what is there.
   void CloseInput();
-  // Returns null at the end of the stream or after Cancel.
+  // The oldest frame; waits for one. Returns null at the end of the stream or after Cancel.
   FramePtr Pop();
+  // The consumer wants no more: wakes both sides.
   void Cancel();
 
+  // Frames that Pop would return without waiting, unless the producer drops them first.
+  size_t waiting() const;
   struct Counts {
-    int64_t pushed = 0, popped = 0, dropped = 0;
+    int64_t pushed = 0, popped = 0, dropped = 0;  // pushed = popped + dropped + waiting
   };
   Counts counts() const;
 

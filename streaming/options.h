@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "llm/generator.h"
 
@@ -12,8 +13,10 @@ namespace sluice {
 struct SessionOptions {
   std::string system_prompt;       // empty: none, as the published templates
   bool keep_dialogue = true;       // later questions see earlier questions and answers
-  int frames_per_batch = 4;        // frames encoded together when several wait (files)
+  int frames_per_batch = 4;        // frames encoded and prefilled together, at most
   int64_t max_context_tokens = 0;  // 0: what the model allows
+  // Applied to the visual tokens in this order: compression/registry.h, "NAME" or "NAME=NUMBER".
+  std::vector<std::string> compressors;
   GenerateOptions generate;
 };
 

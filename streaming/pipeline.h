@@ -13,14 +13,19 @@
 
 namespace sluice {
 
-// preprocess -> encode -> compress -> prefill (-> trim). Appends the frames to the session's
-// memory. Throws ResourceExhausted or InputError when the context is full; the session is then as
-// before.
+// preprocess -> encode -> compress -> prefill. Appends the frames, in order, to the session's
+// memory; the prompt's prefix is prefilled before the first. Throws InputError when the context has
+// no room for them and a question after them, ResourceExhausted when the KV pool has none; after
+// these and any other exception the session is as before.
+// Traces "preprocess", "encode" (items: frames), "compress" (tokens in), "prefill" (tokens kept).
 void Ingest(ExecContext& ctx, Session& session, std::span<const FramePtr> frames);
 
 // Answers about everything ingested so far: newline row, dialogue, question, generate; then the
-// cache is rewound to its mark before the newline, and the turn is kept in the transcript if the
-// session keeps the dialogue.
+// cache is rewound to where it was, whatever happens. The turn is kept in the transcript if the
+// session keeps its dialogue and the answer was not cancelled. An answer ends with
+// FinishReason::kLength where the context ends. Throws InputError when no frame has been seen, on a
+// blank question, and when the context has no room for the question.
+// Traces "question" (prompt tokens), and what Generate traces.
 Generated Ask(ExecContext& ctx, Session& session, const std::string& question,
               const TextSink& sink);
 

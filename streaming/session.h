@@ -24,17 +24,22 @@ struct Turn {
 
 // Used by one thread at a time (the worker that holds it).
 struct Session {
+  // Throws InputError on options out of range and on unknown compressors.
   Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> pool,
           SessionOptions session_options);
 
   std::shared_ptr<const Vlm> vlm;
   SessionOptions options;
+  std::vector<int32_t> prefix_ids;  // the prompt before the first visual token
   KvCache cache;  // prefix and visual tokens; during a question also newline, dialogue, question
   std::vector<std::unique_ptr<TokenCompressor>> compressors;  // applied in order
   std::vector<Turn> transcript;
-  int64_t frames_seen = 0;
+  int64_t frames_seen = 0;    // ingested, also those of which compressors left nothing
   int64_t visual_tokens = 0;  // in the cache
   MediaTime last_time;        // of the newest frame
+
+  // Positions the cache may hold: the model's, or fewer by option.
+  int64_t context_limit() const;
 };
 
 }  // namespace sluice

@@ -55,7 +55,9 @@ TEST_P(TokenCompressorTest, KeepsOrderAndInventsNothing) {
     ASSERT_LE(out.size(), in.size());
     EXPECT_EQ(out.grid_rows, kRows);
     EXPECT_EQ(out.grid_cols, kCols);
-    if (out.size() > 0) EXPECT_EQ(out.features.shape(), Shape({out.size(), kWidth}));
+    if (out.size() > 0) {
+      EXPECT_EQ(out.features.shape(), Shape({out.size(), kWidth}));
+    }
     size_t at = 0;  // each origin must be found further on in the input
     for (const TokenOrigin& origin : out.origins) {
       while (at < in.origins.size() &&

@@ -1,0 +1,33 @@
+#include "streaming/session.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "compression/registry.h"
+#include "runtime/error.h"
+
+namespace sluice {
+
+Session::Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> pool,
+                 SessionOptions session_options)
+    : vlm(std::move(model)), options(std::move(session_options)), cache(std::move(pool)) {
+  if (options.frames_per_batch < 1) {
+    throw InputError("[session] frames_per_batch must be at least 1, got " +
+                     std::to_string(options.frames_per_batch));
+  }
+  if (options.max_context_tokens < 0) {
+    throw InputError("[session] max_context_tokens must be 0 (the model's) or positive, got " +
+                     std::to_string(options.max_context_tokens));
+  }
+  prefix_ids = vlm->tokenizer().Encode(vlm->prompt_format().Prefix(options.system_prompt));
+  for (const std::string& spec : options.compressors) {
+    compressors.push_back(MakeTokenCompressor(spec));
+  }
+}
+
+int64_t Session::context_limit() const {
+  const int64_t most = vlm->decoder().max_positions();
+  return options.max_context_tokens > 0 ? std::min(options.max_context_tokens, most) : most;
+}
+
+}  // namespace sluice
