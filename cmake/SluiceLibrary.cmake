@@ -23,6 +23,7 @@ function(sluice_library name)
   add_library(sluice::${name} ALIAS ${name})
   target_include_directories(${name} ${scope} $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}>
                                               $<INSTALL_INTERFACE:include/sluice>)
+  target_compile_features(${name} ${scope} cxx_std_20)
   target_link_libraries(${name} ${scope} ${ARG_DEPENDS})
   set_property(GLOBAL APPEND PROPERTY SLUICE_LIBRARIES ${name})
 endfunction()

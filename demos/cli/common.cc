@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <iterator>
 #include <system_error>
 
 #include "runtime/error.h"
@@ -73,19 +74,47 @@ std::string Number(double value, int decimals) {
   return text;
 }
 
+namespace {
+
+// Where a stage stands on a frame's way; stages unknown here come last.
+size_t OrderOf(std::string_view group) {
+  static constexpr std::string_view kWay[] = {
+      "preprocess", "encode", "compress", "prefill", "question", "prefill_question", "decode"};
+  return static_cast<size_t>(std::find(std::begin(kWay), std::end(kWay), group) - std::begin(kWay));
+}
+
+std::vector<std::string> StageRow(const std::string& label, const StageCost& cost) {
+  const auto items = static_cast<double>(cost.items);
+  return {label,
+          std::to_string(cost.calls),
+          cost.items > 0 ? std::to_string(cost.items) : "-",
+          Number(cost.seconds * 1e3, 1),
+          cost.items > 0 ? Number(cost.seconds * 1e3 / items, 3) : "-",
+          cost.seconds > 0 ? Number(cost.flops / cost.seconds * 1e-9, 1) : "-",
+          cost.seconds > 0 ? Number(cost.bytes / cost.seconds * 1e-9, 1) : "-"};
+}
+
+}  // namespace
+
 std::string StageTable(const Tracer& tracer) {
-  Table table({"stage", "calls", "items", "ms", "ms/item", "GFLOP/s", "GB/s"});
+  // Names before their first slash, in the order of a frame's way.
+  std::vector<std::string> groups;
   for (const auto& [name, cost] : tracer.stages()) {
-    const size_t slash = name.rfind('/');
-    const auto depth = static_cast<size_t>(std::count(name.begin(), name.end(), '/'));
-    const std::string label =
-        std::string(2 * depth, ' ') + (slash == std::string::npos ? name : name.substr(slash + 1));
-    const double items = static_cast<double>(cost.items);
-    table.Add({label, std::to_string(cost.calls), cost.items > 0 ? std::to_string(cost.items) : "-",
-               Number(cost.seconds * 1e3, 1),
-               cost.items > 0 ? Number(cost.seconds * 1e3 / items, 3) : "-",
-               cost.seconds > 0 ? Number(cost.flops / cost.seconds * 1e-9, 1) : "-",
-               cost.seconds > 0 ? Number(cost.bytes / cost.seconds * 1e-9, 1) : "-"});
+    const std::string group = name.substr(0, name.find('/'));
+    if (groups.empty() || groups.back() != group) groups.push_back(group);
+  }
+  std::sort(groups.begin(), groups.end());
+  groups.erase(std::unique(groups.begin(), groups.end()), groups.end());
+  std::stable_sort(groups.begin(), groups.end(),
+                   [](const auto& a, const auto& b) { return OrderOf(a) < OrderOf(b); });
+
+  Table table({"stage", "calls", "items", "ms", "ms/item", "GFLOP/s", "GB/s"});
+  for (const std::string& group : groups) {
+    const auto own = tracer.stages().find(group);
+    if (own != tracer.stages().end()) table.Add(StageRow(group, own->second));
+    for (const auto& [name, cost] : tracer.stages()) {
+      if (name.starts_with(group + "/")) table.Add(StageRow("  " + name, cost));
+    }
   }
   return table.ToString();
 }
