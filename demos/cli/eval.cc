@@ -158,14 +158,20 @@ Json Report(const EvalFlags& flags, const Vlm& vlm, const Evaluation& evaluation
   return report;
 }
 
+std::string Percent(double share) {
+  char text[16];
+  std::snprintf(text, sizeof text, "%.1f", 100 * share);
+  return text;
+}
+
 void PrintReport(const EvalFlags& flags, const Evaluation& evaluation, const Tracer& tracer) {
   Table table({"kind", "asked", "right %", "majority %"});
   for (const auto& [kind, score] : evaluation.kinds) {
-    table.Add({kind, std::to_string(score.asked), Number(100 * score.Accuracy(), 1),
-               Number(100 * score.Majority(), 1)});
+    table.Add(
+        {kind, std::to_string(score.asked), Percent(score.Accuracy()), Percent(score.Majority())});
   }
   table.Add({"mean over kinds", std::to_string(evaluation.questions),
-             Number(100 * MeanAccuracy(evaluation), 1), ""});
+             Percent(MeanAccuracy(evaluation)), ""});
   std::printf("%d clips (%s), seed %llu, %lld frames\n\n%s\n%s", flags.clips, flags.source.c_str(),
               static_cast<unsigned long long>(flags.seed),
               static_cast<long long>(evaluation.frames), table.ToString().c_str(),
