@@ -35,6 +35,10 @@ int main(int argc, char** argv) {
     return app.exit(success);
   } catch (const CLI::ParseError& error) {
     const auto commands = app.get_subcommands();
+    if (commands.empty() && app.remaining_size() > 0) {
+      return Fail(kWrongInput,
+                  ("unknown command '" + app.remaining()[0] + "' (see sluice --help)").c_str());
+    }
     const std::string help = commands.empty() ? "sluice" : "sluice " + commands[0]->get_name();
     return Fail(kWrongInput, (std::string(error.what()) + " (see " + help + " --help)").c_str());
   } catch (const sluice::InputError& error) {
