@@ -159,7 +159,11 @@ Tensor::Tensor(DType dtype, Shape shape) : dtype_(dtype), shape_(shape) {
     const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : kAlignment;
     bytes = (std::max<size_t>(bytes, 1) + alignment - 1) / alignment * alignment;
     data_.reset(std::aligned_alloc(alignment, bytes));
-    if (data_ && alignment == kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);
+    // The rest behind the last whole huge page stays on small ones, or it would take a whole one.
+    if (data_ && alignment == kHugePage) {
+      madvise(data_.get(), shape.NumElements() * SizeOf(dtype) / kHugePage * kHugePage,
+              MADV_HUGEPAGE);
+    }
   }
   if (!data_) {
     throw ResourceExhausted("[tensor] no memory for " + shape.ToString() + " " + Name(dtype));

@@ -63,16 +63,16 @@ Json FastPaths(const Vlm& vlm, const CpuInfo& cpu) {
   const int64_t tokens = vlm.encoder().tokens_per_frame();
   const int head_dim = vlm.decoder().kv_geometry().head_dim;
   const int64_t seen = 16 * tokens;
-  const auto linear = [&](int64_t rows, bool packed) {
-    return Name(ChooseLinear(rows, width, width, dtype, packed, /*reference=*/false));
+  const bool native_bf16 = cpu.avx512_bf16 || cpu.amx_bf16;
+  const auto linear = [&](int64_t rows) {
+    return Name(ChooseLinear(rows, width, width, dtype, native_bf16, /*reference=*/false));
   };
   const auto attention = [&](int64_t queries, int64_t keys) {
     return Name(ChooseAttention(queries, keys, head_dim, dtype, cpu.amx_bf16, /*reference=*/false));
   };
-  return {
-      {"encode_linear", linear(patches, true)},  {"encode_attention", attention(patches, patches)},
-      {"prefill_linear", linear(tokens, false)}, {"prefill_attention", attention(tokens, seen)},
-      {"decode_linear", linear(1, false)},       {"decode_attention", attention(1, seen)}};
+  return {{"encode_linear", linear(patches)}, {"encode_attention", attention(patches, patches)},
+          {"prefill_linear", linear(tokens)}, {"prefill_attention", attention(tokens, seen)},
+          {"decode_linear", linear(1)},       {"decode_attention", attention(1, seen)}};
 }
 
 std::string Text(const Json& value) {

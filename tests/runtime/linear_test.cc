@@ -366,21 +366,24 @@ TEST(ProductCacheTest, IsBoundedAndDropsWhatWasUsedLongestAgo) {
 
 TEST(ChooseLinearTest, FollowsItsTable) {
   struct Row {
-    int64_t m;
+    int64_t m, n, k;
     DType dtype;
     bool native_bf16, reference;
     LinearKernel want;
   };
   const Row rows[] = {
-      {1, DType::kBF16, true, false, LinearKernel::kVector},
-      {4, DType::kF32, true, false, LinearKernel::kVector},
-      {64, DType::kBF16, true, false, LinearKernel::kOneDnn},
-      {64, DType::kF32, false, false, LinearKernel::kOneDnn},
-      {64, DType::kBF16, false, false, LinearKernel::kVector},
-      {64, DType::kBF16, true, true, LinearKernel::kReference},
+      {1, 320, 320, DType::kBF16, true, false, LinearKernel::kVector},
+      {2, 320, 320, DType::kBF16, true, false, LinearKernel::kOneDnn},
+      {4, 9728, 896, DType::kBF16, true, false, LinearKernel::kVector},
+      {5, 9728, 896, DType::kBF16, true, false, LinearKernel::kOneDnn},
+      {8, 320, 320, DType::kF32, true, false, LinearKernel::kVector},
+      {9, 320, 320, DType::kF32, false, false, LinearKernel::kOneDnn},
+      {64, 896, 896, DType::kBF16, false, false, LinearKernel::kVector},
+      {64, 896, 896, DType::kBF16, true, true, LinearKernel::kReference},
   };
   for (const Row& row : rows) {
-    EXPECT_EQ(ChooseLinear(row.m, 896, 896, row.dtype, row.native_bf16, row.reference), row.want)
+    EXPECT_EQ(ChooseLinear(row.m, row.n, row.k, row.dtype, row.native_bf16, row.reference),
+              row.want)
         << row.m << " rows of " << Name(row.dtype);
   }
   EXPECT_STREQ(Name(LinearKernel::kVector), "vector");
