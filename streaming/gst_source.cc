@@ -392,6 +392,10 @@ void GstSource::SeekToBegin() {
 
 FramePtr GstSource::Next() {
   const SteadyTime asked = steady_clock::now();
+  if (options_.max_frames > 0 && delivered_ >= options_.max_frames) {
+    // The next picture would say so too, but it may be long in coming.
+    Notify([](State& s) { s.past_end = true; });
+  }
   while (!ended_) {
     const uint64_t seen = Events();
     bool ended = gst_app_sink_is_eos(sink_);
@@ -629,7 +633,7 @@ GstPadProbeReturn GstSource::OnDecoded(GstPad*, GstPadProbeInfo* info, gpointer 
   switch (GST_EVENT_TYPE(event)) {
     case GST_EVENT_SEGMENT:
       gst_event_copy_segment(event, &self->segment_);
-      self->next_pts_ = self->segment_.start;
+      self->previous_pts_ = GST_CLOCK_TIME_NONE;
       break;
     case GST_EVENT_FLUSH_STOP:
       self->sampler_.Reset();
@@ -652,18 +656,28 @@ GstPadProbeReturn GstSource::OnDecoded(GstPad*, GstPadProbeInfo* info, gpointer 
   return GST_PAD_PROBE_OK;
 }
 
+// Elementary streams and network cameras may carry no time stamps. One picture then follows the
+// other at the stream's frame rate; if that is not known either, a camera's pictures are taken as
+// they arrive, and those of a recording as 25 a second.
+GstClockTime GstSource::MissingPts(SteadyTime now) const {
+  if (!GST_CLOCK_TIME_IS_VALID(previous_pts_)) return segment_.start;
+  if (GST_CLOCK_TIME_IS_VALID(frame_duration_)) return previous_pts_ + frame_duration_;
+  const bool recording = request_.location.starts_with("file:");
+  const std::chrono::nanoseconds spacing = recording ? milliseconds(40) : now - previous_arrival_;
+  return previous_pts_ + static_cast<GstClockTime>(spacing.count());
+}
+
 GstPadProbeReturn GstSource::OnPicture(GstPadProbeInfo* info) {
   GstBuffer* buffer = GST_PAD_PROBE_INFO_BUFFER(info);
+  const SteadyTime now = steady_clock::now();
   if (!GST_BUFFER_PTS_IS_VALID(buffer)) {
-    // Elementary streams may carry no time stamps: one picture follows the other.
     buffer = gst_buffer_make_writable(buffer);
-    GST_BUFFER_PTS(buffer) = next_pts_;
+    GST_BUFFER_PTS(buffer) = MissingPts(now);
     GST_PAD_PROBE_INFO_DATA(info) = buffer;
   }
   const GstClockTime pts = GST_BUFFER_PTS(buffer);
-  next_pts_ = pts + (GST_BUFFER_DURATION_IS_VALID(buffer)       ? GST_BUFFER_DURATION(buffer)
-                     : GST_CLOCK_TIME_IS_VALID(frame_duration_) ? frame_duration_
-                                                                : 40 * GST_MSECOND);
+  previous_pts_ = pts;
+  previous_arrival_ = now;
 
   const bool first = origin_ns_ == kNoOrigin;
   if (first) origin_ns_ = StreamTime(segment_, pts).nanoseconds();
@@ -673,7 +687,7 @@ GstPadProbeReturn GstSource::OnPicture(GstPadProbeInfo* info) {
   bool refused = false;
   {
     const std::lock_guard lock(state_.mutex);
-    state_.last_picture = steady_clock::now();
+    state_.last_picture = now;
     refused = !state_.refusal.empty();
   }
   if (refused) verdict = FrameSampler::Verdict::kEnd;

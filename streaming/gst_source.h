@@ -107,6 +107,7 @@ class GstSource final : public Source {
   static GstPadProbeReturn OnDecoded(GstPad*, GstPadProbeInfo* info, gpointer self);
   GstPadProbeReturn OnPicture(GstPadProbeInfo* info);
   bool RefuseIfTooLarge(int width, int height);
+  GstClockTime MissingPts(SteadyTime now) const;
   MediaTime StreamTime(const GstSegment& segment, GstClockTime pts) const;
 
   const SourceRequest request_;
@@ -127,7 +128,8 @@ class GstSource final : public Source {
   FrameSampler sampler_;
   GstSegment segment_;
   GstClockTime frame_duration_ = GST_CLOCK_TIME_NONE;  // by the caps' frame rate
-  GstClockTime next_pts_ = 0;                          // for pictures without a time stamp
+  GstClockTime previous_pts_ = GST_CLOCK_TIME_NONE;    // of the picture before
+  SteadyTime previous_arrival_;
   // Read by both sides.
   std::atomic<int64_t> origin_ns_ = kNoOrigin;  // stream time of the first picture
   std::atomic<int64_t> newest_ns_ = 0;          // media time of the newest decoded picture

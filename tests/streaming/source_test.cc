@@ -696,6 +696,33 @@ TEST_F(SourceTest, GivesUpOnAStreamThatStallsHalfWay) {
   EXPECT_GE(frames, 15);
 }
 
+TEST_F(SourceTest, PicturesOfANetworkCameraAreTimedByTheirArrival) {
+  SKIP_WITHOUT("souphttpsrc", "jpegenc", "multipartmux");
+  const std::string bytes =
+      ReadBytes(MakeBars("a.mjpg", "jpegenc ! multipartmux boundary=sluice", Constant(25, 12)));
+  const size_t half = bytes.find("--sluice", bytes.size() / 2);
+  std::promise<void> first_half_read;
+  HttpServer server([&](int connection, const std::string&) {
+    HttpServer::Send(connection,
+                     "HTTP/1.0 200 OK\r\n"
+                     "Content-Type: multipart/x-mixed-replace; boundary=sluice\r\n\r\n" +
+                         bytes.substr(0, half));
+    first_half_read.get_future().wait();
+    HttpServer::Send(connection, bytes.substr(half));
+  });
+  const auto source = Source::Open(server.url("/camera"), All());
+  FramePtr frame;
+  for (int i = 0; i < 5; ++i) frame = source->Next();
+  ASSERT_NE(frame, nullptr);
+  // Arrival is wall time, so some of it has to pass.
+  std::this_thread::sleep_for(milliseconds(600));
+  first_half_read.set_value();
+  const MediaTime before = frame->time;
+  while (const FramePtr next = source->Next()) frame = next;
+  EXPECT_EQ(frame->index, 11);
+  EXPECT_GT((frame->time - before).seconds(), 0.5) << "7 frames at 25 a second would be 0.28 s";
+}
+
 TEST_F(SourceTest, CancelWakesAReaderOfAStalledStream) {
   SKIP_WITHOUT("souphttpsrc", "jpegenc", "multipartmux");
   const std::string bytes =
