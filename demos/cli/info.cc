@@ -65,7 +65,8 @@ Json FastPaths(const Vlm& vlm, const CpuInfo& cpu) {
   const int64_t seen = 16 * tokens;
   const bool native_bf16 = cpu.avx512_bf16 || cpu.amx_bf16;
   const auto linear = [&](int64_t rows) {
-    return Name(ChooseLinear(rows, width, width, dtype, native_bf16, /*reference=*/false));
+    return Name(ChooseLinear(rows, width, width, dtype, native_bf16, cpu.amx_bf16,
+                             /*reference=*/false));
   };
   const auto attention = [&](int64_t queries, int64_t keys) {
     return Name(ChooseAttention(queries, keys, head_dim, dtype, cpu.amx_bf16, /*reference=*/false));

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "runtime/error.h"
+#include "runtime/ops/cpu/amx.h"
 #include "runtime/ops/cpu/linear.h"
 #include "runtime/ops/cpu/weight_memory.h"
 
@@ -167,11 +168,13 @@ const char* Name(LinearKernel kernel) {
       return "vector";
     case LinearKernel::kOneDnn:
       return "onednn";
+    case LinearKernel::kAmx:
+      return "amx";
   }
   return "?";
 }
 
-LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, bool native_bf16,
+LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, bool native_bf16, bool amx,
                           bool reference) {
   if (reference) return LinearKernel::kReference;
   if (dtype == DType::kBF16 && !native_bf16) return LinearKernel::kVector;
@@ -187,7 +190,8 @@ LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, bool nat
   if (dtype == DType::kF32) return m <= 8 ? LinearKernel::kVector : LinearKernel::kOneDnn;
   constexpr int64_t kInMemory = int64_t{4} << 20;  // bytes of one weight
   const bool in_memory = n * k * static_cast<int64_t>(SizeOf(dtype)) >= kInMemory;
-  return m <= 4 && in_memory ? LinearKernel::kVector : LinearKernel::kOneDnn;
+  if (m <= 4 && in_memory) return LinearKernel::kVector;
+  return amx ? LinearKernel::kAmx : LinearKernel::kOneDnn;
 }
 
 void Linear(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight, TensorView y,
@@ -218,13 +222,16 @@ void Linear(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight, Ten
   }
   const LinearArgs args = LinearImpl::Args(x, weight, y, options);
   static const bool native_bf16 = OneDnnHasBf16();
-  switch (ChooseLinear(args.m, args.n, args.k, args.dtype, native_bf16, ctx.reference_kernels())) {
+  switch (ChooseLinear(args.m, args.n, args.k, args.dtype, native_bf16, cpu::AmxAllowed(),
+                       ctx.reference_kernels())) {
     case LinearKernel::kReference:
       return LinearReference(args);
     case LinearKernel::kVector:
       return LinearVector(ctx, args);
     case LinearKernel::kOneDnn:
       return LinearOneDnn(ctx, args);
+    case LinearKernel::kAmx:
+      return LinearAmx(ctx, args);
   }
 }
 

@@ -1,6 +1,7 @@
 // y = act(x W^T + b), optionally added to what y holds: every projection of every model.
-// Products of several rows go through oneDNN in the weight's dtype with f32 accumulation; one to
-// few rows (decoding) through our own bandwidth-bound matrix-vector product.
+// Products of several rows go through AMX tiles (bf16 where the machine has them) or oneDNN, in the
+// weight's dtype with f32 accumulation; one to few rows (decoding) through our own bandwidth-bound
+// matrix-vector product.
 #ifndef SLUICE_RUNTIME_OPS_LINEAR_H_
 #define SLUICE_RUNTIME_OPS_LINEAR_H_
 
@@ -70,16 +71,17 @@ struct LinearOptions {
 
 // x: [M, K] in the weight's dtype (rows may be strided, then they are copied first); y: [M, N] f32
 // or the weight's dtype, contiguous. Throws Error naming shapes or dtypes that do not fit. The
-// first call with a new M prepares code for it (0.2 to 4 ms), kept in the context.
+// first call with a new M prepares code for it (0.2 to 4 ms) where oneDNN runs, kept in the
+// context.
 void Linear(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight, TensorView y,
             const LinearOptions& options = {});
 
 // Which implementation Linear takes, as a pure function that can be printed and tested.
 // `native_bf16`: this machine multiplies bf16 (AVX512-BF16 or AMX); without it oneDNN has no usable
-// bf16 product and ours takes any number of rows.
-enum class LinearKernel { kReference, kVector, kOneDnn };
+// bf16 product and ours takes any number of rows. `amx`: this process may use AMX-BF16 tiles.
+enum class LinearKernel { kReference, kVector, kOneDnn, kAmx };
 const char* Name(LinearKernel kernel);
-LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, bool native_bf16,
+LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, bool native_bf16, bool amx,
                           bool reference);
 
 }  // namespace sluice

@@ -368,21 +368,26 @@ TEST(ChooseLinearTest, FollowsItsTable) {
   struct Row {
     int64_t m, n, k;
     DType dtype;
-    bool native_bf16, reference;
+    bool native_bf16, amx, reference;
     LinearKernel want;
   };
   const Row rows[] = {
-      {1, 320, 320, DType::kBF16, true, false, LinearKernel::kVector},
-      {2, 320, 320, DType::kBF16, true, false, LinearKernel::kOneDnn},
-      {4, 9728, 896, DType::kBF16, true, false, LinearKernel::kVector},
-      {5, 9728, 896, DType::kBF16, true, false, LinearKernel::kOneDnn},
-      {8, 320, 320, DType::kF32, true, false, LinearKernel::kVector},
-      {9, 320, 320, DType::kF32, false, false, LinearKernel::kOneDnn},
-      {64, 896, 896, DType::kBF16, false, false, LinearKernel::kVector},
-      {64, 896, 896, DType::kBF16, true, true, LinearKernel::kReference},
+      {1, 320, 320, DType::kBF16, true, false, false, LinearKernel::kVector},
+      {2, 320, 320, DType::kBF16, true, false, false, LinearKernel::kOneDnn},
+      {4, 9728, 896, DType::kBF16, true, false, false, LinearKernel::kVector},
+      {5, 9728, 896, DType::kBF16, true, false, false, LinearKernel::kOneDnn},
+      {8, 320, 320, DType::kF32, true, false, false, LinearKernel::kVector},
+      {9, 320, 320, DType::kF32, false, false, false, LinearKernel::kOneDnn},
+      {64, 896, 896, DType::kBF16, false, false, false, LinearKernel::kVector},
+      {64, 896, 896, DType::kBF16, true, true, true, LinearKernel::kReference},
+      {1, 320, 320, DType::kBF16, true, true, false, LinearKernel::kVector},
+      {4, 9728, 896, DType::kBF16, true, true, false, LinearKernel::kVector},
+      {2, 320, 320, DType::kBF16, true, true, false, LinearKernel::kAmx},
+      {729, 1152, 4304, DType::kBF16, true, true, false, LinearKernel::kAmx},
+      {729, 1152, 4304, DType::kF32, true, true, false, LinearKernel::kOneDnn},
   };
   for (const Row& row : rows) {
-    EXPECT_EQ(ChooseLinear(row.m, row.n, row.k, row.dtype, row.native_bf16, row.reference),
+    EXPECT_EQ(ChooseLinear(row.m, row.n, row.k, row.dtype, row.native_bf16, row.amx, row.reference),
               row.want)
         << row.m << " rows of " << Name(row.dtype);
   }

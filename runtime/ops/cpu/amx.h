@@ -17,7 +17,7 @@ bool AmxAllowed();
 #if defined(__x86_64__)
 
 // What a function needs that works on tiles and on the vectors between them.
-#define SLUICE_AMX_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#define SLUICE_AMX_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #define SLUICE_AMX_INLINE SLUICE_AMX_TARGET inline __attribute__((always_inline))
 
 // All eight tiles full: 16 rows of 32 bf16 or 16 f32. Lives as long as the tiles are used.

@@ -1,0 +1,439 @@
+// y = act(x W^T + b) in bf16 on AMX tiles, for five rows and more.
+//
+// 32 rows of x by 32 outputs are taken at a time: four sums, two tiles of x as it lies in memory
+// and two of the packed weight (runtime/ops/cpu/linear.h), which is the B operand as it is. The
+// weight passes in chunks that stay in the second-level cache under all rows of x, so that it comes
+// from memory once; 32 rows of x, kBlockSteps * 32 inputs of them, stay in the first-level cache
+// under all outputs of a chunk. A longer K than kLongK is cut, and y in f32 takes the sums between.
+// What follows a sum (bias, activation, rounding) is done for the tile before while the tiles of
+// the next are multiplied: vectors and tiles are different units. The next chunk of the weight is
+// prefetched meanwhile.
+#include "runtime/ops/cpu/linear.h"
+
+#if defined(__x86_64__)
+
+// GCC 12 takes the undefined vectors inside its own intrinsics for ours (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "runtime/ops/cpu/amx.h"
+#include "runtime/parallel.h"
+
+namespace sluice {
+namespace {
+
+using cpu::AmxTiles;
+using cpu::TileLoad;
+using cpu::TileMultiply;
+using cpu::TileStore;
+using cpu::TileZero;
+
+constexpr int64_t kRows = 32;     // of x in a tile of sums
+constexpr int64_t kOutputs = 32;  // in a tile of sums
+constexpr int64_t kTileFloats = kRows * kOutputs;
+constexpr int64_t kStep = 32;                       // inputs a tile product takes
+constexpr int64_t kPairBytes = kPackedOutputs * 4;  // of a pair of inputs in the weight
+constexpr int64_t kStepBytes = kStep / 2 * kPairBytes;
+constexpr int64_t kBlockSteps = 36;         // 72 KB of x at most
+constexpr int64_t kChunkBytes = 256 << 10;  // of weight
+constexpr int64_t kLongK = 2048;
+
+constexpr int64_t CeilDiv(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// What becomes of a sum.
+enum class Result { kBF16, kF32, kAddF32 };
+
+// 2^x; relative error 8e-5 (degree 3, enough before rounding to bf16) or 1e-7.
+template <bool kPrecise>
+SLUICE_AMX_INLINE __m512 Exp2(__m512 x) {
+  const __m512 f = _mm512_reduce_ps(x, 0x9);  // x - floor(x)
+  __m512 p;
+  if (kPrecise) {
+    p = _mm512_fmadd_ps(f, _mm512_set1_ps(2.1702255e-4f), _mm512_set1_ps(1.2439688e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6788410e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5483342e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022984e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314699e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  } else {
+    p = _mm512_fmadd_ps(f, _mm512_set1_ps(7.80245226e-2f), _mm512_set1_ps(2.26067155e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9583354e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.99925219e-1f));
+  }
+  return _mm512_scalef_ps(p, x);
+}
+
+// x / (1 + 2^t).
+template <bool kPrecise>
+SLUICE_AMX_INLINE __m512 Sigmoid(__m512 x, __m512 t) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 e = _mm512_add_ps(Exp2<kPrecise>(_mm512_min_ps(t, _mm512_set1_ps(126.0f))), one);
+  if (kPrecise) return _mm512_div_ps(x, e);
+  return _mm512_mul_ps(x, _mm512_rcp14_ps(e));
+}
+
+template <Activation kActivation, bool kPrecise>
+SLUICE_AMX_INLINE __m512 Activate(__m512 x) {
+  if constexpr (kActivation == Activation::kGeluTanh) {
+    // x (1 + tanh u) / 2 = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3).
+    constexpr float kScale = -1.5957691216f * 1.44269504f;
+    const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f * kScale),
+                                         _mm512_set1_ps(kScale));
+    return Sigmoid<kPrecise>(x, _mm512_mul_ps(x, cubic));
+  } else if constexpr (kActivation == Activation::kGeluErf) {
+    // x (1 + erf(x / sqrt 2)) / 2, erf after Abramowitz and Stegun 7.1.26 (1.5e-7).
+    const __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678f));
+    const __m512 t = _mm512_div_ps(
+        _mm512_set1_ps(1.0f), _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), _mm512_set1_ps(1.0f)));
+    __m512 p = _mm512_fmadd_ps(t, _mm512_set1_ps(1.061405429f), _mm512_set1_ps(-1.453152027f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
+    const __m512 power = _mm512_mul_ps(_mm512_mul_ps(z, z), _mm512_set1_ps(-1.44269504f));
+    // half = (1 - erf z) / 2, the weight of the tail; x is multiplied by it or by what is left.
+    const __m512 half =
+        _mm512_mul_ps(_mm512_mul_ps(p, t), _mm512_mul_ps(Exp2<true>(power), _mm512_set1_ps(0.5f)));
+    const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+    const __m512 left = _mm512_sub_ps(_mm512_set1_ps(1.0f), half);
+    return _mm512_mul_ps(x, _mm512_mask_mov_ps(left, negative, half));
+  } else {
+    return x;
+  }
+}
+
+// The weights and rows of one call.
+struct Job {
+  const char* x;       // bf16 rows
+  int64_t x_stride;    // bytes
+  const char* x_tail;  // [rows, 32] bf16: the inputs of the last step, padded; null: they are in x
+  int64_t m;           // rows of y
+  int64_t x_rows;      // max(m, 16)
+  const char* weight;
+  int64_t block_bytes;  // of 64 outputs
+  int64_t n;
+  int64_t steps;  // over K
+  const float* bias;
+  void* y;
+};
+
+// Finished sums of one tile that wait to be written.
+struct Pending {
+  const float* sums = nullptr;  // of the next row, 32 of them
+  int64_t rows = 0;             // still to write
+  int64_t until_gap = 0;        // rows until `sums` leaps over rows that were written before
+  int64_t gap = 0;              // in floats
+  void* y = nullptr;            // of the next row
+  const float* bias = nullptr;  // or null
+  __mmask32 columns = 0;
+};
+
+// Writes up to `count` rows.
+template <Result kResult, Activation kActivation>
+SLUICE_AMX_INLINE void WriteRows(Pending& pending, int64_t count, int64_t y_stride) {
+  count = std::min(count, pending.rows);
+  pending.rows -= count;
+  const __mmask16 low = static_cast<__mmask16>(pending.columns);
+  const __mmask16 high = static_cast<__mmask16>(pending.columns >> 16);
+  for (; count > 0; --count) {
+    if (pending.until_gap-- == 0) pending.sums += pending.gap;
+    __m512 a = _mm512_load_ps(pending.sums), b = _mm512_load_ps(pending.sums + 16);
+    pending.sums += kOutputs;
+    if (pending.bias) {
+      a = _mm512_add_ps(a, _mm512_maskz_loadu_ps(low, pending.bias));
+      b = _mm512_add_ps(b, _mm512_maskz_loadu_ps(high, pending.bias + 16));
+    }
+    a = Activate<kActivation, kResult != Result::kBF16>(a);
+    b = Activate<kActivation, kResult != Result::kBF16>(b);
+    if constexpr (kResult == Result::kBF16) {
+      BFloat16* y = static_cast<BFloat16*>(pending.y);
+      _mm512_mask_storeu_epi16(y, pending.columns, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+      pending.y = y + y_stride;
+    } else {
+      float* y = static_cast<float*>(pending.y);
+      if (kResult == Result::kAddF32) {
+        a = _mm512_add_ps(a, _mm512_maskz_loadu_ps(low, y));
+        b = _mm512_add_ps(b, _mm512_maskz_loadu_ps(high, y + 16));
+      }
+      _mm512_mask_storeu_ps(y, low, a);
+      _mm512_mask_storeu_ps(y + 16, high, b);
+      pending.y = y + y_stride;
+    }
+  }
+}
+
+// Two (or, for at most 16 rows, one) tiles of x.
+struct Operand {
+  const char* upper;
+  const char* lower;
+  const char* upper_tail;
+  const char* lower_tail;
+};
+
+template <bool kLower>
+SLUICE_AMX_INLINE void MultiplyStep(const char* upper, const char* lower, int64_t stride,
+                                    const char* b) {
+  TileLoad<4>(upper, stride);
+  TileLoad<6>(b, kPairBytes);
+  TileMultiply<0, 4, 6>();
+  if (kLower) {
+    TileLoad<5>(lower, stride);
+    TileMultiply<1, 5, 6>();
+  }
+  TileLoad<7>(b + 64, kPairBytes);
+  TileMultiply<2, 4, 7>();
+  if (kLower) TileMultiply<3, 5, 7>();
+}
+
+// What is prefetched meanwhile: `lines` cache lines, from line `line` on, of the 32 that every step
+// of the weight has here.
+struct Ahead {
+  const char* from;
+  int64_t line, lines;
+};
+
+// sums (+)= x W^T over steps [first, last) of 32 inputs.
+template <bool kLower, Result kResult, Activation kActivation>
+SLUICE_AMX_INLINE void MultiplyTile(const Job& job, const Operand& x, const char* b, int64_t first,
+                                    int64_t last, bool add, float* sums, const Ahead& ahead,
+                                    int64_t written, Pending& pending) {
+  if (add) {
+    TileLoad<0>(sums, 128);
+    TileLoad<2>(sums + 16, 128);
+    if (kLower) TileLoad<1>(sums + 16 * kOutputs, 128);
+    if (kLower) TileLoad<3>(sums + 16 * kOutputs + 16, 128);
+  } else {
+    TileZero<0>();
+    TileZero<2>();
+    if (kLower) TileZero<1>();
+    if (kLower) TileZero<3>();
+  }
+  const int64_t whole = job.x_tail && last == job.steps ? last - 1 : last;
+  const char* next = ahead.from + ahead.line / 2 * kPairBytes + ahead.line % 2 * 64;
+  for (int64_t s = first; s < whole; ++s, b += kStepBytes, next += kStepBytes) {
+    MultiplyStep<kLower>(x.upper + s * 64, x.lower + s * 64, job.x_stride, b);
+    for (int64_t i = 0; i < ahead.lines; i += 2) {
+      _mm_prefetch(next + i / 2 * kPairBytes, _MM_HINT_T1);
+      _mm_prefetch(next + i / 2 * kPairBytes + 64, _MM_HINT_T1);
+    }
+    WriteRows<kResult, kActivation>(pending, written, job.n);
+  }
+  if (whole < last) MultiplyStep<kLower>(x.upper_tail, x.lower_tail, 64, b);
+  WriteRows<kResult, kActivation>(pending, pending.rows, job.n);
+  TileStore<0>(sums, 128);
+  TileStore<2>(sums + 16, 128);
+  if (kLower) TileStore<1>(sums + 16 * kOutputs, 128);
+  if (kLower) TileStore<3>(sums + 16 * kOutputs + 16, 128);
+}
+
+// One thread's share: rows [row_begin, row_end), tiles of outputs [tile_begin, tile_end).
+struct Share {
+  int64_t row_begin, row_end, tile_begin, tile_end;
+};
+
+// Tiles of outputs in a chunk of the weight: as many as stay in the second-level cache. Few rows
+// are over before the next chunk has come from memory; they take small chunks, to begin early with
+// it.
+int64_t ChunkTiles(const Share& share, int64_t steps) {
+  const int64_t fit = std::max<int64_t>(1, kChunkBytes / (steps * kStep * kOutputs * 2));
+  const int64_t rows = share.row_end - share.row_begin;
+  return std::min(share.tile_end - share.tile_begin, rows > 4 * kRows ? fit : int64_t{2});
+}
+
+// Steps [step_begin, step_end) of K for one thread. memory: 2 + ChunkTiles tiles of sums.
+template <Result kResult, Activation kActivation>
+SLUICE_AMX_TARGET void RunShare(const Job& job, const Share& share, int64_t step_begin,
+                                int64_t step_end, float* memory) {
+  const AmxTiles use_tiles;
+  float* const finished[2] = {memory, memory + kTileFloats};
+  float* const waiting = memory + 2 * kTileFloats;
+  constexpr int64_t y_bytes = kResult == Result::kBF16 ? 2 : 4;
+  const int64_t blocks = CeilDiv(step_end - step_begin, kBlockSteps);
+  const int64_t chunk_tiles = ChunkTiles(share, step_end - step_begin);
+  const int64_t row_tiles = CeilDiv(share.row_end - share.row_begin, kRows);
+  // Pairs of lines; rounded up, so that every tile prefetches as many.
+  const int64_t ahead_lines = CeilDiv(16, row_tiles) * 2;
+  const auto first_step = [&](int64_t block) {
+    return step_begin + (step_end - step_begin) * block / blocks;
+  };
+  const auto panel = [&](int64_t tile) {
+    return job.weight + tile / 2 * job.block_bytes + tile % 2 * 128;
+  };
+  int turn = 0;
+  Pending pending;
+  for (int64_t chunk = share.tile_begin; chunk < share.tile_end; chunk += chunk_tiles) {
+    const int64_t chunk_end = std::min(share.tile_end, chunk + chunk_tiles);
+    Ahead ahead = {nullptr, 0, 0};
+    for (int64_t r = share.row_begin; r < share.row_end; r += kRows, ahead.line += ahead_lines) {
+      const int64_t rows = std::min(kRows, share.row_end - r);
+      // Tiles are whole: at the end they reach back over rows that are already done.
+      const int64_t upper = rows > 16 ? r : std::min(r, job.x_rows - 16);
+      const int64_t lower = rows > 16 ? std::min(r + 16, job.x_rows - 16) : upper;
+      Operand x = {job.x + upper * job.x_stride, job.x + lower * job.x_stride, nullptr, nullptr};
+      if (job.x_tail) {
+        x.upper_tail = job.x_tail + upper * 64;
+        x.lower_tail = job.x_tail + lower * 64;
+      }
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t first = first_step(block), last = first_step(block + 1);
+        const int64_t written = CeilDiv(kRows, last - first);
+        for (int64_t tile = chunk; tile < chunk_end; ++tile) {
+          float* sums = blocks > 1 ? waiting + (tile - chunk) * kTileFloats : finished[turn];
+          const int64_t next = tile + chunk_tiles;
+          ahead.lines = next < share.tile_end && ahead.line < 32 ? ahead_lines : 0;
+          ahead.from = panel(next) + first * kStepBytes;
+          const char* b = panel(tile) + first * kStepBytes;
+          if (rows > 16) {
+            MultiplyTile<true, kResult, kActivation>(job, x, b, first, last, block > 0, sums, ahead,
+                                                     written, pending);
+          } else {
+            MultiplyTile<false, kResult, kActivation>(job, x, b, first, last, block > 0, sums,
+                                                      ahead, written, pending);
+          }
+          if (block + 1 < blocks) continue;
+          turn ^= 1;
+          const int64_t column = tile * kOutputs, columns = std::min(kOutputs, job.n - column);
+          pending.sums = sums + (r - upper) * kOutputs;
+          pending.rows = std::min(r + rows, job.m) - r;
+          pending.until_gap = rows > 16 ? 16 : rows;
+          pending.gap = (r + 16 - lower) * kOutputs;
+          pending.y = static_cast<char*>(job.y) + (r * job.n + column) * y_bytes;
+          pending.bias = job.bias ? job.bias + column : nullptr;
+          pending.columns = static_cast<__mmask32>((uint64_t{1} << columns) - 1);
+        }
+      }
+    }
+  }
+  WriteRows<kResult, kActivation>(pending, pending.rows, job.n);
+}
+
+using Run = void (*)(const Job&, const Share&, int64_t, int64_t, float*);
+
+Run ChooseRun(Result result, Activation activation) {
+  const bool narrow = result == Result::kBF16;
+  switch (activation) {
+    case Activation::kGeluTanh:
+      return narrow ? RunShare<Result::kBF16, Activation::kGeluTanh>
+                    : RunShare<Result::kF32, Activation::kGeluTanh>;
+    case Activation::kGeluErf:
+      return narrow ? RunShare<Result::kBF16, Activation::kGeluErf>
+                    : RunShare<Result::kF32, Activation::kGeluErf>;
+    case Activation::kNone:
+      break;
+  }
+  if (result == Result::kAddF32) return RunShare<Result::kAddF32, Activation::kNone>;
+  return narrow ? RunShare<Result::kBF16, Activation::kNone>
+                : RunShare<Result::kF32, Activation::kNone>;
+}
+
+// Shares of `threads` threads, a grid over rows and outputs: as equal as they get, and among equals
+// the one that cuts outputs most often, so that few threads read the same weights.
+void CutGrid(int64_t row_tiles, int64_t output_tiles, int64_t threads, int64_t* over_rows,
+             int64_t* over_outputs) {
+  int64_t least = INT64_MAX;
+  for (int64_t rows = 1; rows <= std::min(threads, row_tiles); ++rows) {
+    const int64_t outputs = std::min(threads / rows, output_tiles);
+    const int64_t cost = CeilDiv(row_tiles, rows) * CeilDiv(output_tiles, outputs);
+    if (cost < least) {
+      least = cost;
+      *over_rows = rows;
+      *over_outputs = outputs;
+    }
+  }
+}
+
+}  // namespace
+
+void LinearAmx(ExecContext& ctx, const LinearArgs& args) {
+  Workspace::Scope scope(ctx.workspace());
+  const int64_t row_bytes = args.k * 2, tail = args.k % kStep;
+  Job job;
+  job.x = static_cast<const char*>(args.x.raw());
+  job.x_stride = row_bytes;
+  job.x_tail = nullptr;
+  job.m = args.m;
+  job.x_rows = std::max<int64_t>(args.m, 16);
+  job.weight = static_cast<const char*>(args.weight);
+  job.steps = CeilDiv(args.k, kStep);
+  job.block_bytes = job.steps * kStep * kPackedOutputs * 2;
+  job.n = args.n;
+  job.bias = args.bias;
+  job.y = args.y.raw();
+  // Tiles are read whole: rows and inputs that do not fill them are padded.
+  if (args.m < 16) {
+    const int64_t padded = job.steps * kStep * 2;
+    char* to = static_cast<char*>(ctx.workspace().Allocate(DType::kU8, {16, padded}).raw());
+    std::memset(to, 0, 16 * padded);
+    for (int64_t i = 0; i < args.m; ++i) {
+      std::memcpy(to + i * padded, job.x + i * row_bytes, row_bytes);
+    }
+    job.x = to;
+    job.x_stride = padded;
+  } else if (tail != 0) {
+    char* to = static_cast<char*>(ctx.workspace().Allocate(DType::kU8, {args.m, 64}).raw());
+    std::memset(to, 0, args.m * 64);
+    const char* from = job.x + (args.k - tail) * 2;
+    for (int64_t i = 0; i < args.m; ++i) std::memcpy(to + i * 64, from + i * row_bytes, tail * 2);
+    job.x_tail = to;
+  }
+
+  const int64_t row_tiles = CeilDiv(args.m, kRows), output_tiles = CeilDiv(args.n, kOutputs);
+  int64_t over_rows = 1, over_outputs = 1;
+  // Waking a thread costs as much as some 20 tile products of the whole depth at K = 256.
+  constexpr int64_t kStepsAThread = 128;
+  const int64_t work = row_tiles * output_tiles * job.steps;
+  const int64_t threads = std::clamp<int64_t>(work / kStepsAThread, 1, ctx.num_threads());
+  CutGrid(row_tiles, output_tiles, threads, &over_rows, &over_outputs);
+  const int64_t shares = over_rows * over_outputs;
+  const auto share_of = [&](int64_t index) {
+    const int64_t i = index / over_outputs, j = index % over_outputs;
+    return Share{row_tiles * i / over_rows * kRows,
+                 std::min(args.m, row_tiles * (i + 1) / over_rows * kRows),
+                 output_tiles * j / over_outputs, output_tiles * (j + 1) / over_outputs};
+  };
+  // With sums in f32, a long K goes in parts, each added to the one before.
+  const bool wide = args.y.dtype() == DType::kF32 && args.options.activation == Activation::kNone;
+  const int64_t parts = wide ? CeilDiv(job.steps * kStep, kLongK) : 1;
+  int64_t floats = 0;
+  for (int64_t i = 0; i < shares; ++i) {
+    const int64_t tiles = 2 + ChunkTiles(share_of(i), job.steps / parts);
+    floats = std::max(floats, tiles * kTileFloats);
+  }
+  float* memory = ctx.workspace().Allocate(DType::kF32, {shares, floats}).data<float>();
+  const Result result = args.y.dtype() == DType::kBF16 ? Result::kBF16
+                        : args.options.accumulate      ? Result::kAddF32
+                                                       : Result::kF32;
+  const Run run = ChooseRun(result, args.options.activation);
+  Job rest = job;
+  rest.bias = nullptr;
+  ParallelFor(ctx, shares, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = job.steps * part / parts, last = job.steps * (part + 1) / parts;
+        const Run add = RunShare<Result::kAddF32, Activation::kNone>;
+        (part == 0 ? run : add)(part == 0 ? job : rest, share_of(i), first, last,
+                                memory + i * floats);
+      }
+    }
+  });
+}
+
+}  // namespace sluice
+
+#else  // !__x86_64__
+
+#include "runtime/error.h"
+
+namespace sluice {
+
+// Never chosen there.
+void LinearAmx(ExecContext&, const LinearArgs&) {
+  throw Error("[linear] the AMX kernel needs x86-64");
+}
+
+}  // namespace sluice
+
+#endif  // __x86_64__
