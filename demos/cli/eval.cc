@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <map>
 #include <memory>
 #include <span>
@@ -27,6 +28,7 @@ struct EvalFlags {
   int questions = 12;
   std::string source = "rendered";
   bool list_failures = false;
+  std::string dump;
   bool json = false;
 };
 
@@ -79,6 +81,47 @@ std::vector<FramePtr> ReadBack(const world::Scene& scene, const world::Atlas& at
   return frames;
 }
 
+// What another implementation needs to answer the same questions: DIR/clip-N.rgb holds a clip's
+// frames ([frames, height, width, 3] u8), DIR/answers.jsonl a line for every question.
+class Dump {
+ public:
+  explicit Dump(const std::string& directory) : directory_(directory) {
+    if (directory.empty()) return;
+    std::error_code error;
+    std::filesystem::create_directories(directory_, error);
+    answers_.open(directory_ / "answers.jsonl");
+    if (!answers_) throw InputError("[eval] cannot write to " + directory);
+  }
+
+  void Frames(int clip, std::span<const FramePtr> frames) {
+    if (directory_.empty()) return;
+    file_ = "clip-" + std::to_string(clip) + ".rgb";
+    std::ofstream out(directory_ / file_, std::ios::binary);
+    for (const FramePtr& frame : frames) {
+      out.write(reinterpret_cast<const char*>(frame->rgb.data()),
+                static_cast<std::streamsize>(frame->rgb.size()));
+    }
+    out.close();
+    if (!out) throw Error("[eval] cannot write " + (directory_ / file_).string());
+    shape_ = {frames.size(), frames.front()->height, frames.front()->width, 3};
+  }
+
+  void Answer(const world::Question& question, const Generated& generated) {
+    if (directory_.empty()) return;
+    const Json line = {{"frames", file_},           {"shape", shape_},
+                       {"question", question.text}, {"expected", question.answer},
+                       {"answer", generated.text},  {"ids", generated.ids}};
+    answers_ << line.dump() << '\n' << std::flush;
+    if (!answers_) throw Error("[eval] cannot write to " + directory_.string());
+  }
+
+ private:
+  std::filesystem::path directory_;
+  std::ofstream answers_;
+  std::string file_;
+  Json shape_;
+};
+
 struct Evaluation {
   std::map<std::string, KindScore> kinds;
   int64_t frames = 0, visual_tokens = 0, questions = 0;
@@ -87,7 +130,8 @@ struct Evaluation {
 
 // Plays one clip once and asks all its questions, each on its own.
 void EvaluateClip(ExecContext& ctx, const Engine& engine, const Clip& clip,
-                  std::span<const FramePtr> frames, int max_questions, Evaluation& evaluation) {
+                  std::span<const FramePtr> frames, int max_questions, Evaluation& evaluation,
+                  Dump& dump) {
   SessionOptions options;
   options.keep_dialogue = false;
   const auto session = engine.NewSession(options);
@@ -101,6 +145,7 @@ void EvaluateClip(ExecContext& ctx, const Engine& engine, const Clip& clip,
   for (const auto& question :
        world::AskAll(clip.scene, clip.scene.frames - 1, clip.question_seed, max_questions)) {
     const Generated generated = Ask(ctx, *session, question.text, nullptr);
+    dump.Answer(question, generated);
     const std::string kind(world::KindName(question.kind));
     KindScore& score = evaluation.kinds[kind];
     ++score.asked;
@@ -186,13 +231,15 @@ void Eval(const EvalFlags& flags) {
   const bool through_video = flags.source == "mp4";
 
   Evaluation evaluation;
+  Dump dump(flags.dump);
   Progress progress;
   for (int i = 0; i < flags.clips; ++i) {
     const Clip clip = MakeClip(flags.seed, i, flags.frames);
     const std::vector<FramePtr> frames =
         through_video ? ReadBack(clip.scene, atlas, scratch.path() / "clip.mp4")
                       : RenderFrames(clip.scene, atlas);
-    EvaluateClip(*context, engine, clip, frames, flags.questions, evaluation);
+    dump.Frames(i, frames);
+    EvaluateClip(*context, engine, clip, frames, flags.questions, evaluation, dump);
     char text[80];
     std::snprintf(
         text, sizeof text, "%d of %d clips, %.1f %% right", i + 1, flags.clips,
@@ -236,6 +283,7 @@ void AddEval(CLI::App& app) {
                    "rendered: pictures as they are; mp4: written as H.264 and read back")
       ->capture_default_str()
       ->check(CLI::IsMember({"rendered", "mp4"}));
+  command->add_option("--dump", flags->dump, "Write frames and answers to this directory");
   command->add_flag("--failures", flags->list_failures, "List every wrong answer");
   command->add_flag("--json", flags->json, "Print one JSON object");
   command->callback([flags] { Eval(*flags); });
