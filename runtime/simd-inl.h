@@ -52,10 +52,6 @@ HWY_INLINE void StoreFloats(VF v, BFloat16* p) {
   const auto upper = hn::ShiftRight<16>(hn::IfThenElse(nan, quiet, rounded));
   hn::StoreU(hn::TruncateTo(DU16(), upper), DU16(), reinterpret_cast<uint16_t*>(p));
 }
-HWY_INLINE void StoreFloats(VF v, Float16* p) {
-  hn::StoreU(hn::DemoteTo(DF16(), v), DF16(), reinterpret_cast<hwy::float16_t*>(p));
-}
-
 // The first `count` < Lanes elements; the other lanes are zero, and nothing behind is touched.
 template <typename T>
 HWY_INLINE VF LoadFloatsN(const T* p, int64_t count) {
