@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "runtime/simd-inl.h"
 
@@ -19,11 +20,38 @@ HWY_BEFORE_NAMESPACE();
 namespace sluice {
 namespace HWY_NAMESPACE {
 
-// Gate / (1 + e^-gate) * up. e^-gate is kept finite; beyond e^88 the quotient is 0 in f32 anyway.
+// e^x with a relative error of 1e-5, for x in [-87, 87]: 2^n 2^f with f in [-1/2, 1/2]. The
+// polynomial is good to 3e-6, the rounding of x / ln 2 to 8e-6.
+HWY_INLINE VF RoughExp(VF x) {
+  const DF d;
+  const hn::RebindToSigned<DF> di;
+  const VF t = hn::Mul(x, hn::Set(d, 1.44269504f));
+  const auto n = hn::NearestInt(t);
+  const VF f = hn::Sub(t, hn::ConvertTo(d, n));
+  VF p = hn::Set(d, 9.57008e-3f);
+  p = hn::MulAdd(p, f, hn::Set(d, 5.591781e-2f));
+  p = hn::MulAdd(p, f, hn::Set(d, 2.4024745e-1f));
+  p = hn::MulAdd(p, f, hn::Set(d, 6.9312182e-1f));
+  p = hn::MulAdd(p, f, hn::Set(d, 9.9999926e-1f));
+  return hn::BitCast(d, hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(n)));
+}
+
+// gate / (1 + e^-gate) * up. e^-gate is kept finite; beyond e^87 the quotient is 0 in f32 anyway.
+// A result that is rounded to bf16 (4e-3) is told nothing by an exponential and a quotient beyond
+// 1e-5, and they are most of the work: rows take three quarters of the time.
+template <typename To>
 HWY_INLINE VF SiluTimes(VF gate, VF up) {
   const DF d;
-  const VF e = hn::Exp(d, hn::Min(hn::Neg(gate), hn::Set(d, 88.f)));
-  return hn::Mul(hn::Div(gate, hn::Add(e, hn::Set(d, 1.f))), up);
+  const VF minus = hn::Min(hn::Max(hn::Neg(gate), hn::Set(d, -87.f)), hn::Set(d, 87.f));
+  if constexpr (std::is_same_v<To, BFloat16>) {
+    const VF sum = hn::Add(RoughExp(minus), hn::Set(d, 1.f));
+    // One Newton step: 12 bits become 23.
+    const VF rough = hn::ApproximateReciprocal(sum);
+    const VF reciprocal = hn::Mul(rough, hn::NegMulAdd(sum, rough, hn::Set(d, 2.f)));
+    return hn::Mul(hn::Mul(gate, reciprocal), up);
+  } else {
+    return hn::Mul(hn::Div(gate, hn::Add(hn::Exp(d, minus), hn::Set(d, 1.f))), up);
+  }
 }
 
 template <typename From, typename To>
@@ -32,11 +60,12 @@ HWY_INLINE void SiluRow(const From* HWY_RESTRICT gate, const From* HWY_RESTRICT 
   const int64_t lanes = hn::Lanes(DF());
   int64_t i = 0;
   for (; i + lanes <= width; i += lanes) {
-    StoreFloats(SiluTimes(LoadFloats(gate + i), LoadFloats(up + i)), y + i);
+    StoreFloats(SiluTimes<To>(LoadFloats(gate + i), LoadFloats(up + i)), y + i);
   }
   if (i < width) {
     const int64_t left = width - i;
-    StoreFloatsN(SiluTimes(LoadFloatsN(gate + i, left), LoadFloatsN(up + i, left)), y + i, left);
+    StoreFloatsN(SiluTimes<To>(LoadFloatsN(gate + i, left), LoadFloatsN(up + i, left)), y + i,
+                 left);
   }
 }
 
