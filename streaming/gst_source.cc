@@ -159,7 +159,7 @@ void GstSource::BuildOutput() {
 
   GstAppSinkCallbacks callbacks = {};
   callbacks.new_preroll = [](GstAppSink*, gpointer self) {
-    static_cast<GstSource*>(self)->Notify([](State& s) { s.preroll = true; });
+    static_cast<GstSource*>(self)->Notify([](State&) {});
     return GST_FLOW_OK;
   };
   callbacks.new_sample = [](GstAppSink*, gpointer self) {

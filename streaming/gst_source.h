@@ -64,7 +64,6 @@ class GstSource final : public Source {
     std::condition_variable changed;
     uint64_t events = 0;  // counts whatever a reader may be waiting for
     bool cancelled = false;
-    bool preroll = false;                 // the sink holds its first picture
     bool past_end = false;                // the sampler wants nothing more
     bool video_linked = false;            // a decoded video stream was found
     std::string refusal;                  // what we refuse ourselves: size, no video; final
