@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "runtime/error.h"
-#include "runtime/ops/activation.h"
 #include "runtime/ops/attention.h"
 #include "runtime/ops/embedding.h"
 #include "runtime/ops/norm.h"
@@ -367,15 +366,10 @@ void Qwen2Decoder::RunMlp(ExecContext& ctx, const Qwen2Layer& layer, TensorView 
   Workspace::Scope scope(workspace);
   const int64_t rows = hidden.dim(0), inner = config_.intermediate_size;
   const TensorView narrow = workspace.Allocate(dtype_, hidden.shape());
-  const TensorView gate_up = workspace.Allocate(dtype_, {rows, 2 * inner});
   const TensorView gated = workspace.Allocate(dtype_, {rows, inner});
   Normalise(ctx, layer.mlp_norm, hidden, narrow);
-  TracedLinear(ctx, "decoder/mlp", narrow, layer.gate_up, gate_up);
-  {
-    TraceScope trace(&ctx.tracer(), "decoder/silu", rows);
-    trace.AddWork(4.0 * rows * inner, static_cast<double>(gate_up.SizeBytes()) + gated.SizeBytes());
-    SiluMul(ctx, gate_up, gated);
-  }
+  TracedLinear(ctx, "decoder/mlp", narrow, layer.gate_up, gated,
+               {.activation = Activation::kSiluMul});
   TracedLinear(ctx, "decoder/mlp", gated, layer.down, hidden, {.accumulate = true});
 }
 

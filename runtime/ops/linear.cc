@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "runtime/error.h"
+#include "runtime/ops/activation.h"
 #include "runtime/ops/cpu/amx.h"
 #include "runtime/ops/cpu/linear.h"
 #include "runtime/ops/cpu/weight_memory.h"
@@ -201,11 +202,16 @@ void Linear(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight, Ten
     throw Error("[linear] x must be [M, " + std::to_string(weight.k()) + "] " +
                 Name(weight.dtype()) + ", got " + x.shape().ToString() + " " + Name(x.dtype()));
   }
-  if (y.shape() != Shape{x.dim(0), weight.n()} || !y.contiguous() ||
+  const bool paired = options.activation == Activation::kSiluMul;
+  if (paired && weight.n() % 2 != 0) {
+    throw Error("[linear] gate and up must be as many outputs, got " + std::to_string(weight.n()) +
+                " together");
+  }
+  const Shape y_shape{x.dim(0), paired ? weight.n() / 2 : weight.n()};
+  if (y.shape() != y_shape || !y.contiguous() ||
       (y.dtype() != DType::kF32 && y.dtype() != weight.dtype())) {
-    throw Error("[linear] y must be a contiguous " + Shape{x.dim(0), weight.n()}.ToString() +
-                " f32 or " + Name(weight.dtype()) + ", got " + y.shape().ToString() + " " +
-                Name(y.dtype()));
+    throw Error("[linear] y must be a contiguous " + y_shape.ToString() + " f32 or " +
+                Name(weight.dtype()) + ", got " + y.shape().ToString() + " " + Name(y.dtype()));
   }
   if (options.accumulate && (y.dtype() != DType::kF32 || options.activation != Activation::kNone)) {
     throw Error(std::string("[linear] accumulate needs y in f32 and no activation, got ") +
@@ -222,8 +228,15 @@ void Linear(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight, Ten
   }
   const LinearArgs args = LinearImpl::Args(x, weight, y, options);
   static const bool native_bf16 = OneDnnHasBf16();
-  switch (ChooseLinear(args.m, args.n, args.k, args.dtype, native_bf16, cpu::AmxAllowed(),
-                       ctx.reference_kernels())) {
+  const LinearKernel kernel = ChooseLinear(args.m, args.n, args.k, args.dtype, native_bf16,
+                                           cpu::AmxAllowed(), ctx.reference_kernels());
+  if (paired && (kernel != LinearKernel::kAmx || args.n % 32 != 0)) {
+    const TensorView gate_up = ctx.workspace().Allocate(x.dtype(), {args.m, args.n});
+    Linear(ctx, x, weight, gate_up);
+    SiluMul(ctx, gate_up, y);
+    return;
+  }
+  switch (kernel) {
     case LinearKernel::kReference:
       return LinearReference(args);
     case LinearKernel::kVector:

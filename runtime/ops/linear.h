@@ -62,17 +62,22 @@ class LinearWeight {
   Tensor bias_;
 };
 
-enum class Activation { kNone, kGeluTanh, kGeluErf };
+enum class Activation {
+  kNone,
+  kGeluTanh,
+  kGeluErf,
+  kSiluMul,  // the outputs are gate | up, and y = silu(gate) * up is [M, N / 2]
+};
 
 struct LinearOptions {
   Activation activation = Activation::kNone;
   bool accumulate = false;  // y += instead of y =; y must be f32; not with an activation
 };
 
-// x: [M, K] in the weight's dtype (rows may be strided, then they are copied first); y: [M, N] f32
-// or the weight's dtype, contiguous. Throws Error naming shapes or dtypes that do not fit. The
-// first call with a new M prepares code for it (0.2 to 4 ms) where oneDNN runs, kept in the
-// context.
+// x: [M, K] in the weight's dtype (rows may be strided, then they are copied first); y: [M, N] (or
+// as the activation says) f32 or the weight's dtype, contiguous. Throws Error naming shapes or
+// dtypes that do not fit. The first call with a new M prepares code for it (0.2 to 4 ms) where
+// oneDNN runs, kept in the context.
 void Linear(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight, TensorView y,
             const LinearOptions& options = {});
 

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <memory>
 #include <random>
 #include <string>
 #include <utility>
@@ -132,6 +133,34 @@ TEST_F(LinearAmxTest, EqualsTheReferenceAtDepthsThatAreCut) {
 TEST_F(LinearAmxTest, EqualsTheReferenceOverManyOutputs) {
   Check({.m = 140, .n = 1000, .k = 256, .threads = 1});
   Check({.m = 33, .n = 1000, .k = 100, .threads = 3});
+}
+
+// Against the product, rounded to bf16, and SiLU of that: two more roundings of 2^-9.
+TEST_F(LinearAmxTest, GatesAsTheProductAndSiluMulDo) {
+  for (int64_t inner : {16, 48, 64, 960, 20}) {
+    for (int64_t m : {2, 16, 70}) {
+      for (DType y : {DType::kBF16, DType::kF32}) {
+        SharedMatrix matrix;
+        auto keeper = std::make_shared<Tensor>(Random(DType::kBF16, {2 * inner, 200}, 1, 0.1f));
+        matrix.view = *keeper;
+        matrix.keeper = keeper;
+        const LinearWeight weight(matrix, Random(DType::kF32, {2 * inner}, 3, 1),
+                                  WeightUse::kAnyRows);
+        const Tensor x = Random(DType::kBF16, {m, 200}, 2, 1);
+        const Tensor got(y, {m, inner}), want(y, {m, inner});
+        ExecContext ctx({.num_threads = 2});
+        ExecContext reference({.num_threads = 1, .kernels = KernelChoice::kReference});
+        Linear(ctx, x, weight, got, {.activation = Activation::kSiluMul});
+        Linear(reference, x, weight, want, {.activation = Activation::kSiluMul});
+        double error = 0, norm = 0;
+        for (int64_t i = 0; i < m * inner; ++i) {
+          error += std::pow(double(At(got, i)) - At(want, i), 2);
+          norm += std::pow(double(At(want, i)), 2);
+        }
+        EXPECT_LE(std::sqrt(error / norm), 5e-3) << m << " x " << inner << " " << Name(y);
+      }
+    }
+  }
 }
 
 TEST_F(LinearAmxTest, ResultsDoNotDependOnTheNumberOfThreads) {

@@ -48,6 +48,12 @@ inline __attribute__((always_inline)) void TileLoad(const void* from, int64_t st
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride_bytes), "i"(kTile)
                : "memory");
 }
+// The same for data that passes by: a hint to leave the first-level cache to others.
+template <int kTile>
+inline __attribute__((always_inline)) void TileLoadPassing(const void* from, int64_t stride_bytes) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride_bytes), "i"(kTile)
+               : "memory");
+}
 template <int kTile>
 inline __attribute__((always_inline)) void TileStore(void* to, int64_t stride_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride_bytes), "i"(kTile)

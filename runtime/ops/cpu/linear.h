@@ -52,7 +52,8 @@ void LinearReference(const LinearArgs& args);
 // Reads the weight once for up to four rows.
 void LinearVector(ExecContext& ctx, const LinearArgs& args);
 void LinearOneDnn(ExecContext& ctx, const LinearArgs& args);
-// bf16 on AMX tiles. REQUIRES: cpu::AmxAllowed() (runtime/ops/cpu/amx.h).
+// bf16 on AMX tiles; the only one that takes kSiluMul, for N / 2 a multiple of 16. REQUIRES:
+// cpu::AmxAllowed() (runtime/ops/cpu/amx.h).
 void LinearAmx(ExecContext& ctx, const LinearArgs& args);
 // Whether oneDNN multiplies bf16 natively here.
 bool OneDnnHasBf16();

@@ -28,6 +28,7 @@ namespace {
 
 using cpu::AmxTiles;
 using cpu::TileLoad;
+using cpu::TileLoadPassing;
 using cpu::TileMultiply;
 using cpu::TileStore;
 using cpu::TileZero;
@@ -38,8 +39,9 @@ constexpr int64_t kTileFloats = kRows * kOutputs;
 constexpr int64_t kStep = 32;                       // inputs a tile product takes
 constexpr int64_t kPairBytes = kPackedOutputs * 4;  // of a pair of inputs in the weight
 constexpr int64_t kStepBytes = kStep / 2 * kPairBytes;
-constexpr int64_t kBlockSteps = 36;         // 72 KB of x at most
+constexpr int64_t kBlockSteps = 18;         // 36 KB of x, which stay in the first-level cache
 constexpr int64_t kChunkBytes = 256 << 10;  // of weight
+constexpr int64_t kRowsBytes = 896 << 10;   // of x
 constexpr int64_t kLongK = 2048;
 
 constexpr int64_t CeilDiv(int64_t value, int64_t by) { return (value + by - 1) / by; }
@@ -115,7 +117,8 @@ struct Job {
   const char* weight;
   int64_t block_bytes;  // of 64 outputs
   int64_t n;
-  int64_t steps;  // over K
+  int64_t y_width;  // n, or half of it
+  int64_t steps;    // over K
   const float* bias;
   void* y;
 };
@@ -127,7 +130,8 @@ struct Pending {
   int64_t until_gap = 0;        // rows until `sums` leaps over rows that were written before
   int64_t gap = 0;              // in floats
   void* y = nullptr;            // of the next row
-  const float* bias = nullptr;  // or null
+  const float* bias = nullptr;  // of the lower and the upper 16 sums; or null
+  const float* upper_bias = nullptr;
   __mmask32 columns = 0;
 };
 
@@ -137,14 +141,31 @@ SLUICE_AMX_INLINE void WriteRows(Pending& pending, int64_t count, int64_t y_stri
   count = std::min(count, pending.rows);
   pending.rows -= count;
   const __mmask16 low = static_cast<__mmask16>(pending.columns);
-  const __mmask16 high = static_cast<__mmask16>(pending.columns >> 16);
+  // Gates and what they multiply are the same columns.
+  const __mmask16 high =
+      kActivation == Activation::kSiluMul ? low : static_cast<__mmask16>(pending.columns >> 16);
   for (; count > 0; --count) {
     if (pending.until_gap-- == 0) pending.sums += pending.gap;
     __m512 a = _mm512_load_ps(pending.sums), b = _mm512_load_ps(pending.sums + 16);
     pending.sums += kOutputs;
     if (pending.bias) {
       a = _mm512_add_ps(a, _mm512_maskz_loadu_ps(low, pending.bias));
-      b = _mm512_add_ps(b, _mm512_maskz_loadu_ps(high, pending.bias + 16));
+      b = _mm512_add_ps(b, _mm512_maskz_loadu_ps(high, pending.upper_bias));
+    }
+    if constexpr (kActivation == Activation::kSiluMul) {
+      // a / (1 + e^-a) b
+      const __m512 power = _mm512_mul_ps(a, _mm512_set1_ps(-1.44269504f));
+      a = _mm512_mul_ps(Sigmoid<kResult != Result::kBF16>(a, power), b);
+      if constexpr (kResult == Result::kBF16) {
+        BFloat16* y = static_cast<BFloat16*>(pending.y);
+        _mm256_mask_storeu_epi16(y, low, (__m256i)_mm512_cvtneps_pbh(a));
+        pending.y = y + y_stride;
+      } else {
+        float* y = static_cast<float*>(pending.y);
+        _mm512_mask_storeu_ps(y, low, a);
+        pending.y = y + y_stride;
+      }
+      continue;
     }
     a = Activate<kActivation, kResult != Result::kBF16>(a);
     b = Activate<kActivation, kResult != Result::kBF16>(b);
@@ -173,31 +194,37 @@ struct Operand {
   const char* lower_tail;
 };
 
+// Two tiles of the weight, of the lower and the upper 16 outputs.
+struct Panel {
+  const char* lower;
+  const char* upper;
+};
+
 template <bool kLower>
 SLUICE_AMX_INLINE void MultiplyStep(const char* upper, const char* lower, int64_t stride,
-                                    const char* b) {
+                                    const Panel& b, int64_t offset) {
   TileLoad<4>(upper, stride);
-  TileLoad<6>(b, kPairBytes);
+  TileLoadPassing<6>(b.lower + offset, kPairBytes);
   TileMultiply<0, 4, 6>();
   if (kLower) {
     TileLoad<5>(lower, stride);
     TileMultiply<1, 5, 6>();
   }
-  TileLoad<7>(b + 64, kPairBytes);
+  TileLoadPassing<7>(b.upper + offset, kPairBytes);
   TileMultiply<2, 4, 7>();
   if (kLower) TileMultiply<3, 5, 7>();
 }
 
-// What is prefetched meanwhile: `lines` cache lines, from line `line` on, of the 32 that every step
-// of the weight has here.
+// What is prefetched meanwhile: in every step of the weight here, `pairs` pairs of inputs from pair
+// `first` on, of the 16 it has.
 struct Ahead {
-  const char* from;
-  int64_t line, lines;
+  Panel from;
+  int64_t first, pairs;
 };
 
 // sums (+)= x W^T over steps [first, last) of 32 inputs.
 template <bool kLower, Result kResult, Activation kActivation>
-SLUICE_AMX_INLINE void MultiplyTile(const Job& job, const Operand& x, const char* b, int64_t first,
+SLUICE_AMX_INLINE void MultiplyTile(const Job& job, const Operand& x, const Panel& b, int64_t first,
                                     int64_t last, bool add, float* sums, const Ahead& ahead,
                                     int64_t written, Pending& pending) {
   if (add) {
@@ -212,17 +239,19 @@ SLUICE_AMX_INLINE void MultiplyTile(const Job& job, const Operand& x, const char
     if (kLower) TileZero<3>();
   }
   const int64_t whole = job.x_tail && last == job.steps ? last - 1 : last;
-  const char* next = ahead.from + ahead.line / 2 * kPairBytes + ahead.line % 2 * 64;
-  for (int64_t s = first; s < whole; ++s, b += kStepBytes, next += kStepBytes) {
-    MultiplyStep<kLower>(x.upper + s * 64, x.lower + s * 64, job.x_stride, b);
-    for (int64_t i = 0; i < ahead.lines; i += 2) {
-      _mm_prefetch(next + i / 2 * kPairBytes, _MM_HINT_T1);
-      _mm_prefetch(next + i / 2 * kPairBytes + 64, _MM_HINT_T1);
+  int64_t next = first * kStepBytes + ahead.first * kPairBytes;
+  for (int64_t s = first; s < whole; ++s, next += kStepBytes) {
+    MultiplyStep<kLower>(x.upper + s * 64, x.lower + s * 64, job.x_stride, b, s * kStepBytes);
+    for (int64_t i = 0; i < ahead.pairs; ++i) {
+      _mm_prefetch(ahead.from.lower + next + i * kPairBytes, _MM_HINT_T1);
+      _mm_prefetch(ahead.from.upper + next + i * kPairBytes, _MM_HINT_T1);
     }
-    WriteRows<kResult, kActivation>(pending, written, job.n);
+    WriteRows<kResult, kActivation>(pending, written, job.y_width);
   }
-  if (whole < last) MultiplyStep<kLower>(x.upper_tail, x.lower_tail, 64, b);
-  WriteRows<kResult, kActivation>(pending, pending.rows, job.n);
+  if (whole < last) {
+    MultiplyStep<kLower>(x.upper_tail, x.lower_tail, 64, b, whole * kStepBytes);
+  }
+  WriteRows<kResult, kActivation>(pending, pending.rows, job.y_width);
   TileStore<0>(sums, 128);
   TileStore<2>(sums + 16, 128);
   if (kLower) TileStore<1>(sums + 16 * kOutputs, 128);
@@ -253,61 +282,83 @@ SLUICE_AMX_TARGET void RunShare(const Job& job, const Share& share, int64_t step
   constexpr int64_t y_bytes = kResult == Result::kBF16 ? 2 : 4;
   const int64_t blocks = CeilDiv(step_end - step_begin, kBlockSteps);
   const int64_t chunk_tiles = ChunkTiles(share, step_end - step_begin);
-  const int64_t row_tiles = CeilDiv(share.row_end - share.row_begin, kRows);
-  // Pairs of lines; rounded up, so that every tile prefetches as many.
-  const int64_t ahead_lines = CeilDiv(16, row_tiles) * 2;
+  const int64_t share_row_tiles = CeilDiv(share.row_end - share.row_begin, kRows);
   const auto first_step = [&](int64_t block) {
     return step_begin + (step_end - step_begin) * block / blocks;
   };
+  // With SiLU a tile is 16 gates and the 16 values they multiply, which lie n / 2 outputs further.
+  constexpr bool kPaired = kActivation == Activation::kSiluMul;
+  constexpr int64_t kColumns = kPaired ? kOutputs / 2 : kOutputs;
+  const auto outputs_from = [&](int64_t output) {
+    return job.weight + output / kPackedOutputs * job.block_bytes + output % kPackedOutputs * 4;
+  };
   const auto panel = [&](int64_t tile) {
-    return job.weight + tile / 2 * job.block_bytes + tile % 2 * 128;
+    const int64_t output = tile * kColumns;
+    return Panel{outputs_from(output), outputs_from(kPaired ? job.n / 2 + output : output + 16)};
   };
   int turn = 0;
   Pending pending;
-  for (int64_t chunk = share.tile_begin; chunk < share.tile_end; chunk += chunk_tiles) {
-    const int64_t chunk_end = std::min(share.tile_end, chunk + chunk_tiles);
-    Ahead ahead = {nullptr, 0, 0};
-    for (int64_t r = share.row_begin; r < share.row_end; r += kRows, ahead.line += ahead_lines) {
-      const int64_t rows = std::min(kRows, share.row_end - r);
-      // Tiles are whole: at the end they reach back over rows that are already done.
-      const int64_t upper = rows > 16 ? r : std::min(r, job.x_rows - 16);
-      const int64_t lower = rows > 16 ? std::min(r + 16, job.x_rows - 16) : upper;
-      Operand x = {job.x + upper * job.x_stride, job.x + lower * job.x_stride, nullptr, nullptr};
-      if (job.x_tail) {
-        x.upper_tail = job.x_tail + upper * 64;
-        x.lower_tail = job.x_tail + lower * 64;
-      }
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t first = first_step(block), last = first_step(block + 1);
-        const int64_t written = CeilDiv(kRows, last - first);
-        for (int64_t tile = chunk; tile < chunk_end; ++tile) {
-          float* sums = blocks > 1 ? waiting + (tile - chunk) * kTileFloats : finished[turn];
-          const int64_t next = tile + chunk_tiles;
-          ahead.lines = next < share.tile_end && ahead.line < 32 ? ahead_lines : 0;
-          ahead.from = panel(next) + first * kStepBytes;
-          const char* b = panel(tile) + first * kStepBytes;
-          if (rows > 16) {
-            MultiplyTile<true, kResult, kActivation>(job, x, b, first, last, block > 0, sums, ahead,
-                                                     written, pending);
-          } else {
-            MultiplyTile<false, kResult, kActivation>(job, x, b, first, last, block > 0, sums,
-                                                      ahead, written, pending);
+  const int64_t most_rows =
+      std::max(4 * kRows, kRowsBytes / ((step_end - step_begin) * kStep * 2) / kRows * kRows);
+  const int64_t row_parts = CeilDiv(share.row_end - share.row_begin, most_rows);
+  for (int64_t part = 0; part < row_parts; ++part) {
+    const int64_t row_begin = share.row_begin + share_row_tiles * part / row_parts * kRows;
+    const int64_t row_end =
+        std::min(share.row_end, share.row_begin + share_row_tiles * (part + 1) / row_parts * kRows);
+    // Rounded up, so that every tile prefetches as many.
+    const int64_t ahead_pairs = CeilDiv(16, CeilDiv(row_end - row_begin, kRows));
+    for (int64_t chunk = share.tile_begin; chunk < share.tile_end; chunk += chunk_tiles) {
+      const int64_t chunk_end = std::min(share.tile_end, chunk + chunk_tiles);
+      Ahead ahead = {{}, 0, 0};
+      for (int64_t r = row_begin; r < row_end; r += kRows, ahead.first += ahead_pairs) {
+        const int64_t rows = std::min(kRows, row_end - r);
+        // Tiles are whole: at the end they reach back over rows that are already done.
+        const int64_t upper = rows > 16 ? r : std::min(r, job.x_rows - 16);
+        const int64_t lower = rows > 16 ? std::min(r + 16, job.x_rows - 16) : upper;
+        Operand x = {job.x + upper * job.x_stride, job.x + lower * job.x_stride, nullptr, nullptr};
+        if (job.x_tail) {
+          x.upper_tail = job.x_tail + upper * 64;
+          x.lower_tail = job.x_tail + lower * 64;
+        }
+        for (int64_t block = 0; block < blocks; ++block) {
+          const int64_t first = first_step(block), last = first_step(block + 1);
+          const int64_t written = CeilDiv(kRows, last - first);
+          for (int64_t tile = chunk; tile < chunk_end; ++tile) {
+            float* sums = blocks > 1 ? waiting + (tile - chunk) * kTileFloats : finished[turn];
+            // The chunk after the last is the first one, for the next rows.
+            int64_t next = tile + chunk_tiles;
+            if (chunk_end == share.tile_end) next = share.tile_begin + tile - chunk;
+            const bool prefetch = next < share.tile_end && (next > tile || row_end < share.row_end);
+            ahead.pairs = prefetch && ahead.first < 16 ? ahead_pairs : 0;
+            ahead.from = panel(next);
+            const Panel b = panel(tile);
+            if (rows > 16) {
+              MultiplyTile<true, kResult, kActivation>(job, x, b, first, last, block > 0, sums,
+                                                       ahead, written, pending);
+            } else {
+              MultiplyTile<false, kResult, kActivation>(job, x, b, first, last, block > 0, sums,
+                                                        ahead, written, pending);
+            }
+            if (block + 1 < blocks) continue;
+            turn ^= 1;
+            const int64_t column = tile * kColumns;
+            const int64_t columns = std::min(kColumns, job.y_width - column);
+            pending.sums = sums + (r - upper) * kOutputs;
+            pending.rows = std::min(r + rows, job.m) - r;
+            pending.until_gap = rows > 16 ? 16 : rows;
+            pending.gap = (r + 16 - lower) * kOutputs;
+            pending.y = static_cast<char*>(job.y) + (r * job.y_width + column) * y_bytes;
+            if (job.bias) {
+              pending.bias = job.bias + column;
+              pending.upper_bias = pending.bias + (kPaired ? job.n / 2 : 16);
+            }
+            pending.columns = static_cast<__mmask32>((uint64_t{1} << columns) - 1);
           }
-          if (block + 1 < blocks) continue;
-          turn ^= 1;
-          const int64_t column = tile * kOutputs, columns = std::min(kOutputs, job.n - column);
-          pending.sums = sums + (r - upper) * kOutputs;
-          pending.rows = std::min(r + rows, job.m) - r;
-          pending.until_gap = rows > 16 ? 16 : rows;
-          pending.gap = (r + 16 - lower) * kOutputs;
-          pending.y = static_cast<char*>(job.y) + (r * job.n + column) * y_bytes;
-          pending.bias = job.bias ? job.bias + column : nullptr;
-          pending.columns = static_cast<__mmask32>((uint64_t{1} << columns) - 1);
         }
       }
     }
   }
-  WriteRows<kResult, kActivation>(pending, pending.rows, job.n);
+  WriteRows<kResult, kActivation>(pending, pending.rows, job.y_width);
 }
 
 using Run = void (*)(const Job&, const Share&, int64_t, int64_t, float*);
@@ -321,6 +372,9 @@ Run ChooseRun(Result result, Activation activation) {
     case Activation::kGeluErf:
       return narrow ? RunShare<Result::kBF16, Activation::kGeluErf>
                     : RunShare<Result::kF32, Activation::kGeluErf>;
+    case Activation::kSiluMul:
+      return narrow ? RunShare<Result::kBF16, Activation::kSiluMul>
+                    : RunShare<Result::kF32, Activation::kSiluMul>;
     case Activation::kNone:
       break;
   }
@@ -360,6 +414,8 @@ void LinearAmx(ExecContext& ctx, const LinearArgs& args) {
   job.steps = CeilDiv(args.k, kStep);
   job.block_bytes = job.steps * kStep * kPackedOutputs * 2;
   job.n = args.n;
+  const bool paired = args.options.activation == Activation::kSiluMul;
+  job.y_width = paired ? args.n / 2 : args.n;
   job.bias = args.bias;
   job.y = args.y.raw();
   // Tiles are read whole: rows and inputs that do not fill them are padded.
