@@ -7,13 +7,15 @@
 //                    softmax packed as the B operand
 //
 // With queries across the lanes of a vector, the softmax over keys runs down the rows of S^T and
-// needs no horizontal step. Scores live for kChunkKeys keys at a time (16 KB for 32 queries); the
+// needs no horizontal step. Scores live for kChunkKeys keys at a time (8 KB for 32 queries); the
 // sums follow Milakov and Gimelshein 2018 / FlashAttention (Dao et al. 2022). Keys pass in spans of
 // kSpanBlocks blocks that stay in the second-level cache while a group of query tiles, whose
 // accumulators fit there too, goes over them: a long cache is read from memory once per group.
 //
 // Costs for one tile of 32 queries and 64 keys at D = 64: 32 tile products of 16 cycles and 128
-// vectors of exponentials of about 5 cycles.
+// vectors of exponentials of about 5 cycles. Doing both at once (the exponentials of one chunk
+// between the products of the next) gains nothing: measured, next to tile instructions only one of
+// the two ports for 512-bit vectors is left.
 #include "runtime/ops/cpu/attention.h"
 
 #if defined(__x86_64__)
@@ -34,7 +36,8 @@ namespace sluice::cpu {
 namespace {
 
 constexpr int kTileQueries = 32;
-constexpr int kChunkKeys = 128;
+constexpr int kChunkKeys = 64;
+constexpr int kMostChunkKeys = 96;  // rather than one more chunk for a few keys
 constexpr int kSpanBlocks = 8;
 constexpr int64_t kGroupBytes = 512 << 10;
 constexpr float kLog2e = 1.44269504f;
@@ -410,8 +413,8 @@ template <int kVectors>
 SLUICE_AMX_TARGET void AttendRows(QueryTile& tile, const BlockRef* blocks, int64_t k_stride,
                                   int64_t begin, int64_t end, const HeadShape& shape, float scale,
                                   float* s, uint32_t* p) {
-  for (int64_t first = begin; first < end; first += kChunkKeys) {
-    const int64_t keys = std::min<int64_t>(kChunkKeys, end - first);
+  for (int64_t first = begin, keys = 0; first < end; first += keys) {
+    keys = end - first <= kMostChunkKeys ? end - first : kChunkKeys;
     const BlockRef* chunk = blocks + (first - begin) / kKvBlockTokens;
     for (int64_t t = 0; t < keys; t += kKvBlockTokens) {
       Scores<kVectors>(tile, chunk[t / kKvBlockTokens].k, k_stride, shape.depth,
@@ -429,8 +432,8 @@ SLUICE_AMX_TARGET void AttendRows(QueryTile& tile, const BlockRef* blocks, int64
 
 // What one thread works in.
 struct Scratch {
-  float* scores;       // [kChunkKeys, kTileQueries]
-  uint32_t* probs;     // [kChunkKeys / 2, kTileQueries]
+  float* scores;       // [kMostChunkKeys, kTileQueries]
+  uint32_t* probs;     // [kMostChunkKeys / 2, kTileQueries]
   BFloat16* packed;    // blocks of shape.PackedElements()
   QueryTile* tiles;    // a group of query tiles
   float* tile_floats;  // [group, QueryTile::Floats()]
@@ -441,7 +444,7 @@ struct Scratch {
     return std::clamp<int64_t>(kGroupBytes / bytes, 1, tiles);
   }
   static int64_t Bytes(const HeadShape& shape, int64_t group, int64_t packed_blocks) {
-    return kChunkKeys * kTileQueries * 6 + packed_blocks * shape.PackedElements() * 2 +
+    return kMostChunkKeys * kTileQueries * 6 + packed_blocks * shape.PackedElements() * 2 +
            group * QueryTile::Floats(shape) * 4 + RoundUp(group * sizeof(QueryTile), 64);
   }
   Scratch(TensorView memory, int64_t thread, const HeadShape& shape, int64_t group,
@@ -449,8 +452,8 @@ struct Scratch {
       : group(group) {
     uint8_t* at = memory.data<uint8_t>() + thread * memory.stride0();
     scores = reinterpret_cast<float*>(at);
-    probs = reinterpret_cast<uint32_t*>(scores + kChunkKeys * kTileQueries);
-    packed = reinterpret_cast<BFloat16*>(probs + kChunkKeys / 2 * kTileQueries);
+    probs = reinterpret_cast<uint32_t*>(scores + kMostChunkKeys * kTileQueries);
+    packed = reinterpret_cast<BFloat16*>(probs + kMostChunkKeys / 2 * kTileQueries);
     tile_floats = reinterpret_cast<float*>(packed + packed_blocks * shape.PackedElements());
     tiles = reinterpret_cast<QueryTile*>(tile_floats + group * QueryTile::Floats(shape));
   }

@@ -144,14 +144,16 @@ SLUICE_AMX_INLINE void WriteRows(Pending& pending, int64_t count, int64_t y_stri
   // Gates and what they multiply are the same columns.
   const __mmask16 high =
       kActivation == Activation::kSiluMul ? low : static_cast<__mmask16>(pending.columns >> 16);
+  __m512 bias = _mm512_setzero_ps(), upper_bias = _mm512_setzero_ps();
+  if (pending.bias && count > 0) {
+    bias = _mm512_maskz_loadu_ps(low, pending.bias);
+    upper_bias = _mm512_maskz_loadu_ps(high, pending.upper_bias);
+  }
   for (; count > 0; --count) {
     if (pending.until_gap-- == 0) pending.sums += pending.gap;
-    __m512 a = _mm512_load_ps(pending.sums), b = _mm512_load_ps(pending.sums + 16);
+    __m512 a = _mm512_add_ps(bias, _mm512_load_ps(pending.sums));
+    __m512 b = _mm512_add_ps(upper_bias, _mm512_load_ps(pending.sums + 16));
     pending.sums += kOutputs;
-    if (pending.bias) {
-      a = _mm512_add_ps(a, _mm512_maskz_loadu_ps(low, pending.bias));
-      b = _mm512_add_ps(b, _mm512_maskz_loadu_ps(high, pending.upper_bias));
-    }
     if constexpr (kActivation == Activation::kSiluMul) {
       // a / (1 + e^-a) b
       const __m512 power = _mm512_mul_ps(a, _mm512_set1_ps(-1.44269504f));
