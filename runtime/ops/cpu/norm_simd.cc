@@ -3,6 +3,8 @@
 #include "runtime/ops/cpu/norm.h"
 #include "runtime/parallel.h"
 
+// The kernels keep arrays of vectors in registers, which types of unknown size do not allow.
+#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "runtime/ops/cpu/norm_simd.cc"
 #include <hwy/foreach_target.h>
@@ -76,17 +78,83 @@ HWY_INLINE void NormRow(const float* HWY_RESTRICT x, const float* HWY_RESTRICT w
   }
 }
 
-void NormRows(const NormArgs& args, int64_t begin, int64_t end) {
-  const int64_t width = args.x.dim(1);
-  for (int64_t m = begin; m < end; ++m) {
-    const float* x = args.x.data<float>() + m * args.x.stride0();
-    if (args.y.dtype() == DType::kBF16) {
-      NormRow(x, args.weight, args.bias, args.eps, args.centre, width,
-              args.y.data<BFloat16>() + m * args.y.stride0());
-    } else {
-      NormRow(x, args.weight, args.bias, args.eps, args.centre, width,
-              args.y.data<float>() + m * args.y.stride0());
+// kRows rows at once, for widths of whole vectors: the additions of one row wait for each other,
+// those of several rows do not. Every row gets the bits that NormRow gives it.
+template <int kRows, typename T>
+HWY_INLINE void NormWholeRows(const float* HWY_RESTRICT x, int64_t x_stride, const NormArgs& args,
+                              int64_t width, T* HWY_RESTRICT y, int64_t y_stride) {
+  const DF d;
+  const int64_t lanes = hn::Lanes(d);
+  float mean[kRows] = {}, scale[kRows];
+  if (args.centre) {
+    VF sum[kRows][2];
+    for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = hn::Zero(d);
+    int64_t i = 0;
+    for (; i + 2 * lanes <= width; i += 2 * lanes) {
+      for (int r = 0; r < kRows; ++r) {
+        const float* at = x + r * x_stride + i;
+        sum[r][0] = hn::Add(sum[r][0], LoadFloats(at));
+        sum[r][1] = hn::Add(sum[r][1], LoadFloats(at + lanes));
+      }
     }
+    for (int r = 0; r < kRows; ++r) {
+      if (i < width) sum[r][0] = hn::Add(sum[r][0], LoadFloats(x + r * x_stride + i));
+      mean[r] = hn::GetLane(hn::SumOfLanes(d, hn::Add(sum[r][0], sum[r][1]))) / width;
+    }
+  }
+  VF sum[kRows][2];
+  for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = hn::Zero(d);
+  int64_t k = 0;
+  for (; k + 2 * lanes <= width; k += 2 * lanes) {
+    for (int r = 0; r < kRows; ++r) {
+      const float* at = x + r * x_stride + k;
+      const VF u = hn::Sub(LoadFloats(at), hn::Set(d, mean[r]));
+      const VF v = hn::Sub(LoadFloats(at + lanes), hn::Set(d, mean[r]));
+      sum[r][0] = hn::MulAdd(u, u, sum[r][0]);
+      sum[r][1] = hn::MulAdd(v, v, sum[r][1]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    if (k < width) {
+      const VF u = hn::Sub(LoadFloats(x + r * x_stride + k), hn::Set(d, mean[r]));
+      sum[r][0] = hn::MulAdd(u, u, sum[r][0]);
+    }
+    const float squares = hn::GetLane(hn::SumOfLanes(d, hn::Add(sum[r][0], sum[r][1])));
+    scale[r] = 1 / std::sqrt(squares / width + args.eps);
+  }
+  for (int64_t i = 0; i < width; i += lanes) {
+    const VF w = LoadFloats(args.weight + i);
+    const VF b = args.bias ? LoadFloats(args.bias + i) : hn::Zero(d);
+    for (int r = 0; r < kRows; ++r) {
+      const VF u = hn::Mul(hn::Sub(LoadFloats(x + r * x_stride + i), hn::Set(d, mean[r])),
+                           hn::Set(d, scale[r]));
+      StoreFloats(hn::MulAdd(u, w, b), y + r * y_stride + i);
+    }
+  }
+}
+
+template <typename T>
+void NormRowsTo(const NormArgs& args, int64_t begin, int64_t end) {
+  const int64_t width = args.x.dim(1), x_stride = args.x.stride0(), y_stride = args.y.stride0();
+  const float* x = args.x.data<float>() + begin * x_stride;
+  T* y = args.y.data<T>() + begin * y_stride;
+  constexpr int kRows = 4;
+  int64_t m = begin;
+  if (width % hn::Lanes(DF()) == 0) {
+    for (; m + kRows <= end; m += kRows, x += kRows * x_stride, y += kRows * y_stride) {
+      NormWholeRows<kRows>(x, x_stride, args, width, y, y_stride);
+    }
+  }
+  for (; m < end; ++m, x += x_stride, y += y_stride) {
+    NormRow(x, args.weight, args.bias, args.eps, args.centre, width, y);
+  }
+}
+
+void NormRows(const NormArgs& args, int64_t begin, int64_t end) {
+  if (args.y.dtype() == DType::kBF16) {
+    NormRowsTo<BFloat16>(args, begin, end);
+  } else {
+    NormRowsTo<float>(args, begin, end);
   }
 }
 
