@@ -176,10 +176,9 @@ TEST(EncoderAttentionTest, EqualsTheEquationAtTheShapeOfSiglipSo400m) {
 }
 
 TEST(EncoderAttentionTest, TakesMoreQueryTilesThanOneGroupHolds) {
-  CheckEncoder({.batch = 1, .length = 1100, .heads = 1, .head_dim = 128}, DType::kBF16, 1,
-               kBF16Tolerance);
-  CheckEncoder({.batch = 1, .length = 1100, .heads = 1, .head_dim = 64}, DType::kF32, 1,
-               kF32Tolerance);
+  const EncoderCase many = {.batch = 1, .length = 660, .heads = 1, .head_dim = 128};
+  CheckEncoder(many, DType::kBF16, 1, kBF16Tolerance);
+  CheckEncoder(many, DType::kF32, 1, kF32Tolerance);
 }
 
 // Scores of deviation 900 reach several thousand: e^score overflows f32 at 89. One key takes nearly
@@ -316,7 +315,7 @@ void CheckCausal(const CausalCase& c, DType dtype, int num_threads, double toler
           c.begin, cache.view());
 
   std::vector<int64_t> rows;
-  const int64_t most = keys > 1000 ? 6 : 20;
+  const int64_t most = keys > 200 ? 6 : 16;
   for (int64_t i = 0; i < c.length; i += std::max<int64_t>(1, c.length / most)) rows.push_back(i);
   if (rows.back() != c.length - 1) rows.push_back(c.length - 1);
   Tensor want(DType::kF32, {static_cast<int64_t>(rows.size()), width});
@@ -376,7 +375,7 @@ TEST(CausalAttentionTest, EqualsTheEquationOverHeadSizesAndGroups) {
 
 TEST(CausalAttentionTest, EqualsTheEquationOverALongContext) {
   for (DType dtype : {DType::kF32, DType::kBF16}) {
-    CheckCausal({.begin = 8000, .length = 33, .heads = 14, .kv_heads = 2, .head_dim = 64}, dtype, 2,
+    CheckCausal({.begin = 8000, .length = 17, .heads = 4, .kv_heads = 2, .head_dim = 64}, dtype, 2,
                 ToleranceOf(dtype));
     // Few heads and one query: the keys are cut into ranges, and the last one is not full.
     for (int threads : {1, 2, 7}) {
@@ -384,7 +383,7 @@ TEST(CausalAttentionTest, EqualsTheEquationOverALongContext) {
                   threads, ToleranceOf(dtype));
     }
     // Rows of the first ranges end before the last range begins.
-    CheckCausal({.begin = 3, .length = 1300, .heads = 1, .kv_heads = 1, .head_dim = 64}, dtype, 16,
+    CheckCausal({.begin = 3, .length = 1100, .heads = 1, .kv_heads = 1, .head_dim = 24}, dtype, 16,
                 ToleranceOf(dtype));
   }
 }
