@@ -38,7 +38,7 @@ namespace {
 constexpr int kTileQueries = 32;
 constexpr int kChunkKeys = 64;
 constexpr int kMostChunkKeys = 96;  // rather than one more chunk for a few keys
-constexpr int kSpanBlocks = 8;
+constexpr int kSpanBlocks = 16;
 constexpr int64_t kGroupBytes = 512 << 10;
 constexpr float kLog2e = 1.44269504f;
 // How far (in powers of two) scores may grow beyond m before the accumulators are rescaled.
@@ -340,10 +340,10 @@ SLUICE_AMX_INLINE __mmask16 Sees(__m512i visible, int64_t key) {
 }
 
 // Turns scores of keys [first_key, first_key + keys) into packed probabilities, keeping max and sum
-// and rescaling O when the maximum has grown.
+// and rescaling O when the maximum has grown. `next`: the block behind these keys, or null.
 template <int kVectors, bool kMasked>
 SLUICE_AMX_INLINE void Softmax(QueryTile& tile, const float* s, int64_t first_key, int64_t keys,
-                               int64_t rows, float scale, uint32_t* p) {
+                               int64_t rows, float scale, const BlockRef& next, uint32_t* p) {
   constexpr int kWidth = 16 * kVectors;
   const __m512 c = _mm512_set1_ps(scale * kLog2e);
   __m512i visible[kVectors];
@@ -388,6 +388,15 @@ SLUICE_AMX_INLINE void Softmax(QueryTile& tile, const float* s, int64_t first_ke
   }
 
   for (int64_t t = 0; t < keys; t += 2) {
+    if (kVectors == 1 && next.k) {
+      // A decoded token waits for memory, and hardware prefetch stops at every 4 KB: the block that
+      // comes next is asked for meanwhile, all of its lines spread over the pairs of 64 keys. Read
+      // on one core from memory: 12.4 instead of 10 GB/s.
+      for (int64_t d = 0; d < rows; d += 16) {
+        _mm_prefetch(next.k + (t / 2 * rows + d) * 2, _MM_HINT_T1);
+        _mm_prefetch(next.v + (t / 2 * rows + d) * 2, _MM_HINT_T1);
+      }
+    }
     for (int v = 0; v < kVectors; ++v) {
       const float* from = s + t * kWidth + 16 * v;
       __m512 even = Exp2(_mm512_fmsub_ps(_mm512_load_ps(from), c, max[v]));
@@ -420,10 +429,12 @@ SLUICE_AMX_TARGET void AttendRows(QueryTile& tile, const BlockRef* blocks, int64
       Scores<kVectors>(tile, chunk[t / kKvBlockTokens].k, k_stride, shape.depth,
                        std::min<int64_t>(kKvBlockTokens, keys - t), s + t * 16 * kVectors);
     }
+    BlockRef next = {nullptr, nullptr};
+    if (first + keys < end) next = chunk[1];
     if (first + keys <= tile.min_visible && keys % 2 == 0) {
-      Softmax<kVectors, false>(tile, s, first, keys, shape.rows, scale, p);
+      Softmax<kVectors, false>(tile, s, first, keys, shape.rows, scale, next, p);
     } else {
-      Softmax<kVectors, true>(tile, s, first, keys, shape.rows, scale, p);
+      Softmax<kVectors, true>(tile, s, first, keys, shape.rows, scale, next, p);
     }
     Accumulate<kVectors>(p, chunk, keys, shape.rows, !tile.started, tile.o);
     tile.started = true;
