@@ -385,20 +385,30 @@ Run ChooseRun(Result result, Activation activation) {
                 : RunShare<Result::kF32, Activation::kNone>;
 }
 
-// Shares of `threads` threads, a grid over rows and outputs: as equal as they get, and among equals
-// the one that cuts outputs most often, so that few threads read the same weights.
-void CutGrid(int64_t row_tiles, int64_t output_tiles, int64_t threads, int64_t* over_rows,
-             int64_t* over_outputs) {
+// The shares of threads form a grid over rows and outputs.
+struct Grid {
+  int64_t rows = 1, outputs = 1;
+};
+
+// Rows are cut where that is nearly as even as anything: what comes before and after a product
+// works row by row, and rows that stay with a thread stay in its cache. But every share reads all
+// the weights of its outputs; so many rows have to use them while they pass: more of them when the
+// weights come from memory.
+Grid CutGrid(int64_t m, int64_t n, int64_t k, int64_t threads) {
+  constexpr int64_t kInMemory = int64_t{4} << 20;  // bytes of one weight
+  const int64_t fewest_rows = n * k * 2 >= kInMemory ? 256 : 96;
+  const int64_t half_tiles = CeilDiv(m, kRows / 2), output_tiles = CeilDiv(n, kOutputs);
+  Grid best;
   int64_t least = INT64_MAX;
-  for (int64_t rows = 1; rows <= std::min(threads, row_tiles); ++rows) {
+  for (int64_t rows = std::clamp<int64_t>(m / fewest_rows, 1, threads); rows >= 1; --rows) {
     const int64_t outputs = std::min(threads / rows, output_tiles);
-    const int64_t cost = CeilDiv(row_tiles, rows) * CeilDiv(output_tiles, outputs);
-    if (cost < least) {
+    const int64_t cost = CeilDiv(half_tiles, rows) * CeilDiv(output_tiles, outputs);
+    if (cost < least - least / 16) {
       least = cost;
-      *over_rows = rows;
-      *over_outputs = outputs;
+      best = {rows, outputs};
     }
   }
+  return best;
 }
 
 }  // namespace
@@ -438,19 +448,18 @@ void LinearAmx(ExecContext& ctx, const LinearArgs& args) {
     job.x_tail = to;
   }
 
-  const int64_t row_tiles = CeilDiv(args.m, kRows), output_tiles = CeilDiv(args.n, kOutputs);
-  int64_t over_rows = 1, over_outputs = 1;
   // Waking a thread costs as much as some 20 tile products of the whole depth at K = 256.
   constexpr int64_t kStepsAThread = 128;
-  const int64_t work = row_tiles * output_tiles * job.steps;
-  const int64_t threads = std::clamp<int64_t>(work / kStepsAThread, 1, ctx.num_threads());
-  CutGrid(row_tiles, output_tiles, threads, &over_rows, &over_outputs);
-  const int64_t shares = over_rows * over_outputs;
+  const int64_t half_tiles = CeilDiv(args.m, kRows / 2), output_tiles = CeilDiv(args.n, kOutputs);
+  const int64_t work = CeilDiv(args.m, kRows) * output_tiles * job.steps;
+  const Grid grid = CutGrid(args.m, args.n, args.k,
+                            std::clamp<int64_t>(work / kStepsAThread, 1, ctx.num_threads()));
+  const int64_t shares = grid.rows * grid.outputs;
   const auto share_of = [&](int64_t index) {
-    const int64_t i = index / over_outputs, j = index % over_outputs;
-    return Share{row_tiles * i / over_rows * kRows,
-                 std::min(args.m, row_tiles * (i + 1) / over_rows * kRows),
-                 output_tiles * j / over_outputs, output_tiles * (j + 1) / over_outputs};
+    const int64_t i = index / grid.outputs, j = index % grid.outputs;
+    return Share{half_tiles * i / grid.rows * (kRows / 2),
+                 std::min(args.m, half_tiles * (i + 1) / grid.rows * (kRows / 2)),
+                 output_tiles * j / grid.outputs, output_tiles * (j + 1) / grid.outputs};
   };
   // With sums in f32, a long K goes in parts, each added to the one before.
   const bool wide = args.y.dtype() == DType::kF32 && args.options.activation == Activation::kNone;
