@@ -217,18 +217,57 @@ SLUICE_AMX_INLINE void MultiplyStep(const char* upper, const char* lower, int64_
   if (kLower) TileMultiply<3, 5, 7>();
 }
 
-// What is prefetched meanwhile: in every step of the weight here, `pairs` pairs of inputs from pair
-// `first` on, of the 16 it has.
-struct Ahead {
-  Panel from;
-  int64_t first, pairs;
+// What is prefetched meanwhile: the chunk of the weight that comes next, in the order in which it
+// lies in memory (which is when memory is fastest), some lines with every step.
+class Ahead {
+ public:
+  // `count` blocks from `first` on and, with SiLU, as many from `second` on: `bytes` of each.
+  Ahead(const char* first, const char* second, int64_t count, int64_t block_bytes, int64_t bytes)
+      : second_(second), count_(count), block_bytes_(block_bytes), bytes_(bytes), block_(first) {
+    at_ = count > 0 ? first : nullptr;
+    end_ = at_ + (count > 0 ? bytes : 0);
+    left_ = count;
+  }
+  int64_t lines() const { return CeilDiv(bytes_, 64) * count_ * (second_ ? 2 : 1); }
+
+  SLUICE_AMX_INLINE void Step(int64_t lines) {
+    for (; lines > 0; --lines, at_ += 64) {
+      if (at_ >= end_ && !NextBlock()) return;
+      _mm_prefetch(at_, _MM_HINT_T1);
+    }
+  }
+
+ private:
+  bool NextBlock() {
+    if (left_ > 1) {
+      --left_;
+      block_ += block_bytes_;
+    } else if (left_ == 1 && second_) {
+      left_ = count_;
+      block_ = second_;
+      second_ = nullptr;
+    } else {
+      left_ = 0;
+      return false;
+    }
+    at_ = block_;
+    end_ = at_ + bytes_;
+    return true;
+  }
+
+  const char* second_;
+  int64_t count_, block_bytes_, bytes_;
+  const char* block_;
+  int64_t left_;  // blocks, the one at hand included
+  const char* at_;
+  const char* end_;
 };
 
 // sums (+)= x W^T over steps [first, last) of 32 inputs.
 template <bool kLower, Result kResult, Activation kActivation>
 SLUICE_AMX_INLINE void MultiplyTile(const Job& job, const Operand& x, const Panel& b, int64_t first,
-                                    int64_t last, bool add, float* sums, const Ahead& ahead,
-                                    int64_t written, Pending& pending) {
+                                    int64_t last, bool add, float* sums, Ahead& ahead,
+                                    int64_t lines, int64_t written, Pending& pending) {
   if (add) {
     TileLoad<0>(sums, 128);
     TileLoad<2>(sums + 16, 128);
@@ -241,13 +280,9 @@ SLUICE_AMX_INLINE void MultiplyTile(const Job& job, const Operand& x, const Pane
     if (kLower) TileZero<3>();
   }
   const int64_t whole = job.x_tail && last == job.steps ? last - 1 : last;
-  int64_t next = first * kStepBytes + ahead.first * kPairBytes;
-  for (int64_t s = first; s < whole; ++s, next += kStepBytes) {
+  for (int64_t s = first; s < whole; ++s) {
     MultiplyStep<kLower>(x.upper + s * 64, x.lower + s * 64, job.x_stride, b, s * kStepBytes);
-    for (int64_t i = 0; i < ahead.pairs; ++i) {
-      _mm_prefetch(ahead.from.lower + next + i * kPairBytes, _MM_HINT_T1);
-      _mm_prefetch(ahead.from.upper + next + i * kPairBytes, _MM_HINT_T1);
-    }
+    ahead.Step(lines);
     WriteRows<kResult, kActivation>(pending, written, job.y_width);
   }
   if (whole < last) {
@@ -307,12 +342,25 @@ SLUICE_AMX_TARGET void RunShare(const Job& job, const Share& share, int64_t step
     const int64_t row_begin = share.row_begin + share_row_tiles * part / row_parts * kRows;
     const int64_t row_end =
         std::min(share.row_end, share.row_begin + share_row_tiles * (part + 1) / row_parts * kRows);
-    // Rounded up, so that every tile prefetches as many.
-    const int64_t ahead_pairs = CeilDiv(16, CeilDiv(row_end - row_begin, kRows));
     for (int64_t chunk = share.tile_begin; chunk < share.tile_end; chunk += chunk_tiles) {
       const int64_t chunk_end = std::min(share.tile_end, chunk + chunk_tiles);
-      Ahead ahead = {{}, 0, 0};
-      for (int64_t r = row_begin; r < row_end; r += kRows, ahead.first += ahead_pairs) {
+      // The chunk after the last is the first one, for the next rows.
+      const bool last_chunk = chunk_end == share.tile_end;
+      const int64_t next = last_chunk ? share.tile_begin : chunk_end;
+      const int64_t next_end = std::min(share.tile_end, next + chunk_tiles);
+      const bool prefetch = !last_chunk || row_end < share.row_end;
+      const auto block_of = [&](int64_t output) { return output / kPackedOutputs; };
+      const int64_t next_block = block_of(next * kColumns);
+      const int64_t next_blocks = block_of(next_end * kColumns - 1) + 1 - next_block;
+      const char* from = job.weight + step_begin * kStepBytes;
+      Ahead ahead(
+          from + next_block * job.block_bytes,
+          kPaired ? from + block_of(job.n / 2 + next * kColumns) * job.block_bytes : nullptr,
+          prefetch ? next_blocks : 0, job.block_bytes, (step_end - step_begin) * kStepBytes);
+      const int64_t lines =
+          CeilDiv(ahead.lines(), CeilDiv(row_end - row_begin, kRows) * (chunk_end - chunk) *
+                                     (step_end - step_begin));
+      for (int64_t r = row_begin; r < row_end; r += kRows) {
         const int64_t rows = std::min(kRows, row_end - r);
         // Tiles are whole: at the end they reach back over rows that are already done.
         const int64_t upper = rows > 16 ? r : std::min(r, job.x_rows - 16);
@@ -327,19 +375,13 @@ SLUICE_AMX_TARGET void RunShare(const Job& job, const Share& share, int64_t step
           const int64_t written = CeilDiv(kRows, last - first);
           for (int64_t tile = chunk; tile < chunk_end; ++tile) {
             float* sums = blocks > 1 ? waiting + (tile - chunk) * kTileFloats : finished[turn];
-            // The chunk after the last is the first one, for the next rows.
-            int64_t next = tile + chunk_tiles;
-            if (chunk_end == share.tile_end) next = share.tile_begin + tile - chunk;
-            const bool prefetch = next < share.tile_end && (next > tile || row_end < share.row_end);
-            ahead.pairs = prefetch && ahead.first < 16 ? ahead_pairs : 0;
-            ahead.from = panel(next);
             const Panel b = panel(tile);
             if (rows > 16) {
               MultiplyTile<true, kResult, kActivation>(job, x, b, first, last, block > 0, sums,
-                                                       ahead, written, pending);
+                                                       ahead, lines, written, pending);
             } else {
               MultiplyTile<false, kResult, kActivation>(job, x, b, first, last, block > 0, sums,
-                                                        ahead, written, pending);
+                                                        ahead, lines, written, pending);
             }
             if (block + 1 < blocks) continue;
             turn ^= 1;
