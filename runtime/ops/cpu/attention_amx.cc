@@ -73,6 +73,23 @@ struct RowMap {
   int64_t count;  // rows in all
 };
 
+// Walks over rows without a division for each.
+class RowCursor {
+ public:
+  RowCursor(const RowMap& map, int64_t row)
+      : heads_(map.heads), position_(row / map.heads), head_(row % map.heads) {}
+  int64_t position() const { return position_; }
+  int64_t head() const { return head_; }
+  void Next() {
+    if (++head_ < heads_) return;
+    head_ = 0;
+    ++position_;
+  }
+
+ private:
+  int64_t heads_, position_, head_;
+};
+
 // 16 or 32 queries on their way through the keys. Everything is padded to whole vectors of queries;
 // the rows of the arrays are `width` = 16 * vectors long.
 struct QueryTile {
@@ -157,9 +174,11 @@ SLUICE_AMX_TARGET void LoadQueries(const RowMap& map, const HeadShape& shape, Qu
   const int width = 16 * tile.vectors;
   for (int first = 0; first < width; first += 16) {
     const BFloat16* row[16];
+    RowCursor at(map, tile.first_row + first);
     for (int i = 0; i < 16; ++i) {
-      const int64_t r = tile.first_row + std::min(first + i, tile.rows - 1);
-      row[i] = map.q + r / map.heads * map.q_stride + r % map.heads * shape.dim;
+      row[i] = map.q + at.position() * map.q_stride + at.head() * shape.dim;
+      // The last row stands in for those that are not there.
+      if (first + i < tile.rows - 1) at.Next();
     }
     for (int64_t d = 0; d < shape.depth; d += 32) {
       const __mmask32 mask = FirstWords(shape.dim - d);
@@ -180,9 +199,9 @@ SLUICE_AMX_TARGET void StoreOutputs(const RowMap& map, const HeadShape& shape,
     const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_load_ps(tile.sum + first));
     BFloat16* row[16];
     const int rows = std::min(16, tile.rows - first);
-    for (int i = 0; i < rows; ++i) {
-      const int64_t r = tile.first_row + first + i;
-      row[i] = map.out + r / map.heads * map.out_stride + r % map.heads * shape.dim;
+    RowCursor at(map, tile.first_row + first);
+    for (int i = 0; i < rows; ++i, at.Next()) {
+      row[i] = map.out + at.position() * map.out_stride + at.head() * shape.dim;
     }
     for (int64_t d = 0; d < shape.rows; d += 32) {
       __m512i part[16];
@@ -482,8 +501,9 @@ SLUICE_AMX_TARGET void Attend(QueryTile& tile, const BlockRef* blocks, int64_t k
 }
 
 // Takes query tiles [first, last) over keys [key_begin, key_end), key_begin at the beginning of a
-// block, and calls finish(tile) for each. visible(row): how many keys a row sees, growing with the
-// row. block(i, slot): where block i is; it may be packed into scratch slot < kSpanBlocks.
+// block, and calls finish(tile) for each. visible(position): how many keys a query sees, growing
+// with the position. block(i, slot): where block i is; it may be packed into scratch slot <
+// kSpanBlocks.
 template <typename Visible, typename Block, typename Finish>
 void AttendGroups(const RowMap& map, const HeadShape& shape, int64_t first, int64_t last,
                   int64_t key_begin, int64_t key_end, int64_t k_stride, float scale,
@@ -496,11 +516,12 @@ void AttendGroups(const RowMap& map, const HeadShape& shape, int64_t first, int6
       tile.Place(scratch.tile_floats + i * QueryTile::Floats(shape), shape);
       tile.SetRows(first + i, map.count);
       tile.started = false;
+      RowCursor at(map, tile.first_row);
       for (int r = 0; r < 16 * tile.vectors; ++r) {
-        tile.visible[r] =
-            static_cast<int32_t>(visible(tile.first_row + std::min(r, tile.rows - 1)));
+        tile.visible[r] = static_cast<int32_t>(visible(at.position()));
         tile.max[r] = kNothing;
         tile.sum[r] = 0;
+        if (r < tile.rows - 1) at.Next();
       }
       tile.min_visible = tile.visible[0];
       tile.max_visible = tile.visible[tile.rows - 1];
@@ -629,7 +650,7 @@ void CausalAttentionAmx(ExecContext& ctx, ConstTensorView q, int64_t begin, int 
       const RowMap map = map_of(unit.kv_head);
       AttendGroups(
           map, shape, unit.tile, last, plan.RangeBegin(unit.range), plan.RangeBegin(unit.range + 1),
-          shape.depth, scale, scratch, [&](int64_t row) { return plan.Visible(row); },
+          shape.depth, scale, scratch, [&](int64_t position) { return begin + position + 1; },
           [&](int64_t b, int64_t slot) {
             const BFloat16* k = static_cast<const BFloat16*>(kv.blocks[b]) + unit.kv_head * area;
             const BFloat16* v = k + kv.kv_heads * area;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "runtime/ops/attention.h"
 
@@ -33,7 +34,7 @@ struct CausalPlan {
       ranges = std::clamp<int64_t>(keys / kRangeKeys, 1, CeilDiv(wanted, pieces));
     }
     units = pieces * ranges;
-    for (int64_t unit = 0; unit < units; ++unit) total_cost += Cost(unit);
+    CutUnits(kv_heads);
   }
 
   struct Unit {
@@ -44,16 +45,8 @@ struct CausalPlan {
   }
   // Keys [RangeBegin(i), RangeBegin(i + 1)) belong to range i; it begins with a block.
   int64_t RangeBegin(int64_t range) const { return num_blocks * range / ranges * kKvBlockTokens; }
-  // How many keys a row sees.
-  int64_t Visible(int64_t row) const { return begin + row / heads_per_kv + 1; }
   // The units of a thread are [FirstUnit(thread), FirstUnit(thread + 1)): about equal costs.
-  int64_t FirstUnit(int64_t thread) const {
-    int64_t unit = 0;
-    for (int64_t cost = 0; unit < units && cost < total_cost * thread / threads; ++unit) {
-      cost += Cost(unit);
-    }
-    return unit;
-  }
+  int64_t FirstUnit(int64_t thread) const { return first_units_[thread]; }
 
   int64_t begin, keys, num_blocks;
   int heads_per_kv;
@@ -67,14 +60,37 @@ struct CausalPlan {
  private:
   static constexpr int64_t kRangeKeys = 512;  // fewer are not worth a range of their own
 
-  // Keys the unit visits, plus what a tile costs anyway.
-  int64_t Cost(int64_t unit) const {
-    const Unit u = At(unit);
-    const int64_t sees = Visible(std::min(rows, (u.tile + 1) * tile_rows) - 1);
-    const int64_t end = std::min(sees, RangeBegin(u.range + 1));
-    return std::max<int64_t>(0, end - RangeBegin(u.range)) + kKvBlockTokens;
+  // The cost of a unit is the keys it visits, plus what a tile costs anyway; it is the same for
+  // every kv head.
+  void CutUnits(int kv_heads) {
+    std::vector<int64_t> costs;
+    costs.reserve(ranges * tiles);
+    int64_t total = 0;
+    for (int64_t range = 0; range < ranges; ++range) {
+      const int64_t first = RangeBegin(range), last = RangeBegin(range + 1);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t last_row = std::min(rows, (tile + 1) * tile_rows) - 1;
+        const int64_t sees = begin + last_row / heads_per_kv + 1;
+        costs.push_back(std::max<int64_t>(0, std::min(sees, last) - first) + kKvBlockTokens);
+        total += costs.back();
+      }
+    }
+    total *= kv_heads;
+    first_units_.reserve(threads + 1);
+    int64_t unit = 0, before = 0;
+    for (int kv_head = 0; kv_head < kv_heads; ++kv_head) {
+      for (int64_t cost : costs) {
+        while (before * threads >= total * static_cast<int64_t>(first_units_.size())) {
+          first_units_.push_back(unit);
+        }
+        before += cost;
+        ++unit;
+      }
+    }
+    first_units_.resize(threads + 1, units);
   }
-  int64_t total_cost = 0;
+
+  std::vector<int64_t> first_units_;  // of every thread, and where the last one ends
 };
 
 }  // namespace sluice::cpu

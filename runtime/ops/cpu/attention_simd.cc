@@ -484,7 +484,7 @@ void Causal(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float
       AttendGroups(
           map, head_dim, unit.tile, last, plan.RangeBegin(unit.range),
           plan.RangeBegin(unit.range + 1), Values{1, kKvBlockTokens}, scale, scratch,
-          [&](int64_t row) { return plan.Visible(row); },
+          [&](int64_t row) { return begin + row / plan.heads_per_kv + 1; },
           [&](int64_t b, int64_t slot) {
             const T* k = static_cast<const T*>(kv.blocks[b]) + unit.kv_head * area;
             const T* v = k + kv.kv_heads * area;
