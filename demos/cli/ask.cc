@@ -184,6 +184,7 @@ void Ask(const AskFlags& flags) {
   const auto context = engine.NewContext();
 
   std::vector<TimedQuestion> timed;
+  timed.reserve(questions.size());
   for (const ExpectedQuestion& question : questions) timed.push_back(question.question);
   std::signal(SIGINT, OnInterrupt);
   Narrator narrator(flags.json, questions, *source);
