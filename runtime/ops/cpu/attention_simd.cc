@@ -20,6 +20,7 @@
 #define HWY_TARGET_INCLUDE "runtime/ops/cpu/attention_simd.cc"
 #include <hwy/foreach_target.h>
 // After foreach_target.h.
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 #include "runtime/simd-inl.h"
@@ -116,10 +117,11 @@ HWY_INLINE VF Exp2(VF x) {
 
 // c[i, :] (+)= sum over j < count of a[i * a_row + j * a_step] * b[j, :] for kRows rows of c.
 // The rows of b and c are kVectors vectors long.
-template <int kRows, int kVectors>
+// With kAhead, kRows elements of `ahead` are prefetched with every j.
+template <int kRows, int kVectors, bool kAhead>
 HWY_INLINE void MultiplyRows(const float* HWY_RESTRICT a, int64_t a_row, int64_t a_step,
                              const float* HWY_RESTRICT b, int64_t count, bool add,
-                             float* HWY_RESTRICT c) {
+                             float* HWY_RESTRICT c, const float* ahead) {
   const DF d;
   VF acc[kRows][kVectors];
   for (int i = 0; i < kRows; ++i) {
@@ -128,6 +130,7 @@ HWY_INLINE void MultiplyRows(const float* HWY_RESTRICT a, int64_t a_row, int64_t
     }
   }
   for (int64_t j = 0; j < count; ++j) {
+    if (kAhead && j * kRows % 16 == 0) hwy::Prefetch(ahead + j * kRows);
     VF row[kVectors];
     for (int v = 0; v < kVectors; ++v) row[v] = hn::Load(d, b + (j * kVectors + v) * kLanes);
     for (int i = 0; i < kRows; ++i) {
@@ -140,17 +143,25 @@ HWY_INLINE void MultiplyRows(const float* HWY_RESTRICT a, int64_t a_row, int64_t
   }
 }
 
+// `ahead`: rows that will be read next, to be prefetched, as many as those of a; or null.
 template <int kVectors>
 void Multiply(const float* a, int64_t rows, int64_t a_row, int64_t a_step, const float* b,
-              int64_t count, bool add, float* c) {
+              int64_t count, bool add, float* c, const float* ahead) {
   constexpr int kWidth = kVectors * kLanes;
   int64_t i = 0;
   for (; i + kRegisterRows <= rows; i += kRegisterRows) {
-    MultiplyRows<kRegisterRows, kVectors>(a + i * a_row, a_row, a_step, b, count, add,
-                                          c + i * kWidth);
+    const float* part = a + i * a_row;
+    if (ahead) {
+      MultiplyRows<kRegisterRows, kVectors, true>(part, a_row, a_step, b, count, add,
+                                                  c + i * kWidth, ahead + i * a_row);
+    } else {
+      MultiplyRows<kRegisterRows, kVectors, false>(part, a_row, a_step, b, count, add,
+                                                   c + i * kWidth, nullptr);
+    }
   }
   for (; i < rows; ++i) {
-    MultiplyRows<1, kVectors>(a + i * a_row, a_row, a_step, b, count, add, c + i * kWidth);
+    MultiplyRows<1, kVectors, false>(a + i * a_row, a_row, a_step, b, count, add, c + i * kWidth,
+                                     nullptr);
   }
 }
 
@@ -220,15 +231,21 @@ void AttendRows(QueryTile& tile, const Block* blocks, Values values, int64_t beg
   for (int64_t first = begin; first < end; first += kChunkKeys) {
     const int64_t keys = std::min<int64_t>(kChunkKeys, end - first);
     const Block* chunk = blocks + (first - begin) / kKvBlockTokens;
+    // A decoded token waits for memory: what is read next is asked for one product before. Wider
+    // tiles, and those of an encoder, find keys and values in the cache.
+    const bool prefetch = kVectors == 1 && values.v_dim == kKvBlockTokens;
     for (int64_t t = 0; t < keys; t += kKvBlockTokens) {
-      Multiply<kVectors>(chunk[t / kKvBlockTokens].k, std::min<int64_t>(kKvBlockTokens, keys - t),
-                         head_dim, 1, tile.q, head_dim, false, s + t * kWidth);
+      const Block& block = chunk[t / kKvBlockTokens];
+      Multiply<kVectors>(block.k, std::min<int64_t>(kKvBlockTokens, keys - t), head_dim, 1, tile.q,
+                         head_dim, false, s + t * kWidth, prefetch ? block.v : nullptr);
     }
     Softmax<kVectors>(tile, s, first, keys, head_dim, scale);
     for (int64_t t = 0; t < keys; t += kKvBlockTokens) {
-      Multiply<kVectors>(chunk[t / kKvBlockTokens].v, head_dim, values.v_dim, values.v_key,
-                         s + t * kWidth, std::min<int64_t>(kKvBlockTokens, keys - t), tile.started,
-                         tile.o);
+      const Block* block = chunk + t / kKvBlockTokens;
+      const bool more = first + t + kChunkKeys < end;
+      Multiply<kVectors>(block->v, head_dim, values.v_dim, values.v_key, s + t * kWidth,
+                         std::min<int64_t>(kKvBlockTokens, keys - t), tile.started, tile.o,
+                         prefetch && more ? block[kChunkKeys / kKvBlockTokens].k : nullptr);
       tile.started = true;
     }
   }

@@ -1,13 +1,14 @@
-// y = act(x W^T + b) in bf16 on AMX tiles, for five rows and more.
+// y = act(x W^T + b) in bf16 on AMX tiles, for two rows and more.
 //
 // 32 rows of x by 32 outputs are taken at a time: four sums, two tiles of x as it lies in memory
-// and two of the packed weight (runtime/ops/cpu/linear.h), which is the B operand as it is. The
-// weight passes in chunks that stay in the second-level cache under all rows of x, so that it comes
-// from memory once; 32 rows of x, kBlockSteps * 32 inputs of them, stay in the first-level cache
-// under all outputs of a chunk. A longer K than kLongK is cut, and y in f32 takes the sums between.
+// and two of the packed weight (runtime/ops/cpu/linear.h), which is the B operand as it is.
+// Rows of x pass in parts of kRowsBytes and, under each of them, the weight in chunks of
+// kChunkBytes: both stay in the second-level cache meanwhile, and the chunk that comes next is
+// prefetched. kBlockSteps * 32 inputs of 32 rows stay in the first-level cache under all outputs of
+// a chunk. A K longer than kLongK is cut, and y in f32 takes the sums between.
 // What follows a sum (bias, activation, rounding) is done for the tile before while the tiles of
-// the next are multiplied: vectors and tiles are different units. The next chunk of the weight is
-// prefetched meanwhile.
+// the next are multiplied. It is not free: next to tile instructions only one of the two ports for
+// 512-bit vectors is left.
 #include "runtime/ops/cpu/linear.h"
 
 #if defined(__x86_64__)
@@ -39,7 +40,7 @@ constexpr int64_t kTileFloats = kRows * kOutputs;
 constexpr int64_t kStep = 32;                       // inputs a tile product takes
 constexpr int64_t kPairBytes = kPackedOutputs * 4;  // of a pair of inputs in the weight
 constexpr int64_t kStepBytes = kStep / 2 * kPairBytes;
-constexpr int64_t kBlockSteps = 18;         // 36 KB of x, which stay in the first-level cache
+constexpr int64_t kBlockSteps = 18;         // 36 KB of x
 constexpr int64_t kChunkBytes = 256 << 10;  // of weight
 constexpr int64_t kRowsBytes = 896 << 10;   // of x
 constexpr int64_t kLongK = 2048;
