@@ -8,6 +8,7 @@
 #include <iterator>
 #include <system_error>
 
+#include "demos/world/scene.h"
 #include "runtime/error.h"
 
 namespace sluice::cli {
@@ -20,6 +21,20 @@ void AddModelFlags(CLI::App& command, ModelFlags& flags) {
       ->check(CLI::IsMember({"f32", "bf16"}));
   command.add_option("--threads", flags.threads, "Threads (default: physical cores)")
       ->check(CLI::Range(1, 1024));
+}
+
+void AddClipOptions(CLI::App& command, const ClipOptions& flags) {
+  command.add_option("--clips", flags.clips, "How many")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1000000));
+  command.add_option("--seed", flags.seed, "Same seed, same clips")->capture_default_str();
+  command
+      .add_option("--frames", flags.frames,
+                  "Length in half seconds (default: 8, 12, 16, 24, 32 in turn)")
+      ->check(CLI::Range(world::kMinFrames, world::kMaxFrames));
+  command.add_option("--questions-per-clip", flags.questions, "At most so many a clip")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1000));
 }
 
 Engine OpenEngine(const ModelFlags& flags) {

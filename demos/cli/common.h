@@ -3,6 +3,7 @@
 #define SLUICE_DEMOS_CLI_COMMON_H_
 
 #include <CLI/CLI.hpp>
+#include <cstdint>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -25,6 +26,16 @@ struct ModelFlags {
   int threads = 0;    // 0: physical cores
 };
 void AddModelFlags(CLI::App& command, ModelFlags& flags);
+
+// Which clips of the demo world, and how many questions about each; what they hold are defaults.
+struct ClipOptions {
+  int& clips;
+  uint64_t& seed;
+  int& frames;
+  int& questions;
+};
+void AddClipOptions(CLI::App& command, const ClipOptions& flags);
+
 Engine OpenEngine(const ModelFlags& flags);
 
 // A file or directory that comes with Sluice, named by its path in the repository: beside the

@@ -267,17 +267,7 @@ void AddEval(CLI::App& app) {
   CLI::App* command = app.add_subcommand("eval", "Accuracy and speed over clips of the demo world");
   auto flags = std::make_shared<EvalFlags>();
   AddModelFlags(*command, flags->model);
-  command->add_option("--clips", flags->clips, "How many")
-      ->capture_default_str()
-      ->check(CLI::Range(1, 1000000));
-  command->add_option("--seed", flags->seed, "Same seed, same clips")->capture_default_str();
-  command
-      ->add_option("--frames", flags->frames,
-                   "Length in half seconds (default: 8, 12, 16, 24, 32 in turn)")
-      ->check(CLI::Range(world::kMinFrames, world::kMaxFrames));
-  command->add_option("--questions-per-clip", flags->questions, "At most so many a clip")
-      ->capture_default_str()
-      ->check(CLI::Range(1, 1000));
+  AddClipOptions(*command, {flags->clips, flags->seed, flags->frames, flags->questions});
   command
       ->add_option("--source", flags->source,
                    "rendered: pictures as they are; mp4: written as H.264 and read back")

@@ -86,17 +86,7 @@ void AddRender(CLI::App& app) {
   command->add_option("--out", flags->out, "Directory to write to")->required();
   command->add_option("--name", flags->name, "Files are NAME-0000.mp4 ... and NAME.jsonl")
       ->capture_default_str();
-  command->add_option("--clips", flags->clips, "How many")
-      ->capture_default_str()
-      ->check(CLI::Range(1, 1000000));
-  command->add_option("--seed", flags->seed, "Same seed, same clips")->capture_default_str();
-  command
-      ->add_option("--frames", flags->frames,
-                   "Length in half seconds (default: 8, 12, 16, 24, 32 in turn)")
-      ->check(CLI::Range(world::kMinFrames, world::kMaxFrames));
-  command->add_option("--questions-per-clip", flags->questions, "At most so many a clip")
-      ->capture_default_str()
-      ->check(CLI::Range(1, 1000));
+  AddClipOptions(*command, {flags->clips, flags->seed, flags->frames, flags->questions});
   command
       ->add_option("--times", flags->times, "Ask at so many moments of the clip, the last its end")
       ->capture_default_str()
