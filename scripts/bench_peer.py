@@ -86,7 +86,7 @@ def main():
     parser.add_argument("--dtype", choices=DTYPES, help="sluice's (default: the machine's best)")
     parser.add_argument("--torch-dtypes", nargs="+", choices=DTYPES, default=["bf16", "f32"])
     parser.add_argument("--threads", type=int, help="default: what sluice chooses")
-    parser.add_argument("--batch", type=int, default=4, help="frames encoded together")
+    parser.add_argument("--batch", type=int, default=8, help="frames encoded together")
     parser.add_argument("--context-frames", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=2.0, help="a figure")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -13,7 +13,7 @@ namespace sluice {
 struct SessionOptions {
   std::string system_prompt;       // empty: none, as the published templates
   bool keep_dialogue = true;       // later questions see earlier questions and answers
-  int frames_per_batch = 4;        // frames encoded and prefilled together, at most
+  int frames_per_batch = 8;        // frames encoded and prefilled together, at most
   int64_t max_context_tokens = 0;  // 0: what the model allows
   // Applied to the visual tokens in this order: compression/registry.h, "NAME" or "NAME=NUMBER".
   std::vector<std::string> compressors;

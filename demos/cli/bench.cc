@@ -23,7 +23,7 @@ namespace {
 
 struct BenchFlags {
   ModelFlags model;
-  int batch = 4;            // frames
+  int batch = 8;            // frames
   int context_frames = 16;  // decoded after so many frames
   double seconds = 2.0;     // at least so long a figure
   bool json = false;

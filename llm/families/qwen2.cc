@@ -19,7 +19,7 @@ namespace {
 
 // Long prefills run in chunks of at most so many rows: enough to keep the products at full speed,
 // few enough to bound the scratch memory whatever the prompt's length.
-constexpr int64_t kMaxRowsAtOnce = 512;
+constexpr int64_t kMaxRowsAtOnce = 1024;
 constexpr int64_t kRowMultiple = 16;  // of a matrix unit's tile
 
 struct Qwen2Layer {

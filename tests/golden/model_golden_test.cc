@@ -34,9 +34,6 @@ std::ostream& operator<<(std::ostream& os, const GoldenCase& c) {
 class ModelGoldenTest : public testing::TestWithParam<GoldenCase> {
  protected:
   void SetUp() override {
-    if (!std::filesystem::exists(GetParam().checkpoint)) {
-      GTEST_SKIP() << GetParam().checkpoint << " is not there; see models/training/README.md";
-    }
     golden_ = SafetensorsFile::Open(GetParam().golden);
     VlmOptions options;
     options.compute_type = GetParam().dtype;

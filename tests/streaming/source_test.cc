@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -762,8 +763,9 @@ TEST_F(SourceTest, KeepsPasswordsOutOfMessages) {
 // ---- Real footage ------------------------------------------------------------------------------
 
 TEST_F(SourceTest, ReadsRealFootageAsItsIndexSays) {
-  const fs::path clips = fs::path(SLUICE_SOURCE_DIR).parent_path() / "shared/clips";
-  if (!fs::exists(clips / "vtest.avi")) GTEST_SKIP() << "../shared/clips is absent";
+  const char* const footage = std::getenv("SLUICE_FOOTAGE");
+  if (!footage) GTEST_SKIP() << "SLUICE_FOOTAGE names no directory with OpenCV's sample videos";
+  const fs::path clips = footage;
   SourceOptions options;
   options.rate.fps = 2;
   const Outcome out = Read(clips / "vtest.avi", options);

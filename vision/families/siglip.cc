@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "runtime/convert.h"
 #include "runtime/error.h"
 #include "runtime/ops/attention.h"
 #include "runtime/ops/norm.h"
@@ -190,28 +191,25 @@ void SiglipEncoder::EmbedPatches(ExecContext& ctx, ConstTensorView pixels,
     TraceScope trace(&ctx.tracer(), "encode/patches", frames * patches);
     trace.AddWork(0, static_cast<double>(gathered.SizeBytes()) + pixels.SizeBytes());
     // A row of `gathered` is one patch in the order (channel, y, x), as the convolution's kernel.
-    const auto gather = [&](auto* out, const auto& convert) {
-      ParallelFor(ctx, frames * grid_, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t line = begin; line < end; ++line) {
-          const int64_t frame = line / grid_, patch_row = line % grid_;
-          for (int64_t c = 0; c < kChannels; ++c) {
-            for (int64_t y = 0; y < patch; ++y) {
-              const float* from = pixels.data<float>() + frame * pixels.stride0() +
-                                  (c * side + patch_row * patch + y) * side;
-              auto* to = out + line * grid_ * values + (c * patch + y) * patch;
-              for (int64_t p = 0; p < grid_; ++p, to += values) {
-                for (int64_t x = 0; x < patch; ++x) to[x] = convert(*from++);
-              }
+    const size_t item = SizeOf(dtype_), piece = patch * item;
+    ParallelFor(ctx, frames * grid_, 1, [&](int64_t begin, int64_t end) {
+      std::vector<char> line(side * item);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t frame = row / grid_, patch_row = row % grid_;
+        char* const patches_at = static_cast<char*>(gathered.raw()) + row * grid_ * values * item;
+        for (int64_t c = 0; c < kChannels; ++c) {
+          for (int64_t y = 0; y < patch; ++y) {
+            const float* from = pixels.data<float>() + frame * pixels.stride0() +
+                                (c * side + patch_row * patch + y) * side;
+            ConvertElements(from, DType::kF32, line.data(), dtype_, side);
+            char* to = patches_at + (c * patch + y) * piece;
+            for (int64_t p = 0; p < grid_; ++p, to += values * item) {
+              std::memcpy(to, line.data() + p * piece, piece);
             }
           }
         }
-      });
-    };
-    if (dtype_ == DType::kBF16) {
-      gather(gathered.data<BFloat16>(), [](float v) { return BFloat16::From(v); });
-    } else {
-      gather(gathered.data<float>(), [](float v) { return v; });
-    }
+      }
+    });
     const size_t frame_bytes = positions_.SizeBytes();
     ParallelFor(ctx, frames, 1, [&](int64_t begin, int64_t end) {
       for (int64_t f = begin; f < end; ++f) {
