@@ -106,6 +106,7 @@ TEST_F(RunTest, ASourceWithoutFramesIsAnErrorOnlyForWhoAsks) {
 // ---- Batches ----------------------------------------------------------------------------------
 
 TEST_F(RunTest, IngestsRecordingsInFullBatchesThatNeverCrossAQuestion) {
+  options_.frames_per_batch = 4;
   FakeSource source(14);
   Play(source, {At(2.6, "after frame 5"), At(2.7, "again"), At(3.1, "after frame 6")});
   EXPECT_THAT(batches(), ElementsAre(4, 2, 1, 4, 3));
@@ -135,6 +136,7 @@ TEST_F(RunTest, IngestsWhatIsWaitingOfALiveSource) {
 }
 
 TEST_F(RunTest, DropsTheOldestFramesOfALiveSourceThatIsFasterThanTheModel) {
+  options_.frames_per_batch = 4;
   std::promise<void> busy, rest;
   FakeSource source(20, /*live=*/true);
   source.before_frame = [&](int index) {
