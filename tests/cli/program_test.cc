@@ -177,12 +177,13 @@ TEST_F(ProgramTest, EvalScoresRenderedAndVideoClips) {
   }
 }
 
-// The default model, as shipped. 120 questions tell a model that answers from one that guesses: at a
-// true share of 0.99 fewer than 0.92 right is a matter of one in 10^8 runs, and the clips are fixed.
+// The default model, as shipped. 120 questions tell a model that answers from one that guesses: at
+// a true share of 0.99 fewer than 0.92 right is a matter of one in 10^8 runs, and the clips are
+// fixed.
 TEST_F(ProgramTest, BundledModelAnswersQuestionsAboutTheWorld) {
   for (const char* how : {"--source rendered --dtype f32", "--source mp4"}) {
-    const Outcome outcome = Sluice("eval --json --clips 10 --frames 8 --seed 901 " +
-                                   std::string(how));
+    const Outcome outcome =
+        Sluice("eval --json --clips 10 --frames 8 --seed 901 " + std::string(how));
     ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
     const json report = json::parse(outcome.out);
     EXPECT_EQ(report["model"], "sluice-mini");
