@@ -3,6 +3,7 @@
 #include <charconv>
 
 #include "compression/duplicate_frame_filter.h"
+#include "compression/stc_pruner.h"
 #include "runtime/error.h"
 
 namespace sluice {
@@ -14,6 +15,23 @@ constexpr CompressorEntry kTokenCompressors[] = {
      DuplicateFrameFilter::kDefaultThreshold,
      [](double threshold) -> std::unique_ptr<TokenCompressor> {
        return std::make_unique<DuplicateFrameFilter>(threshold);
+     }},
+    {"stc-pruner", "keeps the most novel tokens of each frame",
+     "share or number of a frame's tokens", StcPruner::Options().keep,
+     [](double keep) -> std::unique_ptr<TokenCompressor> {
+       return std::make_unique<StcPruner>(StcPruner::Options{.keep = keep});
+     }},
+    {"stc-pruner-paper", "stc-pruner with the paper's score instead of the released one",
+     "share or number of a frame's tokens", StcPruner::Options().keep,
+     [](double keep) -> std::unique_ptr<TokenCompressor> {
+       return std::make_unique<StcPruner>(
+           StcPruner::Options{.keep = keep, .score = StcPruner::Score::kDualAnchor});
+     }},
+    {"stc-pruner-compat", "stc-pruner with the history exactly as released",
+     "share or number of a frame's tokens", StcPruner::Options().keep,
+     [](double keep) -> std::unique_ptr<TokenCompressor> {
+       return std::make_unique<StcPruner>(
+           StcPruner::Options{.keep = keep, .history = StcPruner::History::kCompat});
      }},
 };
 

@@ -3,18 +3,21 @@
 #define SLUICE_STREAMING_OPTIONS_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "compression/stc_cacher.h"
 #include "llm/generator.h"
 
 namespace sluice {
 
 struct SessionOptions {
-  std::string system_prompt;       // empty: none, as the published templates
-  bool keep_dialogue = true;       // later questions see earlier questions and answers
-  int frames_per_batch = 8;        // frames encoded and prefilled together, at most
-  int64_t max_context_tokens = 0;  // 0: what the model allows
+  std::string system_prompt;               // empty: none, as the published templates
+  bool keep_dialogue = true;               // later questions see earlier questions and answers
+  int frames_per_batch = 8;                // frames encoded and prefilled together, at most
+  int64_t max_context_tokens = 0;          // 0: what the model allows
+  std::optional<StcCacherOptions> cacher;  // reuses features of earlier frames; none: all whole
   // Applied to the visual tokens in this order: compression/registry.h, "NAME" or "NAME=NUMBER".
   std::vector<std::string> compressors;
   GenerateOptions generate;

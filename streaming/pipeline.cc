@@ -22,8 +22,10 @@ class StepGuard {
   ~StepGuard() {
     if (kept_) return;
     session_.cache.RewindTo(mark_);
+    if (encoded_ && session_.reuse) session_.reuse->Reset();
     for (TokenCompressor* compressor : compressed_) compressor->Undo();
   }
+  void Encoding() { encoded_ = true; }
   void Compressed(TokenCompressor& compressor) { compressed_.push_back(&compressor); }
   void Keep() { kept_ = true; }
 
@@ -31,13 +33,12 @@ class StepGuard {
   Session& session_;
   const KvCache::Mark mark_;
   std::vector<TokenCompressor*> compressed_;
-  bool kept_ = false;
+  bool encoded_ = false, kept_ = false;
 };
 
-VisualTokens Encode(ExecContext& ctx, const VisionEncoder& encoder,
-                    std::span<const FramePtr> frames) {
+VisualTokens Encode(ExecContext& ctx, Session& session, std::span<const FramePtr> frames) {
   const auto count = static_cast<int64_t>(frames.size());
-  const PreprocessConfig& config = encoder.preprocess_config();
+  const PreprocessConfig& config = session.vlm->encoder().preprocess_config();
   const Workspace::Scope scratch(ctx.workspace());
   const TensorView pixels =
       ctx.workspace().Allocate(DType::kF32, {count, 3, config.height, config.width});
@@ -45,11 +46,7 @@ VisualTokens Encode(ExecContext& ctx, const VisionEncoder& encoder,
     const TraceScope trace(&ctx.tracer(), "preprocess", count);
     Preprocess(ctx, frames, config, pixels);
   }
-  TraceScope trace(&ctx.tracer(), "encode", count);
-  VisualTokens tokens = encoder.Encode(ctx, pixels, frames);
-  trace.AddWork(count * encoder.FlopsPerFrame(),
-                static_cast<double>(pixels.SizeBytes() + tokens.features.SizeBytes()));
-  return tokens;
+  return session.vlm->encoder().Encode(ctx, pixels, frames, {.reuse = session.reuse.get()});
 }
 
 VisualTokens Compress(ExecContext& ctx, Session& session, VisualTokens tokens, StepGuard& guard) {
@@ -149,7 +146,8 @@ GenerateOptions FitToContext(const Session& session, int64_t prompt) {
 void Ingest(ExecContext& ctx, Session& session, std::span<const FramePtr> frames) {
   if (frames.empty()) return;
   StepGuard guard(session);
-  VisualTokens tokens = Encode(ctx, session.vlm->encoder(), frames);
+  guard.Encoding();
+  VisualTokens tokens = Encode(ctx, session, frames);
   tokens = Compress(ctx, session, std::move(tokens), guard);
   Prefill(ctx, session, tokens, frames.size());
   session.frames_seen += static_cast<int64_t>(frames.size());

@@ -20,6 +20,7 @@ Session::Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> 
                      std::to_string(options.max_context_tokens));
   }
   prefix_ids = vlm->tokenizer().Encode(vlm->prompt_format().Prefix(options.system_prompt));
+  if (options.cacher) reuse = std::make_unique<StcCacher>(*options.cacher);
   for (const std::string& spec : options.compressors) {
     compressors.push_back(MakeTokenCompressor(spec));
   }

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "compression/stc_cacher.h"
 #include "compression/token_compressor.h"
 #include "llm/kv_cache.h"
 #include "llm/vlm.h"
@@ -32,6 +33,7 @@ struct Session {
   SessionOptions options;
   std::vector<int32_t> prefix_ids;  // the prompt before the first visual token
   KvCache cache;  // prefix and visual tokens; during a question also newline, dialogue, question
+  std::unique_ptr<StcCacher> reuse;                           // may be null
   std::vector<std::unique_ptr<TokenCompressor>> compressors;  // applied in order
   std::vector<Turn> transcript;
   int64_t frames_seen = 0;    // ingested, also those of which compressors left nothing

@@ -1,10 +1,18 @@
-// The seam through which a method may reuse patch features of an earlier frame inside the vision
-// tower.
+// The seam through which a method may reuse what the vision tower computed for an earlier frame.
+//
+// Some frames are computed whole; each is the reference of those that follow. Of any other frame,
+// every layer computes the keys of all patches, asks the method which patches to compute afresh,
+// and takes the rest from the reference:
+//   values         of fresh patches from this frame, of all others from the reference
+//   attention      of fresh patches only, over all keys and values
+//   h'             of fresh patches h + attention + MLP, of all others h + the reference's update
+// where a layer's update is what it added to the residual stream of the reference.
+// The grid stays whole: every patch of every frame has a feature.
 #ifndef SLUICE_VISION_FEATURE_REUSE_H_
 #define SLUICE_VISION_FEATURE_REUSE_H_
 
 #include <cstdint>
-#include <span>
+#include <functional>
 #include <vector>
 
 #include "runtime/exec_context.h"
@@ -12,21 +20,34 @@
 
 namespace sluice {
 
-// Decides, layer by layer, which patches are computed afresh. One per stream; used by one thread at
-// a time.
+// What stays of a reference frame at one layer; N patches, V the tower's width, in the compute
+// dtype.
+struct LayerReference {
+  Tensor keys;    // [N, V] with bias, heads side by side
+  Tensor values;  // [N, V] likewise
+  Tensor update;  // [N, V] what the layer added to the residual stream
+};
+
+// One per stream; used by one thread at a time.
 class FeatureReuse {
  public:
   virtual ~FeatureReuse() = default;
 
-  // Called before the layer's products with the residual stream of one frame. Returns the patches
-  // (ascending) whose keys, values and MLP are to be computed; the others keep what `Restore`
-  // provides. hidden: [N, E] f32.
-  virtual std::vector<int32_t> Select(ExecContext& ctx, int layer, ConstTensorView hidden) = 0;
+  // Called once for each batch of frames. Returns `frames` flags: which are computed whole. The
+  // first one is, unless there is a reference() of an earlier batch. first_keys computes, when it
+  // is called, the first layer's keys of all frames, [frames * N, V] in the compute dtype, valid
+  // until this call returns. layers: of the tower.
+  virtual std::vector<bool> ChooseWhole(ExecContext& ctx, int64_t frames, int layers,
+                                        const std::function<ConstTensorView()>& first_keys) = 0;
 
-  // Called after the layer with its input and output; rows of `output` for patches that were not
-  // selected are to be filled in by the method. input, output: [N, E] f32.
-  virtual void Restore(ExecContext& ctx, int layer, std::span<const int32_t> computed,
-                       ConstTensorView input, TensorView output) = 0;
+  // Appends to `fresh`, ascending, the patches of one frame that `layer` computes afresh: at least
+  // one, and as many for every frame of a batch. keys, reference_keys: [N, V], rows may be strided.
+  // frame: which of the batch.
+  virtual void ChooseFresh(ExecContext& ctx, int layer, int64_t frame, ConstTensorView keys,
+                           ConstTensorView reference_keys, std::vector<int32_t>& fresh) = 0;
+
+  // What is kept of the last whole frame of all batches; layers are filled in one after another.
+  virtual LayerReference& reference(int layer) = 0;
 };
 
 }  // namespace sluice

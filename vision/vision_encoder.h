@@ -9,6 +9,7 @@
 
 #include "runtime/exec_context.h"
 #include "runtime/tensor.h"
+#include "vision/feature_reuse.h"
 #include "vision/frame.h"
 #include "vision/preprocess.h"
 #include "vision/visual_tokens.h"
@@ -20,22 +21,30 @@ namespace sluice {
 // tower together, whatever scratch memory that takes.
 using TensorProbe = std::function<void(std::string_view name, ConstTensorView value)>;
 
+// What takes part in an encoding, beside the weights. Nothing is owned.
+struct EncodeHooks {
+  FeatureReuse* reuse = nullptr;
+  TensorProbe probe = nullptr;  // not together with reuse
+};
+
 class VisionEncoder {
  public:
   virtual ~VisionEncoder() = default;
 
   // pixels: [F, 3, H, W] f32 as made by Preprocess for `preprocess_config()`.
   // Returns F * tokens_per_frame() tokens, frame-major, row-major; origins carry the frames' index
-  // and time. `frames` names the F frames (index and time only are read).
+  // and time. `frames` names the F frames (index and time only are read). Traces "encode" with the
+  // operations that were really done, and its parts.
   virtual VisualTokens Encode(ExecContext& ctx, ConstTensorView pixels,
                               std::span<const FramePtr> frames,
-                              const TensorProbe& probe = nullptr) const = 0;
+                              const EncodeHooks& hooks = {}) const = 0;
 
   virtual const PreprocessConfig& preprocess_config() const = 0;
   virtual int tokens_per_frame() const = 0;   // after pooling
   virtual int patches_per_frame() const = 0;  // inside the tower
   virtual int64_t output_size() const = 0;    // E
-  virtual double FlopsPerFrame() const = 0;   // multiply-adds of products and attention, times 2
+  // Multiply-adds of products and attention, times 2, of a frame that is computed whole.
+  virtual double FlopsPerFrame() const = 0;
 };
 
 }  // namespace sluice

@@ -7,6 +7,7 @@
 
 #include "demos/cli/commands.h"
 #include "demos/cli/common.h"
+#include "demos/cli/methods.h"
 #include "demos/cli/questions.h"
 #include "proto/convert.h"
 #include "runtime/error.h"
@@ -18,6 +19,7 @@ namespace {
 
 struct AskFlags {
   ModelFlags model;
+  MethodFlags methods;
   std::string source;
   std::vector<std::string> questions;
   std::string question_file;
@@ -179,6 +181,7 @@ void Ask(const AskFlags& flags) {
   SessionOptions session_options;
   session_options.system_prompt = flags.system_prompt;
   session_options.keep_dialogue = !flags.no_dialogue;
+  ApplyMethods(flags.methods, session_options);
   session_options.generate = GenerationFor(*engine.vlm(), flags);
   const auto session = engine.NewSession(session_options);
   const auto context = engine.NewContext();
@@ -234,6 +237,7 @@ void AddAsk(CLI::App& app) {
   command->add_option("--require-right", flags->require_right,
                       "Fail unless at least so many answers equal the file's");
   AddModelFlags(*command, flags->model);
+  AddMethodFlags(*command, flags->methods);
   auto* fps = command->add_option("--fps", flags->rate.fps, "Frames to look at per second of media")
                   ->capture_default_str()
                   ->check(CLI::Range(0.001, 1000.0));

@@ -12,6 +12,7 @@
 #include "demos/cli/clips.h"
 #include "demos/cli/commands.h"
 #include "demos/cli/common.h"
+#include "demos/cli/methods.h"
 #include "demos/world/questions.h"
 #include "runtime/error.h"
 #include "streaming/pipeline.h"
@@ -22,6 +23,7 @@ namespace {
 
 struct EvalFlags {
   ModelFlags model;
+  MethodFlags methods;
   int clips = 100;
   uint64_t seed = 0;
   int frames = 0;
@@ -126,14 +128,13 @@ struct Evaluation {
   std::map<std::string, KindScore> kinds;
   int64_t frames = 0, visual_tokens = 0, questions = 0;
   Json failures = Json::array();
+  MethodCounts methods;
 };
 
 // Plays one clip once and asks all its questions, each on its own.
 void EvaluateClip(ExecContext& ctx, const Engine& engine, const Clip& clip,
-                  std::span<const FramePtr> frames, int max_questions, Evaluation& evaluation,
-                  Dump& dump) {
-  SessionOptions options;
-  options.keep_dialogue = false;
+                  std::span<const FramePtr> frames, int max_questions,
+                  const SessionOptions& options, Evaluation& evaluation, Dump& dump) {
   const auto session = engine.NewSession(options);
   const auto batch = static_cast<size_t>(options.frames_per_batch);
   for (size_t i = 0; i < frames.size(); i += batch) {
@@ -141,6 +142,7 @@ void EvaluateClip(ExecContext& ctx, const Engine& engine, const Clip& clip,
   }
   evaluation.frames += session->frames_seen;
   evaluation.visual_tokens += session->visual_tokens;
+  evaluation.methods.Add(*session);
 
   for (const auto& question :
        world::AskAll(clip.scene, clip.scene.frames - 1, clip.question_seed, max_questions)) {
@@ -174,8 +176,8 @@ StageCost CostOf(const Tracer& tracer, std::string_view stage) {
   return found == tracer.stages().end() ? StageCost() : found->second;
 }
 
-Json Report(const EvalFlags& flags, const Vlm& vlm, const Evaluation& evaluation,
-            const Tracer& tracer) {
+Json Report(const EvalFlags& flags, const Vlm& vlm, const SessionOptions& options,
+            const Evaluation& evaluation, const Tracer& tracer) {
   Json by_kind, majority, asked;
   for (const auto& [kind, score] : evaluation.kinds) {
     by_kind[kind] = score.Accuracy();
@@ -198,6 +200,10 @@ Json Report(const EvalFlags& flags, const Vlm& vlm, const Evaluation& evaluation
   report["encode_ms_per_frame"] = CostOf(tracer, "encode").seconds * 1e3 / frames;
   report["prefill_ms_per_frame"] = CostOf(tracer, "prefill").seconds * 1e3 / frames;
   report["tokens_per_frame"] = static_cast<double>(evaluation.visual_tokens) / frames;
+  report["encode_gflop_per_frame"] = CostOf(tracer, "encode").flops * 1e-9 / frames;
+  report["prefill_gflop_per_frame"] = CostOf(tracer, "prefill").flops * 1e-9 / frames;
+  const Json methods = ToJson(options, evaluation.methods);
+  if (!methods.empty()) report["methods"] = methods;
   report["decode_tokens_per_s"] =
       decode.seconds > 0 ? static_cast<double>(decode.items) / decode.seconds : 0.0;
   return report;
@@ -224,6 +230,9 @@ void PrintReport(const EvalFlags& flags, const Evaluation& evaluation, const Tra
 }
 
 void Eval(const EvalFlags& flags) {
+  SessionOptions options;
+  options.keep_dialogue = false;
+  ApplyMethods(flags.methods, options);
   const Engine engine = OpenEngine(flags.model);
   const auto context = engine.NewContext();
   const world::Atlas atlas = LoadAtlas();
@@ -239,7 +248,7 @@ void Eval(const EvalFlags& flags) {
         through_video ? ReadBack(clip.scene, atlas, scratch.path() / "clip.mp4")
                       : RenderFrames(clip.scene, atlas);
     dump.Frames(i, frames);
-    EvaluateClip(*context, engine, clip, frames, flags.questions, evaluation, dump);
+    EvaluateClip(*context, engine, clip, frames, flags.questions, options, evaluation, dump);
     char text[80];
     std::snprintf(
         text, sizeof text, "%d of %d clips, %.1f %% right", i + 1, flags.clips,
@@ -250,7 +259,7 @@ void Eval(const EvalFlags& flags) {
   progress.Clear();
   if (evaluation.questions == 0) throw Error("[eval] these clips raised no question; use more");
 
-  Json report = Report(flags, *engine.vlm(), evaluation, context->tracer());
+  Json report = Report(flags, *engine.vlm(), options, evaluation, context->tracer());
   if (flags.json) {
     if (flags.list_failures) report["failures"] = evaluation.failures;
     PrintJson(report);
@@ -267,6 +276,7 @@ void AddEval(CLI::App& app) {
   CLI::App* command = app.add_subcommand("eval", "Accuracy and speed over clips of the demo world");
   auto flags = std::make_shared<EvalFlags>();
   AddModelFlags(*command, flags->model);
+  AddMethodFlags(*command, flags->methods);
   AddClipOptions(*command, {flags->clips, flags->seed, flags->frames, flags->questions});
   command
       ->add_option("--source", flags->source,

@@ -107,32 +107,36 @@ size_t KvBlockBytes(int kv_heads, int head_dim, DType dtype) {
   return size_t{2} * kv_heads * kKvBlockTokens * head_dim * SizeOf(dtype);
 }
 
-void EncoderAttention(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads, int head_dim,
-                      float scale, TensorView out) {
+void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
+                      int64_t batch, int heads, int head_dim, float scale, TensorView out) {
   constexpr char kOp[] = "encoder_attention";
-  CheckFloat(kOp, qkv.dtype());
+  CheckFloat(kOp, q.dtype());
   CheckScale(kOp, scale);
-  if (batch < 1 || heads < 1 || head_dim < 1 || qkv.shape().rank() != 2 ||
-      qkv.dim(0) % batch != 0) {
-    throw Error(std::string("[") + kOp + "] qkv must be [batch * S, 3 * heads * D] with batch " +
-                std::to_string(batch) + ", heads " + std::to_string(heads) + ", D " +
-                std::to_string(head_dim) + ", got " + Describe(qkv));
-  }
-  const int64_t rows = qkv.dim(0), width = int64_t{heads} * head_dim;
-  CheckMatrix(kOp, "qkv", qkv, rows, 3 * width, qkv.dtype());
-  CheckMatrix(kOp, "out", out, rows, width, qkv.dtype());
-  CheckContiguous(kOp, "qkv", qkv);
+  const auto rows_of = [&](const char* what, ConstTensorView x) {
+    if (batch >= 1 && heads >= 1 && head_dim >= 1 && x.shape().rank() == 2 &&
+        x.dim(0) % batch == 0) {
+      CheckMatrix(kOp, what, x, x.dim(0), int64_t{heads} * head_dim, q.dtype());
+      return x.dim(0);
+    }
+    throw Error(std::string("[") + kOp + "] " + what +
+                " must be [batch * rows, heads * D] with batch " + std::to_string(batch) +
+                ", heads " + std::to_string(heads) + ", D " + std::to_string(head_dim) + ", got " +
+                Describe(x));
+  };
+  const int64_t queries = rows_of("q", q), keys = rows_of("k", k);
+  CheckMatrix(kOp, "v", v, keys, k.dim(1), q.dtype());
+  CheckMatrix(kOp, "out", out, queries, k.dim(1), q.dtype());
   CheckContiguous(kOp, "out", out);
-  if (rows == 0) return;
-  const int64_t length = rows / batch;
-  switch (ChooseAttention(length, length, head_dim, qkv.dtype(), cpu::AmxAllowed(),
+  if (queries == 0) return;
+  if (keys == 0) throw Error(std::string("[") + kOp + "] queries need at least one key");
+  switch (ChooseAttention(queries / batch, keys / batch, head_dim, q.dtype(), cpu::AmxAllowed(),
                           ctx.reference_kernels())) {
     case AttentionKernel::kReference:
-      return cpu::EncoderAttentionReference(ctx, qkv, batch, heads, head_dim, scale, out);
+      return cpu::EncoderAttentionReference(ctx, q, k, v, batch, heads, head_dim, scale, out);
     case AttentionKernel::kSimd:
-      return cpu::EncoderAttentionSimd(ctx, qkv, batch, heads, head_dim, scale, out);
+      return cpu::EncoderAttentionSimd(ctx, q, k, v, batch, heads, head_dim, scale, out);
     case AttentionKernel::kAmx:
-      return cpu::EncoderAttentionAmx(ctx, qkv, batch, heads, head_dim, scale, out);
+      return cpu::EncoderAttentionAmx(ctx, q, k, v, batch, heads, head_dim, scale, out);
   }
 }
 

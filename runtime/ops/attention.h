@@ -13,11 +13,12 @@
 namespace sluice {
 
 // Bidirectional attention inside each of `batch` sequences of equal length (the patches of one
-// frame). qkv: [batch * S, 3 * heads * D] = q | k | v, f32 or bf16, contiguous; out: [batch * S,
-// heads * D] same dtype, contiguous. scale: positive, usually D^-0.5. Any D >= 1 (72 included);
-// fast paths pad D inside. Throws Error naming shapes or dtypes that do not fit.
-void EncoderAttention(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads, int head_dim,
-                      float scale, TensorView out);
+// frame): Q queries of each over its S keys. q: [batch * Q, heads * D]; k, v: [batch * S, heads *
+// D]; all f32 or all bf16; rows may be strided (columns of one product). out: [batch * Q, heads *
+// D] same dtype, contiguous. scale: positive, usually D^-0.5. Any D >= 1 (72 included); fast paths
+// pad D inside. Throws Error naming shapes or dtypes that do not fit.
+void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
+                      int64_t batch, int heads, int head_dim, float scale, TensorView out);
 
 // Keys and values of one layer in blocks of kKvBlockTokens positions. A block holds, for every kv
 // head h,

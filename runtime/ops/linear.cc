@@ -144,6 +144,38 @@ LinearWeight LinearWeight::Stack(std::initializer_list<SharedMatrix> weights,
   return LinearImpl::Make(weights, std::move(bias));
 }
 
+LinearWeight LinearWeight::Outputs(int64_t begin, int64_t end) const {
+  if (begin < 0 || begin >= end || end > n_) {
+    throw Error("[linear] outputs must lie in [0, " + std::to_string(n_) + "), got [" +
+                std::to_string(begin) + ", " + std::to_string(end) + ")");
+  }
+  Tensor bias;
+  if (has_bias()) {
+    bias = Tensor(DType::kF32, {end - begin});
+    std::memcpy(bias.data<float>(), bias_.data<float>() + begin, (end - begin) * sizeof(float));
+  }
+  const bool whole_blocks = begin % kPackedOutputs == 0 && (end % kPackedOutputs == 0 || end == n_);
+  if (packed_ && !whole_blocks) {
+    const auto rows = std::make_shared<Tensor>(DType::kF32, Shape{end - begin, k_});
+    for (int64_t row = begin; row < end; ++row) {
+      CopyRow(row, rows->data<float>() + (row - begin) * k_);
+    }
+    const auto copy = std::make_shared<Tensor>(ConvertTo(*rows, dtype_));
+    return LinearImpl::Make({{*copy, copy, nullptr}}, std::move(bias));
+  }
+  LinearWeight part = {};
+  part.n_ = end - begin;
+  part.k_ = k_;
+  part.dtype_ = dtype_;
+  part.packed_ = packed_;
+  part.bias_ = std::move(bias);
+  part.weight_ = {packed_ ? weight_.view.Slice(begin / kPackedOutputs,
+                                               (end + kPackedOutputs - 1) / kPackedOutputs)
+                          : weight_.view.Slice(begin, end),
+                  weight_.keeper, nullptr};
+  return part;
+}
+
 size_t LinearWeight::SizeBytes() const {
   return (weight_.view.empty() ? 0 : weight_.view.SizeBytes()) + bias_.SizeBytes();
 }

@@ -43,6 +43,10 @@ class LinearWeight {
   static LinearWeight Stack(std::initializer_list<SharedMatrix> weights,
                             std::initializer_list<const Tensor*> biases, WeightUse use);
 
+  // Outputs [begin, end) of this weight as a weight of their own. Shares the memory where the
+  // layout allows (f32; packed, when both ends are multiples of 64 or the end), else copies.
+  LinearWeight Outputs(int64_t begin, int64_t end) const;
+
   int64_t n() const { return n_; }
   int64_t k() const { return k_; }
   DType dtype() const { return dtype_; }

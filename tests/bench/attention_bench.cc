@@ -31,9 +31,12 @@ void Encoder(benchmark::State& state) {
   const int64_t batch = state.range(1), length = state.range(2);
   const int heads = static_cast<int>(state.range(3)), head_dim = static_cast<int>(state.range(4));
   ExecContext ctx({.num_threads = Threads()});
-  const Tensor qkv = RandomTensor(dtype, batch * length, 3 * heads * head_dim);
+  const int64_t width = heads * head_dim;
+  const Tensor qkv = RandomTensor(dtype, batch * length, 3 * width);
+  const ConstTensorView q = qkv.view().Columns(0, width), k = qkv.view().Columns(width, 2 * width);
+  const ConstTensorView v = qkv.view().Columns(2 * width, 3 * width);
   Tensor out(dtype, {batch * length, heads * head_dim});
-  for (auto _ : state) EncoderAttention(ctx, qkv, batch, heads, head_dim, 0.125f, out);
+  for (auto _ : state) EncoderAttention(ctx, q, k, v, batch, heads, head_dim, 0.125f, out);
   state.counters["FLOP/s"] = benchmark::Counter(4.0 * batch * length * length * head_dim * heads,
                                                 benchmark::Counter::kIsIterationInvariantRate);
 }

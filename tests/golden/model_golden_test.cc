@@ -117,7 +117,7 @@ class ModelGoldenTest : public testing::TestWithParam<GoldenCase> {
       probe = [&](std::string_view name, ConstTensorView value) {
         Compare("vision/" + std::string(name), value);
       };
-    const VisualTokens visual = vlm_->encoder().Encode(ctx, pixels, frames_, probe);
+    const VisualTokens visual = vlm_->encoder().Encode(ctx, pixels, frames_, {.probe = probe});
 
     const std::vector<int32_t> ids = GoldenIds("input_ids");
     const int32_t video = *vlm_->tokenizer().TokenToId("<video>");

@@ -101,43 +101,61 @@ struct EncoderCase {
   int64_t batch, length;
   int heads, head_dim;
   float deviation = 1;
+  int64_t queries = 0;  // 0: as many as keys
 };
 
-void RunEncoder(AttentionKernel kernel, ExecContext& ctx, ConstTensorView qkv, const EncoderCase& c,
-                TensorView out) {
+// Queries, keys and values as columns of one product, or each on its own where their numbers
+// differ.
+struct EncoderInputs {
+  EncoderInputs(DType dtype, const EncoderCase& c)
+      : width(int64_t{c.heads} * c.head_dim),
+        qkv(Random(dtype, c.batch * c.length, 3 * width, 17 + c.length, c.deviation)),
+        own_q(Random(dtype, c.batch * std::max<int64_t>(c.queries, 1), width, 5 + c.queries,
+                     c.deviation)),
+        q(c.queries ? own_q.view() : qkv.view().Columns(0, width)),
+        k(qkv.view().Columns(width, 2 * width)),
+        v(qkv.view().Columns(2 * width, 3 * width)) {}
+  int64_t width;
+  Tensor qkv, own_q;
+  ConstTensorView q, k, v;
+};
+
+void RunEncoder(AttentionKernel kernel, ExecContext& ctx, const EncoderInputs& x,
+                const EncoderCase& c, TensorView out) {
   const float scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
   switch (kernel) {
     case AttentionKernel::kReference:
-      return cpu::EncoderAttentionReference(ctx, qkv, c.batch, c.heads, c.head_dim, scale, out);
+      return cpu::EncoderAttentionReference(ctx, x.q, x.k, x.v, c.batch, c.heads, c.head_dim, scale,
+                                            out);
     case AttentionKernel::kSimd:
-      return cpu::EncoderAttentionSimd(ctx, qkv, c.batch, c.heads, c.head_dim, scale, out);
+      return cpu::EncoderAttentionSimd(ctx, x.q, x.k, x.v, c.batch, c.heads, c.head_dim, scale,
+                                       out);
     case AttentionKernel::kAmx:
-      return cpu::EncoderAttentionAmx(ctx, qkv, c.batch, c.heads, c.head_dim, scale, out);
+      return cpu::EncoderAttentionAmx(ctx, x.q, x.k, x.v, c.batch, c.heads, c.head_dim, scale, out);
   }
 }
 
 void CheckEncoder(const EncoderCase& c, DType dtype, int num_threads, double tolerance) {
   ExecContext ctx({.num_threads = num_threads});
-  const int64_t width = int64_t{c.heads} * c.head_dim, rows = c.batch * c.length;
-  const Tensor qkv = Random(dtype, rows, 3 * width, 17 + c.length, c.deviation);
-  const ConstTensorView x = qkv;
+  const EncoderInputs x(dtype, c);
+  const int64_t width = x.width, rows = x.q.dim(0), queries = rows / c.batch;
   Tensor want(DType::kF32, {rows, width});
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t first = i / c.length * c.length;
+    const int64_t first = i / queries * c.length;
     for (int head = 0; head < c.heads; ++head) {
       const int64_t column = int64_t{head} * c.head_dim;
       std::vector<double> q(c.head_dim);
-      for (int d = 0; d < c.head_dim; ++d) q[d] = At(x, i, column + d);
+      for (int d = 0; d < c.head_dim; ++d) q[d] = At(x.q, i, column + d);
       const auto o = Expected(
           q, c.length, 1 / std::sqrt(double(c.head_dim)),
-          [&](int64_t t, int64_t d) { return At(x, first + t, width + column + d); },
-          [&](int64_t t, int64_t d) { return At(x, first + t, 2 * width + column + d); });
+          [&](int64_t t, int64_t d) { return At(x.k, first + t, column + d); },
+          [&](int64_t t, int64_t d) { return At(x.v, first + t, column + d); });
       for (int d = 0; d < c.head_dim; ++d) Set(want, i, column + d, o[d]);
     }
   }
   for (AttentionKernel kernel : KernelsOf(dtype)) {
     Tensor out(dtype, {rows, width});
-    RunEncoder(kernel, ctx, qkv, c, out);
+    RunEncoder(kernel, ctx, x, c, out);
     ExpectClose(out, want, tolerance,
                 std::string(Name(kernel)) + " " + Name(dtype) + " batch " +
                     std::to_string(c.batch) + " S " + std::to_string(c.length) + " heads " +
@@ -163,6 +181,17 @@ TEST(EncoderAttentionTest, EqualsTheEquationOverNumbersOfHeadsAndFrames) {
       for (int64_t batch : {1, 2, 5}) {
         CheckEncoder({.batch = batch, .length = 49, .heads = heads, .head_dim = 24}, dtype,
                      1 + heads % 4, ToleranceOf(dtype));
+      }
+    }
+  }
+}
+
+TEST(EncoderAttentionTest, EqualsTheEquationForFewerOrMoreQueriesThanKeys) {
+  for (DType dtype : {DType::kF32, DType::kBF16}) {
+    for (int64_t queries : {1, 7, 32, 49, 70}) {
+      for (int64_t length : {1, 33, 65, 196}) {
+        CheckEncoder({.batch = 3, .length = length, .heads = 2, .head_dim = 24, .queries = queries},
+                     dtype, 1 + queries % 3, ToleranceOf(dtype));
       }
     }
   }
@@ -197,17 +226,17 @@ TEST(EncoderAttentionTest, ScoresThatRiseWithTheKeysAreRescaled) {
   constexpr int kHeadDim = 32;
   ExecContext ctx({.num_threads = 2});
   for (DType dtype : {DType::kF32, DType::kBF16}) {
-    Tensor qkv = Random(dtype, kLength, 3 * kHeadDim, 3);
-    for (int64_t i = 0; i < kLength; ++i) {
-      Set(qkv, i, 0, 4);
-      Set(qkv, i, kHeadDim, static_cast<float>(i) * 0.25f);
-    }
     const EncoderCase c = {.batch = 1, .length = kLength, .heads = 1, .head_dim = kHeadDim};
+    EncoderInputs x(dtype, c);
+    for (int64_t i = 0; i < kLength; ++i) {
+      Set(x.qkv, i, 0, 4);
+      Set(x.qkv, i, kHeadDim, static_cast<float>(i) * 0.25f);
+    }
     Tensor want(dtype, {kLength, kHeadDim});
-    RunEncoder(AttentionKernel::kReference, ctx, qkv, c, want);
+    RunEncoder(AttentionKernel::kReference, ctx, x, c, want);
     for (AttentionKernel kernel : KernelsOf(dtype)) {
       Tensor out(dtype, {kLength, kHeadDim});
-      RunEncoder(kernel, ctx, qkv, c, out);
+      RunEncoder(kernel, ctx, x, c, out);
       // f32 scores of up to 125 carry 125 * 2^-24 = 7e-6.
       ExpectClose(out, want, dtype == DType::kF32 ? 2e-5 : kBF16Tolerance, Name(kernel));
     }
@@ -221,7 +250,8 @@ TEST(EncoderAttentionTest, ResultsDoNotDependOnTheNumberOfThreads) {
     for (int threads : {1, 2, 5}) {
       ExecContext ctx({.num_threads = threads});
       outs.emplace_back(dtype, Shape{2 * 197, 3 * 72});
-      EncoderAttention(ctx, qkv, 2, 3, 72, 0.1f, outs.back());
+      EncoderAttention(ctx, qkv.view().Columns(0, 216), qkv.view().Columns(216, 432),
+                       qkv.view().Columns(432, 648), 2, 3, 72, 0.1f, outs.back());
       EXPECT_EQ(std::memcmp(outs[0].view().raw(), outs.back().view().raw(), outs[0].SizeBytes()), 0)
           << Name(dtype) << " with " << threads << " threads";
     }
@@ -230,7 +260,7 @@ TEST(EncoderAttentionTest, ResultsDoNotDependOnTheNumberOfThreads) {
 
 TEST(EncoderAttentionTest, WrongShapesAreNamed) {
   ExecContext ctx({.num_threads = 1});
-  const Tensor qkv = Random(DType::kF32, 6, 24, 1);
+  const Tensor x = Random(DType::kF32, 6, 8, 1), few = Random(DType::kF32, 4, 8, 1);
   Tensor out(DType::kF32, {6, 8});
   const auto message = [&](auto&& call) {
     try {
@@ -240,14 +270,14 @@ TEST(EncoderAttentionTest, WrongShapesAreNamed) {
     }
     return std::string("nothing was thrown");
   };
-  EXPECT_THAT(message([&] { EncoderAttention(ctx, qkv, 4, 2, 4, 0.5f, out); }),
+  EXPECT_THAT(message([&] { EncoderAttention(ctx, x, x, x, 4, 2, 4, 0.5f, out); }),
               testing::HasSubstr("batch 4"));
-  EXPECT_THAT(message([&] { EncoderAttention(ctx, qkv, 2, 2, 5, 0.5f, out); }),
-              testing::HasSubstr("qkv must be [6, 30] f32, got [6, 24] f32"));
-  EXPECT_THAT(message([&] { EncoderAttention(ctx, qkv, 2, 2, 4, -1.0f, out); }),
+  EXPECT_THAT(message([&] { EncoderAttention(ctx, x, x, x, 2, 2, 5, 0.5f, out); }),
+              testing::HasSubstr("q must be [6, 10] f32, got [6, 8] f32"));
+  EXPECT_THAT(message([&] { EncoderAttention(ctx, x, x, x, 2, 2, 4, -1.0f, out); }),
               testing::HasSubstr("scale must be positive"));
   Tensor narrow(DType::kBF16, {6, 8});
-  EXPECT_THAT(message([&] { EncoderAttention(ctx, qkv, 2, 2, 4, 0.5f, narrow); }),
+  EXPECT_THAT(message([&] { EncoderAttention(ctx, x, x, x, 2, 2, 4, 0.5f, narrow); }),
               testing::HasSubstr("out must be [6, 8] f32, got [6, 8] bf16"));
 }
 

@@ -173,6 +173,25 @@ TEST_P(LinearTest, StacksWeightsBelowEachOther) {
   }
 }
 
+TEST_P(LinearTest, HandsOutItsOutputsAsWeightsOfTheirOwn) {
+  const Tensor w = RandomTensor(dtype(), {192, 72}, 1), x = RandomTensor(dtype(), {5, 72}, 3);
+  const Tensor bias = RandomTensor(DType::kF32, {192}, 2);
+  const LinearWeight weight(Share(w.Clone()), bias.Clone(), WeightUse::kManyRows);
+  const std::pair<int64_t, int64_t> ranges[] = {{0, 64},  {64, 192}, {128, 192},
+                                                {0, 192}, {3, 70},   {70, 72}};
+  for (const auto& [begin, end] : ranges) {
+    const LinearWeight part = weight.Outputs(begin, end);
+    Tensor part_bias(DType::kF32, {end - begin}), y(DType::kF32, {5, end - begin});
+    std::copy_n(bias.data<float>() + begin, end - begin, part_bias.data<float>());
+    Linear(context_, x, part, y);
+    ExpectClose(y, Expected(x, w.view().Slice(begin, end), part_bias, Activation::kNone),
+                Relative(DType::kF32), PerElement(DType::kF32),
+                std::to_string(begin) + ".." + std::to_string(end));
+  }
+  EXPECT_THROW(weight.Outputs(0, 193), Error);
+  EXPECT_THROW(weight.Outputs(5, 5), Error);
+}
+
 TEST_P(LinearTest, HandsOutRowsOfATiedTable) {
   const Tensor w = RandomTensor(dtype(), {131, 45}, 8);
   const LinearWeight table(Share(w.Clone()), Tensor(), WeightUse::kAnyRows);

@@ -78,8 +78,10 @@ class FakeTokenizer : public Tokenizer {
 // A picture of one brightness b becomes the rows (b, column, 0, 1).
 class FakeEncoder : public VisionEncoder {
  public:
-  VisualTokens Encode(ExecContext&, ConstTensorView pixels, std::span<const FramePtr> frames,
-                      const TensorProbe&) const override {
+  VisualTokens Encode(ExecContext& ctx, ConstTensorView pixels, std::span<const FramePtr> frames,
+                      const EncodeHooks&) const override {
+    TraceScope trace(&ctx.tracer(), "encode", static_cast<int64_t>(frames.size()));
+    trace.AddWork(static_cast<double>(frames.size()) * FlopsPerFrame(), 0);
     batches.push_back(static_cast<int>(frames.size()));
     VisualTokens tokens;
     tokens.grid_rows = 1;

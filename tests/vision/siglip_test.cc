@@ -102,16 +102,16 @@ TEST_P(SiglipTest, EarlierFeatureLayersStopThere) {
   const std::vector<FramePtr> frames = Frames(2);
   std::map<std::string, Tensor> seen;
   LoadTiny(GetParam())
-      ->Encode(ctx, pixels, frames, [&](std::string_view name, ConstTensorView value) {
-        seen[std::string(name)] = ConvertTo(value, DType::kF32);
-      });
+      ->Encode(ctx, pixels, frames, {.probe = [&](std::string_view name, ConstTensorView value) {
+                 seen[std::string(name)] = ConvertTo(value, DType::kF32);
+               }});
   for (const auto& [layers, name] : {std::pair{0, "embeddings"}, {2, "layer.1"}, {3, "layer.2"}}) {
     LoadTiny(GetParam(), layers)
         ->Encode(ctx, pixels, frames,
-                 [&, name = name](std::string_view got, ConstTensorView value) {
+                 {.probe = [&, name = name](std::string_view got, ConstTensorView value) {
                    if (got != "tower") return;
                    EXPECT_EQ(RelativeDifference(value, seen[name]), 0) << name;
-                 });
+                 }});
   }
 }
 

@@ -39,21 +39,20 @@ void AttendOne(const T* q, int64_t num_keys, int head_dim, float scale, const Ke
 }
 
 template <typename T>
-void EncoderRows(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads, int head_dim,
-                 float scale, TensorView out) {
-  const int64_t length = qkv.dim(0) / batch, width = int64_t{heads} * head_dim;
+void EncoderRows(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
+                 int64_t batch, int heads, int head_dim, float scale, TensorView out) {
+  const int64_t queries = q.dim(0) / batch, keys = k.dim(0) / batch;
   ParallelFor(ctx, batch * heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t first_row = item / heads * length, column = item % heads * head_dim;
-      const T* q = qkv.data<T>() + first_row * qkv.stride0() + column;
-      const T* k = q + width;
-      const T* v = k + width;
-      T* o = out.data<T>() + first_row * width + column;
-      for (int64_t i = 0; i < length; ++i) {
+      const int64_t sequence = item / heads, column = item % heads * head_dim;
+      const T* first_key = k.data<T>() + sequence * keys * k.stride0() + column;
+      const T* first_value = v.data<T>() + sequence * keys * v.stride0() + column;
+      for (int64_t i = sequence * queries; i < (sequence + 1) * queries; ++i) {
         AttendOne(
-            q + i * qkv.stride0(), length, head_dim, scale,
-            [&](int64_t t) { return k + t * qkv.stride0(); },
-            [&](int64_t t, int d) { return v[t * qkv.stride0() + d]; }, o + i * width);
+            q.data<T>() + i * q.stride0() + column, keys, head_dim, scale,
+            [&](int64_t t) { return first_key + t * k.stride0(); },
+            [&](int64_t t, int d) { return first_value[t * v.stride0() + d]; },
+            out.data<T>() + i * out.stride0() + column);
       }
     }
   });
@@ -84,12 +83,13 @@ void CausalRows(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, f
 
 }  // namespace
 
-void EncoderAttentionReference(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads,
-                               int head_dim, float scale, TensorView out) {
-  if (qkv.dtype() == DType::kF32) {
-    EncoderRows<float>(ctx, qkv, batch, heads, head_dim, scale, out);
+void EncoderAttentionReference(ExecContext& ctx, ConstTensorView q, ConstTensorView k,
+                               ConstTensorView v, int64_t batch, int heads, int head_dim,
+                               float scale, TensorView out) {
+  if (q.dtype() == DType::kF32) {
+    EncoderRows<float>(ctx, q, k, v, batch, heads, head_dim, scale, out);
   } else {
-    EncoderRows<BFloat16>(ctx, qkv, batch, heads, head_dim, scale, out);
+    EncoderRows<BFloat16>(ctx, q, k, v, batch, heads, head_dim, scale, out);
   }
 }
 

@@ -573,16 +573,14 @@ SLUICE_AMX_TARGET void Combine(const float* partial, int64_t stride, int64_t ran
 
 }  // namespace
 
-void EncoderAttentionAmx(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads,
-                         int head_dim, float scale, TensorView out) {
+void EncoderAttentionAmx(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
+                         int64_t batch, int heads, int head_dim, float scale, TensorView out) {
   const HeadShape shape(head_dim);
-  const int64_t length = qkv.dim(0) / batch, width = int64_t{heads} * head_dim;
-  const int64_t num_blocks = (length + kKvBlockTokens - 1) / kKvBlockTokens;
-  const int64_t tiles = (length + kTileQueries - 1) / kTileQueries;
+  const int64_t queries = q.dim(0) / batch, keys = k.dim(0) / batch;
+  const int64_t num_blocks = (keys + kKvBlockTokens - 1) / kKvBlockTokens;
+  const int64_t tiles = (queries + kTileQueries - 1) / kTileQueries;
   const int64_t group = Scratch::Group(shape, tiles);
   const int64_t threads = ctx.num_threads(), units = batch * heads * tiles;
-  const BFloat16* all = qkv.data<BFloat16>();
-  BFloat16* all_out = out.data<BFloat16>();
 
   Workspace::Scope scope(ctx.workspace());
   const TensorView memory =
@@ -594,22 +592,27 @@ void EncoderAttentionAmx(ExecContext& ctx, ConstTensorView qkv, int64_t batch, i
     for (int64_t unit = units * thread / threads; unit < end;) {
       const int64_t item = unit / tiles, frame = item / heads, head = item % heads;
       const int64_t last = std::min(end, (item + 1) * tiles);
-      const BFloat16* q = all + frame * length * 3 * width + head * head_dim;
+      const int64_t column = head * head_dim;
       for (int64_t b = 0; b < num_blocks; ++b) {
-        const BFloat16* k = q + width + b * kKvBlockTokens * 3 * width;
-        const int64_t count = std::min<int64_t>(kKvBlockTokens, length - b * kKvBlockTokens);
+        const int64_t row = frame * keys + b * kKvBlockTokens;
+        const int64_t count = std::min<int64_t>(kKvBlockTokens, keys - b * kKvBlockTokens);
         BFloat16* to = scratch.packed + b * shape.PackedElements();
-        PackKeys(k, 3 * width, count, shape, to);
-        PackValues(k + width, 3 * width, count, shape, to + kKvBlockTokens * shape.depth);
+        PackKeys(k.data<BFloat16>() + row * k.stride0() + column, k.stride0(), count, shape, to);
+        PackValues(v.data<BFloat16>() + row * v.stride0() + column, v.stride0(), count, shape,
+                   to + kKvBlockTokens * shape.depth);
       }
-      const RowMap map = {q,     3 * width, all_out + frame * length * width + head * head_dim,
-                          width, 1,         length};
+      const RowMap map = {q.data<BFloat16>() + frame * queries * q.stride0() + column,
+                          q.stride0(),
+                          out.data<BFloat16>() + frame * queries * out.stride0() + column,
+                          out.stride0(),
+                          1,
+                          queries};
       AttendGroups(
-          map, shape, unit - item * tiles, last - item * tiles, 0, length, shape.depth, scale,
-          scratch, [&](int64_t) { return length; },
+          map, shape, unit - item * tiles, last - item * tiles, 0, keys, shape.depth, scale,
+          scratch, [&](int64_t) { return keys; },
           [&](int64_t b, int64_t) {
-            const BFloat16* k = scratch.packed + b * shape.PackedElements();
-            return BlockRef{k, k + kKvBlockTokens * shape.depth};
+            const BFloat16* packed = scratch.packed + b * shape.PackedElements();
+            return BlockRef{packed, packed + kKvBlockTokens * shape.depth};
           },
           [&](const QueryTile& tile) { StoreOutputs(map, shape, tile); });
       unit = last;
@@ -702,7 +705,8 @@ void CausalAttentionAmx(ExecContext& ctx, ConstTensorView q, int64_t begin, int 
 namespace sluice::cpu {
 
 // Never chosen: AmxAllowed() is false here.
-void EncoderAttentionAmx(ExecContext&, ConstTensorView, int64_t, int, int, float, TensorView) {
+void EncoderAttentionAmx(ExecContext&, ConstTensorView, ConstTensorView, ConstTensorView, int64_t,
+                         int, int, float, TensorView) {
   throw Error("[encoder_attention] the AMX kernel needs x86-64");
 }
 void CausalAttentionAmx(ExecContext&, ConstTensorView, int64_t, int, float, const KvLayerView&,

@@ -424,14 +424,12 @@ void Combine(const float* partial, int64_t stride, int64_t ranges, int64_t head_
 }
 
 template <typename T>
-void Encoder(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads, int head_dim,
-             float scale, TensorView out) {
-  const int64_t length = qkv.dim(0) / batch, width = int64_t{heads} * head_dim;
-  const int64_t num_blocks = CeilDiv(length, kKvBlockTokens), tiles = CeilDiv(length, kTileRows);
+void Encoder(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
+             int64_t batch, int heads, int head_dim, float scale, TensorView out) {
+  const int64_t queries = q.dim(0) / batch, keys = k.dim(0) / batch;
+  const int64_t num_blocks = CeilDiv(keys, kKvBlockTokens), tiles = CeilDiv(queries, kTileRows);
   const int64_t group = Scratch::Group(head_dim, tiles);
   const int64_t threads = ctx.num_threads(), units = batch * heads * tiles;
-  const T* all = qkv.data<T>();
-  T* all_out = out.data<T>();
 
   Workspace::Scope scope(ctx.workspace());
   // One block more: rows are widened in whole vectors.
@@ -445,19 +443,25 @@ void Encoder(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads, in
     for (int64_t unit = units * thread / threads; unit < end;) {
       const int64_t item = unit / tiles, frame = item / heads, head = item % heads;
       const int64_t last = std::min(end, (item + 1) * tiles);
-      const T* q = all + frame * length * 3 * width + head * head_dim;
+      const int64_t column = head * head_dim, first_key = frame * keys;
       // Keys first, row by row upwards: what a row writes behind its end is overwritten.
-      for (int64_t t = 0; t < length; ++t) {
-        WidenRow(q + width + t * 3 * width, head_dim, scratch.packed + t * head_dim);
+      for (int64_t t = 0; t < keys; ++t) {
+        WidenRow(k.data<T>() + (first_key + t) * k.stride0() + column, head_dim,
+                 scratch.packed + t * head_dim);
       }
-      for (int64_t t = 0; t < length; ++t) {
-        WidenRow(q + 2 * width + t * 3 * width, head_dim, packed_v + t * head_dim);
+      for (int64_t t = 0; t < keys; ++t) {
+        WidenRow(v.data<T>() + (first_key + t) * v.stride0() + column, head_dim,
+                 packed_v + t * head_dim);
       }
-      const RowMap<T> map = {q,     3 * width, all_out + frame * length * width + head * head_dim,
-                             width, 1,         length};
+      const RowMap<T> map = {q.data<T>() + frame * queries * q.stride0() + column,
+                             q.stride0(),
+                             out.data<T>() + frame * queries * out.stride0() + column,
+                             out.stride0(),
+                             1,
+                             queries};
       AttendGroups(
-          map, head_dim, unit - item * tiles, last - item * tiles, 0, length, Values{head_dim, 1},
-          scale, scratch, [&](int64_t) { return length; },
+          map, head_dim, unit - item * tiles, last - item * tiles, 0, keys, Values{head_dim, 1},
+          scale, scratch, [&](int64_t) { return keys; },
           [&](int64_t b, int64_t) {
             return Block{scratch.packed + b * area, packed_v + b * area};
           },
@@ -546,12 +550,12 @@ void Causal(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float
   });
 }
 
-void EncoderAttention(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads, int head_dim,
-                      float scale, TensorView out) {
-  if (qkv.dtype() == DType::kF32) {
-    Encoder<float>(ctx, qkv, batch, heads, head_dim, scale, out);
+void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
+                      int64_t batch, int heads, int head_dim, float scale, TensorView out) {
+  if (q.dtype() == DType::kF32) {
+    Encoder<float>(ctx, q, k, v, batch, heads, head_dim, scale, out);
   } else {
-    Encoder<BFloat16>(ctx, qkv, batch, heads, head_dim, scale, out);
+    Encoder<BFloat16>(ctx, q, k, v, batch, heads, head_dim, scale, out);
   }
 }
 
@@ -574,9 +578,9 @@ namespace sluice::cpu {
 HWY_EXPORT(EncoderAttention);
 HWY_EXPORT(CausalAttention);
 
-void EncoderAttentionSimd(ExecContext& ctx, ConstTensorView qkv, int64_t batch, int heads,
-                          int head_dim, float scale, TensorView out) {
-  HWY_DYNAMIC_DISPATCH(EncoderAttention)(ctx, qkv, batch, heads, head_dim, scale, out);
+void EncoderAttentionSimd(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
+                          int64_t batch, int heads, int head_dim, float scale, TensorView out) {
+  HWY_DYNAMIC_DISPATCH(EncoderAttention)(ctx, q, k, v, batch, heads, head_dim, scale, out);
 }
 
 void CausalAttentionSimd(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,

@@ -1,0 +1,30 @@
+#include "compression/frame_runs.h"
+
+#include <algorithm>
+
+namespace sluice {
+
+std::vector<FrameRun> FrameRuns(const VisualTokens& tokens) {
+  std::vector<FrameRun> runs;
+  for (int64_t i = 0; i < tokens.size(); ++i) {
+    if (i == 0 || tokens.origins[i].frame != tokens.origins[i - 1].frame) runs.push_back({i, i});
+    runs.back().end = i + 1;
+  }
+  return runs;
+}
+
+VisualTokens KeepTokens(const VisualTokens& tokens, std::span<const int64_t> kept) {
+  const int64_t width = tokens.features.dim(1);
+  VisualTokens out;
+  out.grid_rows = tokens.grid_rows;
+  out.grid_cols = tokens.grid_cols;
+  out.features = Tensor(DType::kF32, {static_cast<int64_t>(kept.size()), width});
+  float* to = out.features.data<float>();
+  for (const int64_t token : kept) {
+    to = std::copy_n(tokens.features.data<float>() + token * width, width, to);
+    out.origins.push_back(tokens.origins[token]);
+  }
+  return out;
+}
+
+}  // namespace sluice

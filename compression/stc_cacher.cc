@@ -1,0 +1,109 @@
+#include "compression/stc_cacher.h"
+
+#include <algorithm>
+#include <numeric>
+#include <string>
+
+#include "runtime/error.h"
+#include "runtime/ops/similarity.h"
+
+namespace sluice {
+namespace {
+
+std::vector<float> Cosines(ExecContext& ctx, ConstTensorView a, ConstTensorView b) {
+  Workspace::Scope scope(ctx.workspace());
+  const TensorView cosines = ctx.workspace().Allocate(DType::kF32, {a.dim(0)});
+  RowCosines(ctx, a, b, cosines);
+  return {cosines.data<float>(), cosines.data<float>() + a.dim(0)};
+}
+
+}  // namespace
+
+StcCacher::StcCacher(const StcCacherOptions& options) : options_(options) {
+  if (options.interval < 1) {
+    throw InputError("[stc-cacher] the interval must be at least 1 frame, got " +
+                     std::to_string(options.interval));
+  }
+  if (!(options.ratio > 0 && options.ratio <= 1)) {
+    throw InputError("[stc-cacher] the ratio of fresh patches must lie in (0, 1], got " +
+                     std::to_string(options.ratio));
+  }
+  if (!(options.refresh_below >= -1 && options.refresh_below <= 1)) {
+    throw InputError("[stc-cacher] the refresh threshold is a cosine in -1..1, got " +
+                     std::to_string(options.refresh_below));
+  }
+}
+
+int64_t StcCacher::FreshOf(int64_t patches) const {
+  return std::clamp<int64_t>(static_cast<int64_t>(static_cast<double>(patches) * options_.ratio), 1,
+                             patches);
+}
+
+bool StcCacher::Changed(ExecContext& ctx, ConstTensorView keys,
+                        ConstTensorView reference_keys) const {
+  const std::vector<float> cosines = Cosines(ctx, keys, reference_keys);
+  const auto below = std::count_if(cosines.begin(), cosines.end(), [&](float cosine) {
+    return cosine < static_cast<float>(options_.refresh_below);
+  });
+  return below > FreshOf(keys.dim(0));
+}
+
+std::vector<bool> StcCacher::ChooseWhole(ExecContext& ctx, int64_t frames, int layers,
+                                         const std::function<ConstTensorView()>& first_keys) {
+  references_.resize(layers);
+  first_choice_.assign(frames, {});
+  std::vector<bool> whole(frames);
+  int64_t latest = -1;  // whole frame of this batch
+  for (int64_t f = 0; f < frames; ++f, ++next_) {
+    whole[f] = next_ % options_.interval == 0 || (latest < 0 && !HasReference());
+    if (!whole[f] && options_.refresh_below > -1) {
+      const ConstTensorView keys = first_keys();
+      const int64_t patches = keys.dim(0) / frames;
+      const auto of = [&](int64_t frame) {
+        return keys.Slice(frame * patches, (frame + 1) * patches);
+      };
+      whole[f] =
+          Changed(ctx, of(f), latest < 0 ? ConstTensorView(references_[0].keys) : of(latest));
+      counts_.refreshes += whole[f];
+    }
+    if (whole[f]) latest = f;
+    counts_.whole += whole[f];
+  }
+  counts_.frames += frames;
+  return whole;
+}
+
+void StcCacher::ChooseFresh(ExecContext& ctx, int layer, int64_t frame, ConstTensorView keys,
+                            ConstTensorView reference_keys, std::vector<int32_t>& fresh) {
+  std::vector<int32_t>& choice = first_choice_[frame];
+  if (layer == 0 || !options_.shared_selection) {
+    const std::vector<float> cosines = Cosines(ctx, keys, reference_keys);
+    choice.resize(cosines.size());
+    std::iota(choice.begin(), choice.end(), 0);
+    const int64_t count = FreshOf(keys.dim(0));
+    std::nth_element(choice.begin(), choice.begin() + count - 1, choice.end(),
+                     [&](int32_t a, int32_t b) {
+                       return cosines[a] != cosines[b] ? cosines[a] < cosines[b] : a < b;
+                     });
+    choice.resize(count);
+    std::sort(choice.begin(), choice.end());
+  }
+  fresh.insert(fresh.end(), choice.begin(), choice.end());
+  counts_.patches += keys.dim(0);
+  counts_.fresh += static_cast<int64_t>(choice.size());
+}
+
+void StcCacher::Reset() {
+  references_.clear();
+  next_ = 0;
+}
+
+int64_t StcCacher::SizeBytes() const {
+  int64_t bytes = 0;
+  for (const LayerReference& r : references_) {
+    bytes += r.keys.SizeBytes() + r.values.SizeBytes() + r.update.SizeBytes();
+  }
+  return bytes;
+}
+
+}  // namespace sluice

@@ -1,0 +1,57 @@
+// STC-Pruner (Streaming Token Compression, arXiv 2512.00891, section on the Pruner; training-free,
+// knows no question): of every frame stay the tokens that are least like what was seen before and
+// least like the rest of the frame.
+//
+//   Y   the half of the channels that vary least over the tokens of the frame
+//   s   spatial anchor: mean over a frame of its normalised rows of Y
+//   t   temporal anchor: mean of all Y seen so far, this frame included, normalised
+//   kGaussian:    redundancy(y) = g(|y - t|^2) + g(|y - s|^2), y normalised,
+//                 g(x) = sum over j = -3..1 of exp(-x / (2 * 2^j))           as released
+//   kDualAnchor:  redundancy(y) = cos(y, t) + cos(y, s), s normalised        as the paper has it
+// The tokens of lowest redundancy stay, ties to the lower index, rows unchanged and in order.
+//
+// Different from the authors' code: which channels vary least is chosen anew for every frame, and
+// theirs adds the means of unlike channels into one history. `kCompat` does that too, for
+// comparison; otherwise the history keeps all channels. Theirs keeps a list, this a sum.
+#ifndef SLUICE_COMPRESSION_STC_PRUNER_H_
+#define SLUICE_COMPRESSION_STC_PRUNER_H_
+
+#include <string>
+#include <vector>
+
+#include "compression/token_compressor.h"
+
+namespace sluice {
+
+class StcPruner final : public TokenCompressor {
+ public:
+  enum class Score { kGaussian, kDualAnchor };
+  enum class History { kFixed, kCompat };
+  struct Options {
+    double keep = 1.0 / 3;  // below 1: a share of the tokens of a frame; else so many of them
+    Score score = Score::kGaussian;
+    History history = History::kFixed;
+  };
+
+  // Throws InputError unless keep is in (0, 1) or a whole number.
+  explicit StcPruner(const Options& options);
+
+  std::string name() const override;
+  VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) override;
+  void Undo() override;
+
+ private:
+  int64_t KeptOf(int64_t tokens) const;
+  // Which rows of a frame's [M, E] f32 stay, ascending; the frame joins the history.
+  std::vector<int64_t> Choose(ConstTensorView x);
+
+  const Options options_;
+  struct Memory {
+    std::vector<float> sum;  // of the means of all frames, by channel or by rank
+  };
+  Memory memory_, before_compress_;
+};
+
+}  // namespace sluice
+
+#endif  // SLUICE_COMPRESSION_STC_PRUNER_H_

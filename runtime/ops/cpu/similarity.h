@@ -1,0 +1,16 @@
+// The implementations behind runtime/ops/similarity.h. Private to runtime/: arguments have been
+// checked by the caller.
+#ifndef SLUICE_RUNTIME_OPS_CPU_SIMILARITY_H_
+#define SLUICE_RUNTIME_OPS_CPU_SIMILARITY_H_
+
+#include "runtime/exec_context.h"
+#include "runtime/tensor.h"
+
+namespace sluice::cpu {
+
+void RowCosinesReference(ConstTensorView a, ConstTensorView b, TensorView cosines);
+void RowCosinesSimd(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView cosines);
+
+}  // namespace sluice::cpu
+
+#endif  // SLUICE_RUNTIME_OPS_CPU_SIMILARITY_H_

@@ -1,0 +1,119 @@
+#include "runtime/ops/rows.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <vector>
+
+#include "runtime/error.h"
+#include "runtime/ops/similarity.h"
+#include "tests/support/tensor_testing.h"
+
+namespace sluice {
+namespace {
+
+using ::sluice::testing::At;
+using ::sluice::testing::RandomTensor;
+using ::sluice::testing::Strided;
+using ::testing::HasSubstr;
+using ::testing::ThrowsMessage;
+
+class RowsTest : public ::testing::TestWithParam<std::tuple<DType, KernelChoice>> {
+ protected:
+  DType dtype() const { return std::get<0>(GetParam()); }
+  ExecContext ctx_{{.num_threads = 3, .kernels = std::get<1>(GetParam())}};
+};
+
+TEST_P(RowsTest, GatheredRowsComeBackToTheirPlacesWhenScattered) {
+  constexpr int64_t kGroups = 3, kLength = 50, kWidth = 37;
+  const std::vector<int32_t> indices = {0, 7, 49, 3, 4, 48, 1, 2, 25};
+  const Tensor storage = RandomTensor(dtype(), {kGroups * kLength, kWidth + 5}, 1);
+  const TensorView x = Strided(storage, kGroups * kLength, kWidth, 5);
+  Tensor gathered(dtype(), {9, kWidth}), back(dtype(), {kGroups * kLength, kWidth});
+  GatherRows(ctx_, x, indices, kGroups, gathered);
+  CopyRows(ctx_, RandomTensor(dtype(), {kGroups * kLength, kWidth}, 2), back);
+  const Tensor before = back.Clone();
+  ScatterRows(ctx_, gathered, indices, kGroups, back);
+  for (int64_t i = 0; i < 9; ++i) {
+    const int64_t row = i / 3 * kLength + indices[i];
+    for (int64_t d = 0; d < kWidth; ++d) {
+      ASSERT_EQ(At(gathered, i, d), At(x, row, d)) << i;
+      ASSERT_EQ(At(back, row, d), At(x, row, d)) << i;
+    }
+  }
+  int64_t changed = 0;
+  for (int64_t row = 0; row < kGroups * kLength; ++row) {
+    changed += At(back, row, 0) != At(before, row, 0);
+  }
+  EXPECT_EQ(changed, 9);
+}
+
+TEST_P(RowsTest, SumsAndDifferencesAreRoundedOnce) {
+  for (const int64_t width : {1, 16, 31, 256, 72}) {
+    const Tensor a = RandomTensor(DType::kF32, {133, width}, 3);
+    const Tensor b = RandomTensor(DType::kF32, {133, width}, 4);
+    Tensor difference(dtype(), {133, width});
+    Subtract(ctx_, a, b, difference);
+    const Tensor sum = a.Clone();
+    Add(ctx_, difference, sum);
+    for (int64_t i = 0; i < 133 * width; ++i) {
+      const float want = a.data<float>()[i] - b.data<float>()[i];
+      const float rounded = dtype() == DType::kF32 ? want : BFloat16::From(want).ToFloat();
+      ASSERT_EQ(At(difference, i / width, i % width), rounded);
+      ASSERT_EQ(sum.data<float>()[i], a.data<float>()[i] + rounded);
+    }
+  }
+}
+
+// Sums of D products of N(0, 1) values in f32: relative error about sqrt(D) 6e-8 of the norms.
+TEST_P(RowsTest, CosinesAgreeWithDoublePrecision) {
+  for (const int64_t width : {1, 15, 64, 72, 1152}) {
+    const Tensor storage = RandomTensor(dtype(), {197, width + 3}, 5);
+    const TensorView a = Strided(storage, 197, width, 3);
+    const Tensor b = RandomTensor(dtype(), {197, width}, 6);
+    Tensor cosines(DType::kF32, {197});
+    RowCosines(ctx_, a, b, cosines);
+    for (int64_t i = 0; i < 197; ++i) {
+      double ab = 0, aa = 0, bb = 0;
+      for (int64_t d = 0; d < width; ++d) {
+        ab += At(a, i, d) * At(b, i, d);
+        aa += At(a, i, d) * At(a, i, d);
+        bb += At(b, i, d) * At(b, i, d);
+      }
+      ASSERT_NEAR(cosines.data<float>()[i], ab / std::sqrt(aa * bb), 5e-6) << "width " << width;
+    }
+  }
+}
+
+TEST_P(RowsTest, ACosineWithNothingIsNothing) {
+  Tensor none(dtype(), {2, 8}), cosines(DType::kF32, {2});
+  std::memset(none.view().raw(), 0, none.SizeBytes());
+  RowCosines(ctx_, none, RandomTensor(dtype(), {2, 8}, 7), cosines);
+  EXPECT_EQ(cosines.data<float>()[0], 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(AllKernels, RowsTest,
+                         ::testing::Combine(::testing::Values(DType::kF32, DType::kBF16),
+                                            ::testing::Values(KernelChoice::kFast,
+                                                              KernelChoice::kReference)));
+
+TEST(RowsCheckTest, NamesWhatDoesNotFit) {
+  ExecContext ctx({});
+  const Tensor x = RandomTensor(DType::kF32, {4, 8}, 1), narrow(DType::kBF16, {4, 8});
+  const Tensor two(DType::kF32, {2, 8});
+  const std::vector<int32_t> far = {0, 4}, three = {0, 1, 2};
+  EXPECT_THAT([&] { CopyRows(ctx, x, narrow); },
+              ThrowsMessage<Error>(HasSubstr("y must be [4, 8] f32, got [4, 8] bf16")));
+  EXPECT_THAT([&] { GatherRows(ctx, x, far, 1, two); },
+              ThrowsMessage<Error>(HasSubstr("indices must lie in [0, 4), got 4")));
+  EXPECT_THAT([&] { GatherRows(ctx, x, three, 2, two); },
+              ThrowsMessage<Error>(HasSubstr("multiples of 2 groups")));
+  EXPECT_THAT([&] { Subtract(ctx, x, two, x); }, ThrowsMessage<Error>(HasSubstr("b must be")));
+  EXPECT_THAT([&] { Add(ctx, x, two); }, ThrowsMessage<Error>(HasSubstr("y must be")));
+  EXPECT_THAT([&] { RowCosines(ctx, x, x, two); },
+              ThrowsMessage<Error>(HasSubstr("cosines must be [4] f32")));
+}
+
+}  // namespace
+}  // namespace sluice
