@@ -199,6 +199,30 @@ TEST_F(ProgramTest, BundledModelAnswersTheBundledClip) {
   EXPECT_EQ(outcome.exit_code, 0) << outcome.out << outcome.err;
 }
 
+TEST_F(ProgramTest, MethodsSaveWorkAndSayHowMuch) {
+  const std::string eval = "eval --json --clips 2 --frames 8 --questions-per-clip 2 --seed 902";
+  const json dense = json::parse(Sluice(eval).out);
+  EXPECT_FALSE(dense.contains("methods"));
+  const json stc = json::parse(Sluice(eval + " --preset stc").out);
+  EXPECT_EQ(stc["methods"]["stc_cacher"]["frames"], 16);
+  EXPECT_GE(stc["methods"]["stc_cacher"]["whole_frames"], 8);
+  EXPECT_EQ(stc["methods"]["compressors"], json::array({"stc-pruner"}));
+  EXPECT_EQ(stc["tokens_per_frame"], 16.0);  // floor(49 / 3)
+  EXPECT_LT(stc["encode_gflop_per_frame"], 0.75 * dense["encode_gflop_per_frame"].get<double>());
+  EXPECT_LT(stc["prefill_gflop_per_frame"], 0.4 * dense["prefill_gflop_per_frame"].get<double>());
+  const json all = json::parse(Sluice(eval + " --cacher --cacher-ratio 1 --cacher-interval 4").out);
+  EXPECT_EQ(all["encode_gflop_per_frame"], dense["encode_gflop_per_frame"]);
+  EXPECT_EQ(all["accuracy"], dense["accuracy"]);
+}
+
+TEST_F(ProgramTest, MethodsRefuseSettingsThatMeanNothing) {
+  ExpectRefused("eval --cacher --cacher-ratio 0", "[stc-cacher] the ratio of fresh patches");
+  ExpectRefused("eval --cacher --cacher-interval 0", "[stc-cacher] the interval");
+  ExpectRefused("ask --source test --question x --compress stc-pruner=1.5", "[stc-pruner]");
+  ExpectRefused("ask --source test --question x --compress nonsense", "there are duplicate-frames");
+  ExpectRefused("eval --preset faster", "--preset");
+}
+
 TEST_F(ProgramTest, BenchMeasuresEveryStageAgainstThePeak) {
   const Outcome outcome =
       Sluice("bench --json --seconds 0 --batch 2 --context-frames 4 --threads 1" + model_);
