@@ -1,8 +1,26 @@
 #include "compression/frame_runs.h"
 
 #include <algorithm>
+#include <cmath>
+
+#include "runtime/error.h"
 
 namespace sluice {
+
+int64_t KeptOf(double keep, int64_t tokens) {
+  if (keep >= 1) return std::min(tokens, static_cast<int64_t>(keep));
+  return std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(tokens) * keep));
+}
+
+void CheckKeep(const std::string& method, double keep) {
+  const bool share = keep > 0 && keep < 1;
+  const bool count = keep >= 1 && keep <= 1e6 && keep == std::floor(keep);
+  if (share || count) return;
+  throw InputError("[" + method +
+                   "] expected a share of a frame's tokens in (0, 1) or a whole number of them, "
+                   "got " +
+                   std::to_string(keep));
+}
 
 std::vector<FrameRun> FrameRuns(const VisualTokens& tokens) {
   std::vector<FrameRun> runs;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "vision/visual_tokens.h"
@@ -13,6 +14,12 @@ namespace sluice {
 struct FrameRun {
   int64_t begin, end;  // of the tokens
 };
+
+// How many tokens of a frame of `tokens` a setting `keep` leaves: below 1 a share of them, rounded
+// down but at least one; else that number.
+int64_t KeptOf(double keep, int64_t tokens);
+// Throws InputError, in the name of `method`, unless `keep` is in (0, 1) or a whole number.
+void CheckKeep(const std::string& method, double keep);
 
 // The runs of tokens of the same frame, in order.
 std::vector<FrameRun> FrameRuns(const VisualTokens& tokens);

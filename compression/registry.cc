@@ -4,6 +4,8 @@
 
 #include "compression/duplicate_frame_filter.h"
 #include "compression/stc_pruner.h"
+#include "compression/turbo_merge.h"
+#include "compression/uniform_frames.h"
 #include "runtime/error.h"
 
 namespace sluice {
@@ -32,6 +34,25 @@ constexpr CompressorEntry kTokenCompressors[] = {
      [](double keep) -> std::unique_ptr<TokenCompressor> {
        return std::make_unique<StcPruner>(
            StcPruner::Options{.keep = keep, .history = StcPruner::History::kCompat});
+     }},
+    {"stc-pruner-join", "stc-pruner that averages what goes into what stays",
+     "share or number of a frame's tokens", StcPruner::Options().keep,
+     [](double keep) -> std::unique_ptr<TokenCompressor> {
+       return std::make_unique<StcPruner>(StcPruner::Options{.keep = keep, .join_from = -1});
+     }},
+    {"turbo-merge", "merges similar tokens of a frame, sparing novel ones",
+     "share or number of a frame's tokens", TurboMerge::Options().keep,
+     [](double keep) -> std::unique_ptr<TokenCompressor> {
+       return std::make_unique<TurboMerge>(TurboMerge::Options{.keep = keep});
+     }},
+    {"tome-merge", "merges similar tokens of a frame", "share or number of a frame's tokens",
+     TurboMerge::Options().keep,
+     [](double keep) -> std::unique_ptr<TokenCompressor> {
+       return std::make_unique<TurboMerge>(TurboMerge::Options{.keep = keep, .lambda = 0});
+     }},
+    {"uniform-frames", "keeps the tokens of one frame of so many", "frames", 2.0,
+     [](double every) -> std::unique_ptr<TokenCompressor> {
+       return std::make_unique<UniformFrames>(every);
      }},
 };
 

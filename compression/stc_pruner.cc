@@ -5,7 +5,6 @@
 #include <numeric>
 
 #include "compression/frame_runs.h"
-#include "runtime/error.h"
 
 namespace sluice {
 namespace {
@@ -53,28 +52,50 @@ float Gaussians(float squared_distance) {
   return sum;
 }
 
+// Rows of `kept` become the mean of themselves and of the rows of `frame` nearest to them.
+void Join(ConstTensorView frame, std::span<const int64_t> kept, double join_from, float* out) {
+  const int64_t width = frame.dim(1), count = static_cast<int64_t>(kept.size());
+  const auto row = [&](int64_t token) {
+    return std::span(frame.data<float>() + token * frame.stride0(), width);
+  };
+  std::vector<double> sums(count * width);
+  std::vector<int64_t> sizes(count);
+  for (int64_t token = 0, next = 0; token < frame.dim(0); ++token) {
+    int64_t to = -1;
+    if (next < count && kept[next] == token) {
+      to = next++;
+    } else {
+      double best = join_from;
+      for (int64_t k = 0; k < count; ++k) {
+        const double dot =
+            std::inner_product(row(token).begin(), row(token).end(), row(kept[k]).begin(), 0.0f);
+        const double cosine = dot / (double{Norm(row(token))} * Norm(row(kept[k])));
+        if (cosine < best) continue;
+        best = cosine;
+        to = k;
+      }
+    }
+    if (to < 0) continue;
+    ++sizes[to];
+    for (int64_t d = 0; d < width; ++d) sums[to * width + d] += row(token)[d];
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    for (int64_t d = 0; d < width; ++d) {
+      *out++ = static_cast<float>(sums[k * width + d] / static_cast<double>(sizes[k]));
+    }
+  }
+}
+
 }  // namespace
 
 std::string StcPruner::name() const {
+  if (options_.join_from <= 1) return "stc-pruner-join";
   if (options_.score == Score::kDualAnchor) return "stc-pruner-paper";
   return options_.history == History::kCompat ? "stc-pruner-compat" : "stc-pruner";
 }
 
 StcPruner::StcPruner(const Options& options) : options_(options) {
-  const bool share = options.keep > 0 && options.keep < 1;
-  const bool count =
-      options.keep >= 1 && options.keep <= 1e6 && options.keep == std::floor(options.keep);
-  if (!share && !count) {
-    throw InputError(
-        "[stc-pruner] expected a share of a frame's tokens in (0, 1) or a whole number of them, "
-        "got " +
-        std::to_string(options.keep));
-  }
-}
-
-int64_t StcPruner::KeptOf(int64_t tokens) const {
-  if (options_.keep >= 1) return std::min(tokens, static_cast<int64_t>(options_.keep));
-  return std::max<int64_t>(1, static_cast<int64_t>(double(tokens) * options_.keep));
+  CheckKeep("stc-pruner", options.keep);
 }
 
 VisualTokens StcPruner::Compress(ExecContext&, VisualTokens tokens) {
@@ -86,11 +107,22 @@ VisualTokens StcPruner::Compress(ExecContext&, VisualTokens tokens) {
     }
   }
   if (static_cast<int64_t>(kept.size()) == tokens.size()) return tokens;
-  return KeepTokens(tokens, kept);
+  VisualTokens fewer = KeepTokens(tokens, kept);
+  if (options_.join_from > 1) return fewer;
+  float* out = fewer.features.data<float>();
+  for (size_t first = 0; const FrameRun& run : FrameRuns(tokens)) {
+    std::vector<int64_t> mine;
+    for (; first < kept.size() && kept[first] < run.end; ++first) {
+      mine.push_back(kept[first] - run.begin);
+    }
+    Join(tokens.features.view().Slice(run.begin, run.end), mine, options_.join_from, out);
+    out += static_cast<int64_t>(mine.size()) * tokens.features.dim(1);
+  }
+  return fewer;
 }
 
 std::vector<int64_t> StcPruner::Choose(ConstTensorView x) {
-  const int64_t size = x.dim(0), kept = KeptOf(size);
+  const int64_t size = x.dim(0), kept = KeptOf(options_.keep, size);
   std::vector<float> means;
   const std::vector<int32_t> channels = CalmChannels(x, means);
   const auto count = static_cast<int64_t>(channels.size());

@@ -10,6 +10,9 @@
 //   kDualAnchor:  redundancy(y) = cos(y, t) + cos(y, s), s normalised        as the paper has it
 // The tokens of lowest redundancy stay, ties to the lower index, rows unchanged and in order.
 //
+// With `join_from` tokens that go are not lost but averaged into what stays (ours): a model that
+// tells frames apart by their background misses it less.
+//
 // Different from the authors' code: which channels vary least is chosen anew for every frame, and
 // theirs adds the means of unlike channels into one history. `kCompat` does that too, for
 // comparison; otherwise the history keeps all channels. Theirs keeps a list, this a sum.
@@ -31,6 +34,9 @@ class StcPruner final : public TokenCompressor {
     double keep = 1.0 / 3;  // below 1: a share of the tokens of a frame; else so many of them
     Score score = Score::kGaussian;
     History history = History::kFixed;
+    // Cosine from which on a token that goes joins the most similar one of its frame that stays
+    // (the mean of all that joined); above 1: none does, as published.
+    double join_from = 2;
   };
 
   // Throws InputError unless keep is in (0, 1) or a whole number.
@@ -41,7 +47,6 @@ class StcPruner final : public TokenCompressor {
   void Undo() override;
 
  private:
-  int64_t KeptOf(int64_t tokens) const;
   // Which rows of a frame's [M, E] f32 stay, ascending; the frame joins the history.
   std::vector<int64_t> Choose(ConstTensorView x);
 

@@ -9,9 +9,10 @@ namespace sluice::cli {
 void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
   constexpr char kGroup[] = "Methods";
   command
-      .add_option("--preset", flags.preset,
-                  "exact: none; stc: cacher and pruner as published; fast: fewer whole frames and "
-                  "tokens")
+      .add_option(
+          "--preset", flags.preset,
+          "exact: none; stc: cacher and pruner at the published settings, what is pruned joining "
+          "what stays; fast: fewer frames computed whole, a third of the tokens by merging")
       ->capture_default_str()
       ->check(CLI::IsMember({"exact", "stc", "fast"}))
       ->group(kGroup);
@@ -44,8 +45,8 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
 
 void ApplyMethods(const MethodFlags& flags, SessionOptions& options) {
   if (flags.preset != "exact") {
-    options.cacher = StcCacherOptions();
-    options.compressors = {"stc-pruner"};
+    options.cacher = StcCacherOptions{.shared_selection = true};
+    options.compressors = {flags.preset == "stc" ? "stc-pruner-join" : "turbo-merge=0.34"};
     if (flags.preset == "fast") options.cacher->interval = 4;
   }
   if (flags.cacher) options.cacher = flags.cacher_options;

@@ -208,6 +208,50 @@ TEST(StcPrunerTest, WhatWasSeenBeforeChangesWhatIsNovel) {
   EXPECT_GT(different, 0);
 }
 
+TEST(StcPrunerTest, WhatGoesMayJoinTheNearestThatStays) {
+  ExecContext ctx({});
+  const VisualTokens in = Frames(0, 3, 6);
+  StcPruner plain({.keep = 4}), join({.keep = 4, .join_from = 0.2});
+  const VisualTokens alone = plain.Compress(ctx, Copy(in)), joined = join.Compress(ctx, Copy(in));
+  ASSERT_EQ(Places(joined), Places(alone));
+  const auto row = [](const VisualTokens& t, int64_t i) {
+    return std::vector<double>(t.features.data<float>() + i * kWidth,
+                               t.features.data<float>() + (i + 1) * kWidth);
+  };
+  const auto cosine = [](const std::vector<double>& a, const std::vector<double>& b) {
+    const auto dot = [](const auto& x, const auto& y) {
+      return std::inner_product(x.begin(), x.end(), y.begin(), 0.0);
+    };
+    return dot(a, b) / std::sqrt(dot(a, a) * dot(b, b));
+  };
+  const std::vector<int> all = Places(in), kept = Places(alone);
+  std::vector<std::vector<double>> sums(kept.size(), std::vector<double>(kWidth));
+  std::vector<int> sizes(kept.size());
+  int lost = 0;
+  for (int64_t i = 0; i < in.size(); ++i) {
+    int best = -1;
+    for (int k = 0; k < static_cast<int>(kept.size()); ++k) {
+      if (kept[k] / 100 != all[i] / 100) continue;
+      if (kept[k] == all[i]) {
+        best = k;
+        break;
+      }
+      const double like = cosine(row(in, i), row(alone, k));
+      if (like >= 0.2 && (best < 0 || like > cosine(row(in, i), row(alone, best)))) best = k;
+    }
+    if (best < 0) {
+      ++lost;
+      continue;
+    }
+    ++sizes[best];
+    for (int d = 0; d < kWidth; ++d) sums[best][d] += row(in, i)[d];
+  }
+  EXPECT_GT(lost, 0);
+  for (size_t k = 0; k < kept.size(); ++k) {
+    for (int d = 0; d < kWidth; ++d) EXPECT_NEAR(row(joined, k)[d], sums[k][d] / sizes[k], 1e-6);
+  }
+}
+
 TEST(StcPrunerTest, NumbersThatKeepNothingOrHalfATokenAreRefused) {
   for (const double keep : {0.0, -0.5, 1.5, std::nan(""), 1e9}) {
     EXPECT_THAT([&] { StcPruner pruner({.keep = keep}); },

@@ -1,0 +1,37 @@
+// Bipartite soft matching: the step of ToMe (Bolya et al., arXiv 2210.09461) and Turbo (arXiv
+// 2407.11717) that merges similar tokens.
+//
+//   A = tokens at even places, B = tokens at odd places
+//   partner_i  = argmax over j in B of cos(metric_i, metric_j)
+//   priority_i = cos(metric_i, metric_partner) - value_i          high: merged first
+//   the r tokens of A with the highest priority join their partners: features become the mean
+//   weighted by size, sizes add up; ties go to the lower place
+// The result is what is left of A, then B, so that the next step pairs other neighbours.
+#ifndef SLUICE_COMPRESSION_BIPARTITE_MERGE_H_
+#define SLUICE_COMPRESSION_BIPARTITE_MERGE_H_
+
+#include <cstdint>
+#include <vector>
+
+namespace sluice {
+
+// Tokens on their way through merging. All vectors are as long as there are tokens.
+struct MergeState {
+  int64_t width = 0;
+  std::vector<float> features;  // [N, width]
+  std::vector<float> sizes;     // how many original tokens each stands for
+  std::vector<float> values;    // what is subtracted from the similarity; averaged by size
+  std::vector<int64_t> places;  // of the token that the others joined
+  int64_t count() const { return static_cast<int64_t>(sizes.size()); }
+};
+
+// Removes `remove` tokens, at most those of A. The metric is the features themselves, sums in f32.
+void MergeStep(MergeState& state, int64_t remove);
+
+// Steps, each removing at most half, until `keep` >= 1 tokens are left; then in the order of their
+// places.
+void MergeTo(MergeState& state, int64_t keep);
+
+}  // namespace sluice
+
+#endif  // SLUICE_COMPRESSION_BIPARTITE_MERGE_H_

@@ -1,0 +1,28 @@
+// Keeps every N-th frame: the baseline that any selection of tokens has to beat at equal cost.
+#ifndef SLUICE_COMPRESSION_UNIFORM_FRAMES_H_
+#define SLUICE_COMPRESSION_UNIFORM_FRAMES_H_
+
+#include <cstdint>
+#include <string>
+
+#include "compression/token_compressor.h"
+
+namespace sluice {
+
+class UniformFrames final : public TokenCompressor {
+ public:
+  // Throws InputError unless `every` is a whole number of at least 1.
+  explicit UniformFrames(double every);
+
+  std::string name() const override { return "uniform-frames"; }
+  VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) override;
+  void Undo() override { next_ = before_compress_; }
+
+ private:
+  int64_t every_;
+  int64_t next_ = 0, before_compress_ = 0;  // number of the next frame
+};
+
+}  // namespace sluice
+
+#endif  // SLUICE_COMPRESSION_UNIFORM_FRAMES_H_
