@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "compression/pyramid_drop.h"
 #include "llm/generator.h"
 
 namespace sluice {
@@ -17,6 +18,7 @@ struct SessionOptions {
   int64_t max_context_tokens = 0;  // 0: what the model allows
   // Applied to the visual tokens in this order: compression/registry.h, "NAME" or "NAME=NUMBER".
   std::vector<std::string> compressors;
+  PyramidOptions pyramid;  // which visual tokens leave between decoder layers; default: none
   GenerateOptions generate;
 };
 
