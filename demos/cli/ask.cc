@@ -18,6 +18,7 @@ namespace {
 
 struct AskFlags {
   ModelFlags model;
+  MethodFlags methods;
   std::string source;
   std::vector<std::string> questions;
   std::string question_file;
@@ -180,6 +181,7 @@ void Ask(const AskFlags& flags) {
   session_options.system_prompt = flags.system_prompt;
   session_options.keep_dialogue = !flags.no_dialogue;
   session_options.generate = GenerationFor(*engine.vlm(), flags);
+  ApplyMethodFlags(flags.methods, session_options);
   const auto session = engine.NewSession(session_options);
   const auto context = engine.NewContext();
 
@@ -234,6 +236,7 @@ void AddAsk(CLI::App& app) {
   command->add_option("--require-right", flags->require_right,
                       "Fail unless at least so many answers equal the file's");
   AddModelFlags(*command, flags->model);
+  AddMethodFlags(*command, flags->methods);
   auto* fps = command->add_option("--fps", flags->rate.fps, "Frames to look at per second of media")
                   ->capture_default_str()
                   ->check(CLI::Range(0.001, 1000.0));

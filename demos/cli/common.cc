@@ -37,6 +37,69 @@ void AddClipOptions(CLI::App& command, const ClipOptions& flags) {
       ->check(CLI::Range(1, 1000));
 }
 
+void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
+  auto* drop = command.add_option(
+      "--pyramid-drop", flags.pyramid_drop,
+      "Let visual tokens leave between decoder layers: question (a question sees only what it "
+      "ranks "
+      "high), replay (the paper's way, on the last frames), query-free or probe (on arrival); "
+      "MODE=LAMBDA keeps that share at each boundary (default: off, lambda 0.5)");
+  const auto add = [&](const char* name, auto& value, const char* help) {
+    return command.add_option(name, value, help)->needs(drop);
+  };
+  add("--pyramid-stages", flags.pyramid_stages, "Groups of decoder layers (default: 4)");
+  add("--pyramid-boundaries", flags.pyramid_boundaries,
+      "First layers of the later stages, as 2,4,6 (default: an even split)")
+      ->delimiter(',');
+  add("--pyramid-quota", flags.pyramid_quota,
+      "Choose the best of all frames (global), of each frame, or some of each (hybrid)")
+      ->check(CLI::IsMember({"global", "frame", "hybrid"}));
+  add("--pyramid-frame-share", flags.pyramid_frame_share,
+      "Part of a hybrid quota that each frame is sure of (default: 0.5)");
+  add("--pyramid-positions", flags.pyramid_positions,
+      "Count positions anew in each stage (compact) or keep them (preserve)")
+      ->check(CLI::IsMember({"compact", "preserve"}));
+  add("--pyramid-replay-frames", flags.pyramid_replay_frames,
+      "Frames that mode replay remembers (default: 64)");
+  add("--pyramid-instruction", flags.pyramid_instruction, "What mode probe looks for");
+}
+
+void ApplyMethodFlags(const MethodFlags& flags, SessionOptions& options) {
+  if (flags.pyramid_drop.empty()) return;
+  PyramidOptions& pyramid = options.pyramid;
+  pyramid = ParsePyramid(flags.pyramid_drop);
+  if (flags.pyramid_stages) pyramid.stages = *flags.pyramid_stages;
+  pyramid.boundaries = flags.pyramid_boundaries;
+  if (!pyramid.boundaries.empty() && !flags.pyramid_stages) {
+    pyramid.stages = static_cast<int>(pyramid.boundaries.size()) + 1;
+  }
+  for (const PyramidQuota quota :
+       {PyramidQuota::kGlobal, PyramidQuota::kFrame, PyramidQuota::kHybrid}) {
+    if (flags.pyramid_quota == Name(quota)) pyramid.quota = quota;
+  }
+  if (flags.pyramid_frame_share) pyramid.frame_share = *flags.pyramid_frame_share;
+  if (!flags.pyramid_positions.empty()) {
+    pyramid.positions =
+        flags.pyramid_positions == "compact" ? KvPositions::kRows : KvPositions::kTokens;
+  }
+  if (flags.pyramid_replay_frames) pyramid.replay_frames = *flags.pyramid_replay_frames;
+  pyramid.instruction = flags.pyramid_instruction;
+}
+
+Json ToJson(const PyramidOptions& options, const PyramidStream& stream) {
+  if (stream.mode() == PyramidMode::kOff) return nullptr;
+  const PyramidPlan& plan = stream.plan();
+  Json json = {{"mode", Name(stream.mode())},
+               {"boundaries", plan.boundaries},
+               {"shares", plan.shares},
+               {"quota", Name(plan.quota)},
+               {"positions", stream.positions() == KvPositions::kRows ? "compact" : "preserve"}};
+  if (plan.quota == PyramidQuota::kHybrid) json["frame_share"] = plan.frame_share;
+  if (stream.replays()) json["replay_frames"] = options.replay_frames;
+  if (stream.mode() == PyramidMode::kProbe) json["instruction"] = options.instruction;
+  return json;
+}
+
 Engine OpenEngine(const ModelFlags& flags) {
   EngineOptions options;
   options.model =
@@ -139,6 +202,14 @@ Json ToJson(const CpuInfo& cpu) {
           {"physical_cores", cpu.physical_cores},
           {"isa", cpu.IsaName()},
           {"memory_bytes", cpu.memory_bytes}};
+}
+
+double DecoderFlops(const Tracer& tracer) {
+  double flops = 0;
+  for (const auto& [name, cost] : tracer.stages()) {
+    if (name.starts_with("decoder/") && name != "decoder/lm_head") flops += cost.flops;
+  }
+  return flops;
 }
 
 Progress::Progress() : terminal_(isatty(STDERR_FILENO) == 1) {}

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -36,6 +37,21 @@ struct ClipOptions {
 };
 void AddClipOptions(CLI::App& command, const ClipOptions& flags);
 
+// Which accelerations a session uses; one block of flags for every command that runs sessions.
+struct MethodFlags {
+  // PyramidDrop (compression/pyramid_drop.h)
+  std::string pyramid_drop;  // MODE or MODE=LAMBDA; empty: off
+  std::optional<int> pyramid_stages, pyramid_replay_frames;
+  std::vector<int> pyramid_boundaries;
+  std::string pyramid_quota, pyramid_positions, pyramid_instruction;
+  std::optional<double> pyramid_frame_share;
+};
+void AddMethodFlags(CLI::App& command, MethodFlags& flags);
+// Throws InputError on what cannot be read; what does not fit the model is refused by Session.
+void ApplyMethodFlags(const MethodFlags& flags, SessionOptions& options);
+// What the session runs with, for reports; null where no method is on.
+Json ToJson(const PyramidOptions& options, const PyramidStream& stream);
+
 Engine OpenEngine(const ModelFlags& flags);
 
 // A file or directory that comes with Sluice, named by its path in the repository: beside the
@@ -64,6 +80,9 @@ std::string Number(double value, int decimals);
 std::string StageTable(const Tracer& tracer);
 
 Json ToJson(const CpuInfo& cpu);
+
+// Operations that the decoder's layers were traced to do, without the lm_head.
+double DecoderFlops(const Tracer& tracer);
 
 // A bar on a terminal's last line; nothing at all when stderr is not a terminal.
 // Used by one thread at a time.
