@@ -238,6 +238,15 @@ TEST_F(ProgramTest, BenchMeasuresEveryStageAgainstThePeak) {
   EXPECT_GT(report["encode"]["percent_of_peak"], 0.0);
   EXPECT_GT(report["prefill"]["percent_of_peak"], 0.0);
   EXPECT_GT(report["decode"]["percent_of_read_bandwidth"], 0.0);
+  for (const char* mode : {"question", "replay", "query-free", "probe --pyramid-instruction x"}) {
+    const Outcome dropped = Sluice(
+        "bench --json --seconds 0 --batch 3 --context-frames 4"
+        " --threads 1 --pyramid-stages 3 --pyramid-drop " +
+        std::string(mode) + model_);
+    ASSERT_EQ(dropped.exit_code, 0) << dropped.err;
+    const json decode = json::parse(dropped.out)["decode"];
+    EXPECT_LT(decode["context_rows_per_layer"], decode["context_tokens"]) << mode;
+  }
 }
 
 }  // namespace
