@@ -323,7 +323,8 @@ PyramidStream::PyramidStream(const PyramidOptions& options, int num_layers, int 
 }
 
 KvPositions PyramidStream::positions() const {
-  return options_.positions.value_or(replays() ? KvPositions::kRows : KvPositions::kTokens);
+  const bool stay = options_.mode == PyramidMode::kOff || options_.mode == PyramidMode::kQuestion;
+  return options_.positions.value_or(stay ? KvPositions::kTokens : KvPositions::kRows);
 }
 
 const std::string* PyramidStream::wanted_instruction() const {

@@ -61,7 +61,8 @@ struct PyramidOptions {
   // matter how frames are batched).
   std::optional<PyramidQuota> quota;
   double frame_share = 0.5;  // of a hybrid quota, in [0, 1]
-  // Default: those of rows (the paper's, "compact") for replay, those of tokens ("preserve") else.
+  // Default: those of rows (the paper's, "compact") where rows leave, those of tokens ("preserve")
+  // for mode question, which knows no other: its keys were rotated when the frames came.
   std::optional<KvPositions> positions;
   int replay_frames = 64;
   std::string instruction;  // what probe ranks by
