@@ -67,6 +67,10 @@ VisualTokens DuplicateFrameFilter::Compress(ExecContext&, VisualTokens tokens) {
     last_kept_.origins.assign(tokens.origins.begin() + begin, next);
     std::copy(features + begin * width, features + end * width, features + kept * width);
     std::copy(tokens.origins.begin() + begin, next, tokens.origins.begin() + kept);
+    if (!tokens.scores.empty()) {
+      std::copy(tokens.scores.begin() + begin, tokens.scores.begin() + end,
+                tokens.scores.begin() + kept);
+    }
     kept += end - begin;
   }
   if (kept == count) return tokens;
@@ -75,6 +79,9 @@ VisualTokens DuplicateFrameFilter::Compress(ExecContext&, VisualTokens tokens) {
   fewer.features = Tensor(DType::kF32, {kept, width});
   std::copy(features, features + kept * width, fewer.features.data<float>());
   fewer.origins.assign(tokens.origins.begin(), tokens.origins.begin() + kept);
+  if (!tokens.scores.empty()) {
+    fewer.scores.assign(tokens.scores.begin(), tokens.scores.begin() + kept);
+  }
   fewer.grid_rows = tokens.grid_rows;
   fewer.grid_cols = tokens.grid_cols;
   return fewer;

@@ -41,6 +41,7 @@ VisualTokens KeepTokens(const VisualTokens& tokens, std::span<const int64_t> kep
   for (const int64_t token : kept) {
     to = std::copy_n(tokens.features.data<float>() + token * width, width, to);
     out.origins.push_back(tokens.origins[token]);
+    if (!tokens.scores.empty()) out.scores.push_back(tokens.scores[token]);
   }
   return out;
 }

@@ -101,11 +101,13 @@ StcPruner::StcPruner(const Options& options) : options_(options) {
 VisualTokens StcPruner::Compress(ExecContext&, VisualTokens tokens) {
   before_compress_ = memory_;
   std::vector<int64_t> kept;
+  std::vector<float> scores;
   for (const FrameRun& run : FrameRuns(tokens)) {
-    for (const int64_t token : Choose(tokens.features.view().Slice(run.begin, run.end))) {
+    for (const int64_t token : Choose(tokens.features.view().Slice(run.begin, run.end), scores)) {
       kept.push_back(run.begin + token);
     }
   }
+  tokens.scores = std::move(scores);
   if (static_cast<int64_t>(kept.size()) == tokens.size()) return tokens;
   VisualTokens fewer = KeepTokens(tokens, kept);
   if (options_.join_from > 1) return fewer;
@@ -121,7 +123,7 @@ VisualTokens StcPruner::Compress(ExecContext&, VisualTokens tokens) {
   return fewer;
 }
 
-std::vector<int64_t> StcPruner::Choose(ConstTensorView x) {
+std::vector<int64_t> StcPruner::Choose(ConstTensorView x, std::vector<float>& scores) {
   const int64_t size = x.dim(0), kept = KeptOf(options_.keep, size);
   std::vector<float> means;
   const std::vector<int32_t> channels = CalmChannels(x, means);
@@ -158,6 +160,7 @@ std::vector<int64_t> StcPruner::Choose(ConstTensorView x) {
                         : Gaussians(2 - 2 * to_temporal) +
                               Gaussians(1 + spatial_norm * spatial_norm - 2 * to_spatial);
   }
+  for (const float value : redundancy) scores.push_back(-value);
   std::vector<int64_t> order(size);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),

@@ -8,7 +8,8 @@
 //   kGaussian:    redundancy(y) = g(|y - t|^2) + g(|y - s|^2), y normalised,
 //                 g(x) = sum over j = -3..1 of exp(-x / (2 * 2^j))           as released
 //   kDualAnchor:  redundancy(y) = cos(y, t) + cos(y, s), s normalised        as the paper has it
-// The tokens of lowest redundancy stay, ties to the lower index, rows unchanged and in order.
+// Tokens carry their novelty as scores. The tokens of lowest redundancy stay, ties to the lower
+// index, rows unchanged and in order.
 //
 // With `join_from` tokens that go are not lost but averaged into what stays (ours): a model that
 // tells frames apart by their background misses it less.
@@ -48,7 +49,8 @@ class StcPruner final : public TokenCompressor {
 
  private:
   // Which rows of a frame's [M, E] f32 stay, ascending; the frame joins the history.
-  std::vector<int64_t> Choose(ConstTensorView x);
+  // Appends every row's novelty, its redundancy with the sign turned, to `scores`.
+  std::vector<int64_t> Choose(ConstTensorView x, std::vector<float>& scores);
 
   const Options options_;
   struct Memory {

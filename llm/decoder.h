@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "llm/kv_cache.h"
+#include "llm/layer_policy.h"
 #include "runtime/exec_context.h"
 #include "runtime/tensor.h"
 
@@ -26,6 +27,9 @@ struct SequenceStep {
   KvCache* cache = nullptr;    // positions continue at cache->length()
   ConstTensorView embeddings;  // [S, E] f32: token embeddings and visual tokens, in order
   TensorView logits;  // [1, V] f32 for the last position, [S, V] for all, or empty for none
+  // Lets rows leave between layers; then no logits of all positions. Such a sequence runs on its
+  // own, layer by layer over all its rows, so the residual stream [S, E] is held at once.
+  LayerPolicy* policy = nullptr;
 };
 
 class Decoder {

@@ -71,7 +71,7 @@ const char* Name(FinishReason reason) {
 
 Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, ConstTensorView prompt,
                    std::span<const int32_t> prompt_ids, const GenerateOptions& options,
-                   const TextSink& sink) {
+                   const TextSink& sink, LayerPolicy* policy) {
   if (options.max_new_tokens < 1) {
     throw InputError("[generate] max_new_tokens must be at least 1, got " +
                      std::to_string(options.max_new_tokens));
@@ -91,14 +91,13 @@ Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, ConstTensor
     return text.empty() || !sink || sink(text);
   };
   {
-    const int64_t length = prompt.dim(0);
-    TraceScope trace(&ctx.tracer(), "prefill_question", length);
-    const int64_t seen = cache.length() + (length + 1) / 2;  // in the mean
-    trace.AddWork(
-        length * decoder.FlopsPerToken(seen) + decoder.LmHeadFlops(),
-        decoder.WeightBytesPerToken() + KvBytes(decoder.kv_geometry(), cache.length() + length));
-    SequenceStep step{&cache, prompt, logits};
+    const int64_t first = cache.length();
+    TraceScope trace(&ctx.tracer(), "prefill_question", prompt.dim(0));
+    SequenceStep step{&cache, prompt, logits, policy};
     decoder.Step(ctx, {&step, 1});
+    const int64_t ran = cache.MeanRowsSince(first);  // in the mean over layers
+    trace.AddWork(ran * decoder.FlopsPerToken(cache.MeanRows() - ran / 2) + decoder.LmHeadFlops(),
+                  decoder.WeightBytesPerToken() + KvBytes(decoder.kv_geometry(), cache.MeanRows()));
   }
   for (;;) {
     const int32_t id =
@@ -124,7 +123,7 @@ Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, ConstTensor
       break;
     }
     TraceScope trace(&ctx.tracer(), "decode", 1);
-    const int64_t seen = cache.length() + 1;
+    const int64_t seen = cache.MeanRows() + 1;
     trace.AddWork(decoder.FlopsPerToken(seen) + decoder.LmHeadFlops(),
                   decoder.WeightBytesPerToken() + KvBytes(decoder.kv_geometry(), seen));
     decoder.Embed(ctx, {&id, 1}, embedding);

@@ -39,11 +39,11 @@ using TextSink = std::function<bool(std::string_view piece)>;
 // answer. Ends with kStop at a stop id of the checkpoint or in front of a stop string (text that
 // may become one is held back), with kLength at max_new_tokens or the end of the model's context.
 // Traces "prefill_question" and "decode". `prompt_ids` serves the repetition penalty only; `sink`
-// may be empty. Throws InputError on options out of range and, as ResourceExhausted, whatever
-// Decoder::Step throws; the caller rewinds the cache.
+// may be empty; `policy`, for the prompt's step, may be null. Throws InputError on options out of
+// range and, as ResourceExhausted, whatever Decoder::Step throws; the caller rewinds the cache.
 Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, ConstTensorView prompt,
                    std::span<const int32_t> prompt_ids, const GenerateOptions& options,
-                   const TextSink& sink);
+                   const TextSink& sink, LayerPolicy* policy = nullptr);
 
 }  // namespace sluice
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <string>
 #include <utility>
 
@@ -69,50 +70,152 @@ int64_t KvBlockPool::bytes_in_use() const {
   return in_use_ * block_bytes_;
 }
 
-KvCache::KvCache(std::shared_ptr<KvBlockPool> pool)
-    : pool_(std::move(pool)), blocks_(pool_->geometry().num_layers) {}
+KvCache::KvCache(std::shared_ptr<KvBlockPool> pool, KvPositions positions)
+    : pool_(std::move(pool)),
+      positions_(positions),
+      layers_(pool_->geometry().num_layers),
+      hidden_(pool_->geometry().num_layers) {}
 
 KvCache::~KvCache() { RewindTo({0}); }
+
+// Makes sure of blocks for `rows` rows.
+void KvCache::Grow(Layer& layer, int64_t rows) {
+  const int64_t needed = BlocksFor(rows);
+  if (static_cast<int64_t>(layer.blocks.capacity()) < needed) layer.blocks.reserve(2 * needed);
+  while (static_cast<int64_t>(layer.blocks.size()) < needed) {
+    layer.blocks.push_back(pool_->Acquire());
+  }
+}
+
+// Forgets rows from `rows` on, and gives blocks back that none uses, also if only reserved.
+void KvCache::Shrink(Layer& layer, int64_t rows) {
+  layer.rows = rows;
+  if (!layer.all_tokens) layer.tokens.resize(rows);
+  const size_t kept = BlocksFor(rows);
+  while (layer.blocks.size() > kept) {
+    pool_->Release(layer.blocks.back());
+    layer.blocks.pop_back();
+  }
+}
 
 int64_t KvCache::Reserve(int64_t num_tokens) {
   if (num_tokens < 0) throw Error("[kv_cache] cannot reserve " + std::to_string(num_tokens));
   const int64_t before = length_;
-  const int64_t needed = BlocksFor(length_ + num_tokens);
   try {
-    for (std::vector<void*>& layer : blocks_) {
-      if (static_cast<int64_t>(layer.capacity()) < needed) layer.reserve(2 * needed);
-      while (static_cast<int64_t>(layer.size()) < needed) layer.push_back(pool_->Acquire());
+    for (Layer& layer : layers_) {
+      Grow(layer, layer.rows + num_tokens);
+      if (layer.all_tokens) continue;
+      const size_t old = layer.tokens.size();
+      layer.tokens.resize(old + num_tokens);
+      std::iota(layer.tokens.begin() + old, layer.tokens.end(), static_cast<int32_t>(before));
     }
   } catch (...) {
     RewindTo({before});
     throw;
   }
+  for (Layer& layer : layers_) layer.rows += num_tokens;
   length_ += num_tokens;
   return before;
 }
 
+void KvCache::ReserveRows(int index, std::span<const int32_t> tokens) {
+  Layer& layer = layers_[index];
+  Grow(layer, layer.rows + static_cast<int64_t>(tokens.size()));
+  for (const int32_t token : tokens) {
+    if (layer.all_tokens && token != layer.rows) {
+      layer.tokens.resize(layer.rows);
+      std::iota(layer.tokens.begin(), layer.tokens.end(), 0);
+      layer.all_tokens = false;
+    }
+    if (!layer.all_tokens) layer.tokens.push_back(token);
+    ++layer.rows;
+  }
+}
+
+void KvCache::KeepRows(ExecContext& ctx, int index, std::span<const int32_t> rows) {
+  Layer& layer = layers_[index];
+  if (static_cast<int64_t>(rows.size()) == layer.rows) return;
+  if (positions_ == KvPositions::kRows) {
+    throw Error("[kv_cache] rows can be hidden only where positions are those of tokens");
+  }
+  Layer kept;
+  try {
+    kept.tokens.reserve(rows.size());
+    for (const int32_t row : rows) kept.tokens.push_back(TokenOf(index, row));
+    Grow(kept, static_cast<int64_t>(rows.size()));
+  } catch (...) {
+    Shrink(kept, 0);
+    throw;
+  }
+  kept.all_tokens = false;
+  kept.rows = static_cast<int64_t>(rows.size());
+  GatherKv(ctx, View(layer.blocks), rows, View(kept.blocks));
+  if (hidden_[index]) {
+    Shrink(layer, 0);
+  } else {
+    hidden_[index] = Hidden{std::move(layer), length_};
+  }
+  layer = std::move(kept);
+}
+
 void KvCache::RewindTo(Mark mark) {
-  const size_t kept = BlocksFor(mark.length);
-  for (std::vector<void*>& layer : blocks_) {
-    while (layer.size() > kept) {
-      pool_->Release(layer.back());
-      layer.pop_back();
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    Layer& layer = layers_[i];
+    if (hidden_[i] && mark.length <= hidden_[i]->length) {
+      Shrink(layer, 0);
+      layer = std::move(hidden_[i]->layer);
+      hidden_[i].reset();
+    }
+    int64_t rows = std::min(layer.rows, mark.length);
+    if (!layer.all_tokens) {
+      rows = std::lower_bound(layer.tokens.begin(), layer.tokens.end(), mark.length) -
+             layer.tokens.begin();
+    }
+    Shrink(layer, rows);
+    if (rows == mark.length) {  // so many different tokens below it are all of them
+      layer.tokens.clear();
+      layer.all_tokens = true;
     }
   }
   length_ = mark.length;
 }
 
-KvLayerView KvCache::layer(int layer) const {
+int64_t KvCache::RowsOfAllLayers() const {
+  int64_t rows = 0;
+  for (const Layer& layer : layers_) rows += layer.rows;
+  return rows;
+}
+
+int64_t KvCache::MeanRowsSince(int64_t token) const {
+  int64_t rows = 0;
+  for (const Layer& layer : layers_) {
+    const auto& tokens = layer.tokens;
+    rows += layer.rows - (layer.all_tokens ? std::min(token, layer.rows)
+                                           : std::lower_bound(tokens.begin(), tokens.end(), token) -
+                                                 tokens.begin());
+  }
+  return rows / static_cast<int64_t>(layers_.size());
+}
+
+int32_t KvCache::TokenOf(int index, int64_t row) const {
+  const Layer& layer = layers_[index];
+  return layer.all_tokens ? static_cast<int32_t>(row) : layer.tokens[row];
+}
+
+KvLayerView KvCache::View(const std::vector<void*>& blocks) const {
   const KvGeometry& geometry = pool_->geometry();
-  return {.blocks = blocks_[layer],
+  return {.blocks = blocks,
           .kv_heads = geometry.kv_heads,
           .head_dim = geometry.head_dim,
           .dtype = geometry.dtype};
 }
 
+KvLayerView KvCache::layer(int index) const { return View(layers_[index].blocks); }
+
 int64_t KvCache::SizeBytes() const {
   int64_t blocks = 0;
-  for (const std::vector<void*>& layer : blocks_) blocks += layer.size();
+  for (const Layer& layer : layers_) blocks += layer.blocks.size();
+  for (const auto& hidden : hidden_) blocks += hidden ? hidden->layer.blocks.size() : 0;
   return blocks * pool_->block_bytes();
 }
 

@@ -6,9 +6,11 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <vector>
 
+#include "runtime/exec_context.h"
 #include "runtime/ops/attention.h"
 #include "runtime/tensor.h"
 
@@ -49,17 +51,52 @@ class KvBlockPool {
   int64_t in_use_ = 0;       // blocks
 };
 
+// What the rotary position of a row is, where not every token has a row in every layer.
+enum class KvPositions {
+  kTokens,  // the number of its token in the sequence: the same in every layer
+  kRows,    // its place among the rows of its layer: every layer has a clock of its own
+};
+
+// A sequence of tokens. Normally each has one row in every layer; a layer policy may leave a layer
+// fewer rows than there are tokens (llm/layer_policy.h). Rows stand in the order of their tokens.
 class KvCache {
  public:
-  explicit KvCache(std::shared_ptr<KvBlockPool> pool);
+  explicit KvCache(std::shared_ptr<KvBlockPool> pool, KvPositions positions = KvPositions::kTokens);
   ~KvCache();
   KvCache(const KvCache&) = delete;
   KvCache& operator=(const KvCache&) = delete;
 
-  // Makes room for `num_tokens` more positions in every layer and returns where they begin.
+  // Appends `num_tokens` tokens with a row in every layer and returns the number of the first.
   // Throws ResourceExhausted if that would exceed the budget; the cache is then unchanged.
   int64_t Reserve(int64_t num_tokens);
-  int64_t length() const { return length_; }
+  int64_t length() const { return length_; }  // tokens
+
+  // The same layer by layer, for tokens that do not reach every layer. ReserveRows makes room in
+  // one layer for rows of `tokens`: ascending numbers from length() on. Once every layer has its
+  // rows, Advance counts the tokens. Throws ResourceExhausted; RewindTo where it began then gives
+  // back what had been reserved.
+  void ReserveRows(int layer, std::span<const int32_t> tokens);
+  void Advance(int64_t num_tokens) { length_ += num_tokens; }
+
+  // Lets a layer hold only `rows` (ascending) of its rows, until the cache is rewound to its
+  // present length or before: then the others are back. Copies what is kept into blocks of its own,
+  // so the original blocks are not written to. Throws ResourceExhausted, the cache then unchanged,
+  // and Error where positions are those of rows: keys are stored rotated and would have to turn.
+  void KeepRows(ExecContext& ctx, int layer, std::span<const int32_t> rows);
+
+  int64_t rows(int layer) const { return layers_[layer].rows; }
+  int64_t RowsOfAllLayers() const;
+  // The mean over layers: what attention reads in effect.
+  int64_t MeanRows() const { return RowsOfAllLayers() / static_cast<int64_t>(layers_.size()); }
+  // The same of rows whose tokens are `token` and later ones.
+  int64_t MeanRowsSince(int64_t token) const;
+  // The token of a row, and the position its key is rotated to. REQUIRES: row < rows(layer).
+  int32_t TokenOf(int layer, int64_t row) const;
+  int32_t PositionOf(int layer, int64_t row) const {
+    return positions_ == KvPositions::kRows ? static_cast<int32_t>(row) : TokenOf(layer, row);
+  }
+  KvPositions positions() const { return positions_; }
+  const std::shared_ptr<KvBlockPool>& pool() const { return pool_; }
 
   // A point to come back to. Rewinding forgets everything after it and gives its blocks back.
   struct Mark {
@@ -69,13 +106,31 @@ class KvCache {
   // REQUIRES: mark.length <= length().
   void RewindTo(Mark mark);
 
-  // Valid until the next Reserve or RewindTo.
+  // Valid until the next call that changes the cache.
   KvLayerView layer(int layer) const;
-  int64_t SizeBytes() const;  // of the blocks it holds
+  int64_t SizeBytes() const;  // of the blocks it holds, hidden ones included
 
  private:
+  struct Layer {
+    std::vector<void*> blocks;
+    int64_t rows = 0;
+    // Of each row. Empty where row i is token i.
+    std::vector<int32_t> tokens;
+    bool all_tokens = true;  // row i is token i
+  };
+  // A layer behind a selection of its rows, and when it comes back.
+  struct Hidden {
+    Layer layer;
+    int64_t length = 0;  // of the cache when it was hidden
+  };
+  void Grow(Layer& layer, int64_t rows);
+  void Shrink(Layer& layer, int64_t rows);
+  KvLayerView View(const std::vector<void*>& blocks) const;
+
   std::shared_ptr<KvBlockPool> pool_;
-  std::vector<std::vector<void*>> blocks_;  // [layer][block]
+  const KvPositions positions_;
+  std::vector<Layer> layers_;
+  std::vector<std::optional<Hidden>> hidden_;  // one a layer
   int64_t length_ = 0;
 };
 

@@ -1,26 +1,46 @@
-// The seam through which visual tokens may leave between decoder layers during prefill.
+// The seam through which visual tokens may leave between decoder layers.
+//
+// A step with a policy stops before certain layers, the boundaries, and asks which rows go on. Rows
+// of the step that do not leave the residual stream: layers from there on neither compute nor cache
+// them. Rows that earlier steps cached are hidden from this layer and the ones behind it until the
+// cache is rewound to where the step began (KvCache::KeepRows); nothing cached is destroyed.
 #ifndef SLUICE_LLM_LAYER_POLICY_H_
 #define SLUICE_LLM_LAYER_POLICY_H_
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <span>
 #include <vector>
 
-#include "runtime/exec_context.h"
-#include "runtime/tensor.h"
-
 namespace sluice {
+
+// What a policy may know before `layer` runs. Valid during the call it is given to.
+struct LayerBoundary {
+  int layer = 0;  // about to run, counted from zero; its weights make the queries and keys below
+  // The rows still there, by their number in the sequence (the first token of a cache is 0),
+  // ascending: those of earlier steps, then those of this step.
+  std::span<const int32_t> tokens;
+  int64_t cached = 0;  // so many of `tokens` are of earlier steps
+
+  // The query of the step's last row in this layer before its rotation, [H D].
+  std::function<std::vector<float>()> last_query;
+  // How a query attends to `tokens`, one value each: the mean over heads of softmax(q K^T D^-0.5)
+  // over all of them, text included. `query` stands at the last row's position; empty: the last
+  // row's own. Costs 2 H D operations a row, and the keys are read once.
+  std::function<std::vector<float>(std::span<const float> query)> attention;
+};
 
 class LayerPolicy {
  public:
   virtual ~LayerPolicy() = default;
 
-  // Called after decoder layer `layer` of a prefill with the residual stream. Returns the rows
-  // (ascending) that go on, or nothing to keep all. hidden: [S, E] f32; positions: S values.
-  virtual std::optional<std::vector<int32_t>> KeepAfter(ExecContext& ctx, int layer,
-                                                        ConstTensorView hidden,
-                                                        std::span<const int32_t> positions) = 0;
+  // The layers before which Keep is called: ascending, each in [1, number of layers).
+  virtual std::span<const int> boundaries() const = 0;
+
+  // The rows that go on, as ascending indices into boundary.tokens; nothing: all of them. At least
+  // one row of the step goes on, and where its logits are read, the last.
+  virtual std::optional<std::vector<int32_t>> Keep(const LayerBoundary& boundary) = 0;
 };
 
 }  // namespace sluice

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "compression/pyramid_drop.h"
 #include "compression/stc_cacher.h"
 #include "llm/generator.h"
 
@@ -20,6 +21,7 @@ struct SessionOptions {
   std::optional<StcCacherOptions> cacher;  // reuses features of earlier frames; none: all whole
   // Applied to the visual tokens in this order: compression/registry.h, "NAME" or "NAME=NUMBER".
   std::vector<std::string> compressors;
+  PyramidOptions pyramid;  // which visual tokens leave between decoder layers; default: none
   GenerateOptions generate;
 };
 

@@ -59,36 +59,68 @@ VisualTokens Compress(ExecContext& ctx, Session& session, VisualTokens tokens, S
   return tokens;
 }
 
-// Adds [S, E] f32 embeddings to the cache.
-void Append(ExecContext& ctx, Session& session, ConstTensorView embeddings) {
+// Adds [S, E] f32 embeddings to the cache. policy: what may leave between layers, or null.
+void Append(ExecContext& ctx, Session& session, ConstTensorView embeddings,
+            LayerPolicy* policy = nullptr) {
   const Decoder& decoder = session.vlm->decoder();
-  const int64_t count = embeddings.dim(0), seen = session.cache.length() + (count + 1) / 2;
-  TraceScope trace(&ctx.tracer(), "prefill", count);
-  trace.AddWork(count * decoder.FlopsPerToken(seen),
-                static_cast<double>(decoder.WeightBytesPerToken()));
-  SequenceStep step{&session.cache, embeddings, {}};
+  const int64_t first = session.cache.length();
+  TraceScope trace(&ctx.tracer(), "prefill", embeddings.dim(0));
+  SequenceStep step{&session.cache, embeddings, {}, policy};
   decoder.Step(ctx, {&step, 1});
+  const int64_t ran = session.cache.MeanRowsSince(first);  // in the mean over layers
+  const int64_t seen = session.cache.MeanRows() - ran / 2;
+  trace.AddWork(ran * decoder.FlopsPerToken(seen),
+                static_cast<double>(decoder.WeightBytesPerToken()));
+}
+
+void CheckRoom(const Session& session, int64_t more, size_t frames) {
+  const int64_t room = kQuestionTokens + session.options.generate.max_new_tokens;
+  const bool fresh = session.cache.length() == 0;
+  const auto prefix = static_cast<int64_t>(fresh ? session.prefix_ids.size() : 0);
+  if (session.cache.length() + prefix + more + room <= session.context_limit()) return;
+  throw InputError("[ingest] the context is full: it holds " + std::to_string(session.frames_seen) +
+                   " frames (" + std::to_string(session.visual_tokens) + " tokens); " +
+                   std::to_string(frames) + " more (" + std::to_string(more) + " tokens) and " +
+                   std::to_string(room) + " tokens for a question exceed its limit of " +
+                   std::to_string(session.context_limit()) +
+                   "; sample fewer frames a second, play a shorter part, or use a token "
+                   "compressor");
+}
+
+// [ids, E] f32.
+Tensor EmbedIds(ExecContext& ctx, const Vlm& vlm, std::span<const int32_t> ids) {
+  Tensor rows(DType::kF32, {static_cast<int64_t>(ids.size()), vlm.decoder().hidden_size()});
+  vlm.decoder().Embed(ctx, ids, rows);
+  return rows;
+}
+
+// Reads a standing instruction as a question about no frames, for the queries of its last row.
+void ReadInstruction(ExecContext& ctx, Session& session, const std::string& instruction) {
+  const Vlm& vlm = *session.vlm;
+  std::vector<int32_t> ids = session.prefix_ids;
+  const std::vector<int32_t> question =
+      vlm.prompt_format().EncodeQuestion(vlm.tokenizer(), instruction, /*follow_up=*/false);
+  ids.insert(ids.end(), question.begin(), question.end());
+  QueryRecorder recorder(session.pyramid.plan());
+  KvCache cache(session.cache.pool(), session.pyramid.positions());
+  const Tensor rows = EmbedIds(ctx, vlm, ids);
+  SequenceStep step{&cache, rows, {}, &recorder};
+  vlm.decoder().Step(ctx, {&step, 1});
+  session.pyramid.SetQueries(std::move(recorder.queries));
 }
 
 void Prefill(ExecContext& ctx, Session& session, const VisualTokens& tokens, size_t frames) {
-  const bool fresh = session.cache.length() == 0;
-  const auto prefix = static_cast<int64_t>(fresh ? session.prefix_ids.size() : 0);
-  const int64_t room = kQuestionTokens + session.options.generate.max_new_tokens;
-  if (session.cache.length() + prefix + tokens.size() + room > session.context_limit()) {
-    throw InputError(
-        "[ingest] the context is full: it holds " + std::to_string(session.frames_seen) +
-        " frames (" + std::to_string(session.visual_tokens) + " tokens); " +
-        std::to_string(frames) + " more (" + std::to_string(tokens.size()) + " tokens) and " +
-        std::to_string(room) + " tokens for a question exceed its limit of " +
-        std::to_string(session.context_limit()) +
-        "; sample fewer frames a second, play a shorter part, or use a token compressor");
+  CheckRoom(session, tokens.size(), frames);
+  if (const std::string* instruction = session.pyramid.wanted_instruction()) {
+    ReadInstruction(ctx, session, *instruction);
   }
-  if (prefix > 0) {
-    const Tensor embeddings(DType::kF32, {prefix, session.vlm->decoder().hidden_size()});
-    session.vlm->decoder().Embed(ctx, session.prefix_ids, embeddings);
-    Append(ctx, session, embeddings);
+  if (session.cache.length() == 0 && !session.prefix_ids.empty()) {
+    Append(ctx, session, EmbedIds(ctx, *session.vlm, session.prefix_ids));
   }
-  if (tokens.size() > 0) Append(ctx, session, tokens.features);
+  if (tokens.size() == 0) return;
+  const int64_t first = session.cache.length();
+  Append(ctx, session, tokens.features, session.pyramid.ForFrames(tokens, first));
+  session.pyramid.Arrived(tokens, first);
 }
 
 void Extend(std::vector<int32_t>& ids, const std::vector<int32_t>& more) {
@@ -106,13 +138,21 @@ std::vector<int32_t> DialogueIds(const Session& session, const Turn& turn) {
   return ids;
 }
 
-// [1 + ids, E] f32: the row that ends the video, and the dialogue.
-Tensor EmbedDialogue(ExecContext& ctx, const Vlm& vlm, const std::vector<int32_t>& ids) {
-  const auto count = static_cast<int64_t>(ids.size());
-  const TraceScope trace(&ctx.tracer(), "question", 1 + count);
-  Tensor prompt(DType::kF32, {1 + count, vlm.decoder().hidden_size()});
-  std::copy_n(vlm.newline_row().data<float>(), prompt.dim(1), prompt.data<float>());
-  vlm.decoder().Embed(ctx, ids, prompt.view().Slice(1, 1 + count));
+// What a question adds to the cache: the frames that are replayed with their prefix, if any, the
+// row that ends the video, and the dialogue. [S, E] f32.
+Tensor EmbedPrompt(ExecContext& ctx, const Session& session, const std::vector<int32_t>& ids) {
+  const Vlm& vlm = *session.vlm;
+  const int64_t width = vlm.decoder().hidden_size(), count = static_cast<int64_t>(ids.size());
+  const bool replays = session.pyramid.replays();
+  const auto prefix = static_cast<int64_t>(replays ? session.prefix_ids.size() : 0);
+  const std::span<const float> frames = session.pyramid.ReplayRows();
+  const int64_t newline = prefix + static_cast<int64_t>(frames.size()) / width;
+  const TraceScope trace(&ctx.tracer(), "question", newline + 1 + count);
+  Tensor prompt(DType::kF32, {newline + 1 + count, width});
+  if (prefix > 0) vlm.decoder().Embed(ctx, session.prefix_ids, prompt.view().Slice(0, prefix));
+  std::copy(frames.begin(), frames.end(), prompt.data<float>() + prefix * width);
+  std::copy_n(vlm.newline_row().data<float>(), width, prompt.data<float>() + newline * width);
+  vlm.decoder().Embed(ctx, ids, prompt.view().Slice(newline + 1, newline + 1 + count));
   return prompt;
 }
 
@@ -149,7 +189,11 @@ void Ingest(ExecContext& ctx, Session& session, std::span<const FramePtr> frames
   guard.Encoding();
   VisualTokens tokens = Encode(ctx, session, frames);
   tokens = Compress(ctx, session, std::move(tokens), guard);
-  Prefill(ctx, session, tokens, frames.size());
+  if (session.pyramid.replays()) {
+    session.pyramid.Arrived(tokens, 0);
+  } else {
+    Prefill(ctx, session, tokens, frames.size());
+  }
   session.frames_seen += static_cast<int64_t>(frames.size());
   session.visual_tokens += tokens.size();
   session.last_time = frames.back()->time;
@@ -167,11 +211,15 @@ Generated Ask(ExecContext& ctx, Session& session, const std::string& question,
   turn.question_ids = vlm.prompt_format().EncodeQuestion(vlm.tokenizer(), question,
                                                          /*follow_up=*/!session.transcript.empty());
   const std::vector<int32_t> ids = DialogueIds(session, turn);
-  const GenerateOptions options = FitToContext(session, 1 + static_cast<int64_t>(ids.size()));
-  const Tensor prompt = EmbedDialogue(ctx, vlm, ids);
+  KvCache window(session.cache.pool(), session.pyramid.positions());  // of frames that are replayed
+  KvCache& cache = session.pyramid.replays() ? window : session.cache;
+  const Tensor prompt = EmbedPrompt(ctx, session, ids);
+  const GenerateOptions options = FitToContext(session, prompt.dim(0));
+  LayerPolicy* policy =
+      session.pyramid.ForQuestion(static_cast<int64_t>(session.prefix_ids.size()));
   std::vector<int32_t> text_ids = session.prefix_ids;
   Extend(text_ids, ids);
-  Generated answer = Generate(ctx, vlm, session.cache, prompt, text_ids, options, sink);
+  Generated answer = Generate(ctx, vlm, cache, prompt, text_ids, options, sink, policy);
   if (session.options.keep_dialogue && answer.reason != FinishReason::kCancelled) {
     turn.answer = answer.text;
     turn.answer_ids = answer.ids;

@@ -17,6 +17,7 @@ namespace sluice {
 // memory; the prompt's prefix is prefilled before the first. Throws InputError when the context has
 // no room for them and a question after them, ResourceExhausted when the KV pool has none; after
 // these and any other exception the session is as before.
+// With mode replay of PyramidDrop frames are only remembered, and prefilled with each question.
 // Traces "preprocess", "encode" (items: frames), "compress" (tokens in), "prefill" (tokens kept).
 void Ingest(ExecContext& ctx, Session& session, std::span<const FramePtr> frames);
 

@@ -7,10 +7,22 @@
 #include "runtime/error.h"
 
 namespace sluice {
+namespace {
+
+int64_t ContextLimit(const Vlm& vlm, const SessionOptions& options) {
+  const int64_t most = vlm.decoder().max_positions();
+  return options.max_context_tokens > 0 ? std::min(options.max_context_tokens, most) : most;
+}
+
+}  // namespace
 
 Session::Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> pool,
                  SessionOptions session_options)
-    : vlm(std::move(model)), options(std::move(session_options)), cache(std::move(pool)) {
+    : vlm(std::move(model)),
+      options(std::move(session_options)),
+      pyramid(options.pyramid, vlm->decoder().kv_geometry().num_layers,
+              vlm->encoder().tokens_per_frame(), ContextLimit(*vlm, options)),
+      cache(std::move(pool), pyramid.positions()) {
   if (options.frames_per_batch < 1) {
     throw InputError("[session] frames_per_batch must be at least 1, got " +
                      std::to_string(options.frames_per_batch));
@@ -26,9 +38,6 @@ Session::Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> 
   }
 }
 
-int64_t Session::context_limit() const {
-  const int64_t most = vlm->decoder().max_positions();
-  return options.max_context_tokens > 0 ? std::min(options.max_context_tokens, most) : most;
-}
+int64_t Session::context_limit() const { return ContextLimit(*vlm, options); }
 
 }  // namespace sluice

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "compression/pyramid_drop.h"
 #include "compression/stc_cacher.h"
 #include "compression/token_compressor.h"
 #include "llm/kv_cache.h"
@@ -25,19 +26,22 @@ struct Turn {
 
 // Used by one thread at a time (the worker that holds it).
 struct Session {
-  // Throws InputError on options out of range and on unknown compressors.
+  // Throws InputError on options out of range, for the model as well, and on unknown compressors.
   Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> pool,
           SessionOptions session_options);
 
   std::shared_ptr<const Vlm> vlm;
   SessionOptions options;
   std::vector<int32_t> prefix_ids;  // the prompt before the first visual token
-  KvCache cache;  // prefix and visual tokens; during a question also newline, dialogue, question
+  PyramidStream pyramid;
+  // Prefix and visual tokens; during a question also newline, dialogue, question. Stays empty where
+  // frames are replayed.
+  KvCache cache;
   std::unique_ptr<StcCacher> reuse;                           // may be null
   std::vector<std::unique_ptr<TokenCompressor>> compressors;  // applied in order
   std::vector<Turn> transcript;
   int64_t frames_seen = 0;    // ingested, also those of which compressors left nothing
-  int64_t visual_tokens = 0;  // in the cache
+  int64_t visual_tokens = 0;  // that compressors left of them
   MediaTime last_time;        // of the newest frame
 
   // Positions the cache may hold: the model's, or fewer by option.

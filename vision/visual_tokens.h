@@ -25,6 +25,9 @@ struct VisualTokens {
   std::vector<TokenOrigin> origins;  // M entries
   int grid_rows = 0;                 // of the full grid of one frame
   int grid_cols = 0;
+  // How much each token matters, higher is more, as the compressor that chose them last sees it; M
+  // values, or empty where none said.
+  std::vector<float> scores;
 
   int64_t size() const { return static_cast<int64_t>(origins.size()); }
 };

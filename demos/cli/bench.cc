@@ -9,9 +9,12 @@
 #include <functional>
 #include <memory>
 #include <numeric>
+#include <span>
+#include <string>
 
 #include "demos/cli/commands.h"
 #include "demos/cli/common.h"
+#include "demos/cli/methods.h"
 #include "demos/world/random.h"
 #include "runtime/error.h"
 #include "runtime/ops/linear.h"
@@ -23,6 +26,7 @@ namespace {
 
 struct BenchFlags {
   ModelFlags model;
+  MethodFlags methods;
   int batch = 8;            // frames
   int context_frames = 16;  // decoded after so many frames
   double seconds = 2.0;     // at least so long a figure
@@ -129,52 +133,120 @@ std::vector<FramePtr> NoiseFrames(int count) {
   return frames;
 }
 
-Json MeasureEncode(ExecContext& ctx, const VisionEncoder& encoder, const BenchFlags& flags,
-                   const Peak& peak) {
+Json MeasureEncode(ExecContext& ctx, const VisionEncoder& encoder, FeatureReuse* reuse,
+                   const BenchFlags& flags, const Peak& peak) {
   const auto frames = NoiseFrames(flags.batch);
   const PreprocessConfig& config = encoder.preprocess_config();
   const Tensor pixels(DType::kF32, {flags.batch, 3, config.height, config.width});
   const double preprocess =
       FastestSeconds(flags.seconds / 2, [&] { Preprocess(ctx, frames, config, pixels); });
-  const double encode = FastestSeconds(flags.seconds, [&] { encoder.Encode(ctx, pixels, frames); });
-  const double gflops = 1e-9 * encoder.FlopsPerFrame() * flags.batch / encode;
+  const double encode =
+      FastestSeconds(flags.seconds, [&] { encoder.Encode(ctx, pixels, frames, {.reuse = reuse}); });
+  const StageCost& cost = ctx.tracer().stages().find("encode")->second;
+  const double gflop = 1e-9 * cost.flops / static_cast<double>(cost.items);
+  const double gflops = gflop * flags.batch / encode;
   return {{"batch_frames", flags.batch},
           {"preprocess_ms_per_frame", 1e3 * preprocess / flags.batch},
           {"ms_per_frame", 1e3 * encode / flags.batch},
           {"frames_per_s", flags.batch / encode},
-          {"gflop_per_frame", 1e-9 * encoder.FlopsPerFrame()},
+          {"gflop_per_frame", gflop},
           {"gflops", gflops},
           {"percent_of_peak", 100 * gflops / peak.gflops}};
 }
 
 void Step(ExecContext& ctx, const Decoder& decoder, KvCache& cache, ConstTensorView embeddings,
-          TensorView logits) {
-  SequenceStep step{&cache, embeddings, logits};
+          TensorView logits, LayerPolicy* policy = nullptr) {
+  SequenceStep step{&cache, embeddings, logits, policy};
   decoder.Step(ctx, {&step, 1});
 }
 
-// Prefills the visual tokens of `context_frames` frames, a batch of frames at a time.
-Json MeasurePrefill(ExecContext& ctx, const Vlm& vlm, const BenchFlags& flags, const Peak& peak,
-                    KvCache& cache) {
+// Operations of what stands in the cache from `first` on, without the lm_head.
+double FlopsSince(const Decoder& decoder, const KvCache& cache, int64_t first) {
+  const int64_t ran = cache.MeanRowsSince(first);  // in the mean over layers
+  return static_cast<double>(ran) * decoder.FlopsPerToken(cache.MeanRows() - ran / 2);
+}
+
+// Random tokens of `count` frames.
+VisualTokens RandomFrames(const Vlm& vlm, int64_t count) {
+  VisualTokens tokens;
+  const int64_t each = vlm.encoder().tokens_per_frame();
+  tokens.features = RandomTensor(DType::kF32, {count * each, vlm.decoder().hidden_size()}, 4);
+  tokens.grid_rows = 1;
+  tokens.grid_cols = static_cast<int>(each);
+  tokens.origins.resize(count * each);
+  return tokens;
+}
+
+// As if its first frame were number `first` of the stream.
+void NumberFrames(VisualTokens& tokens, int64_t first) {
+  for (int64_t i = 0; i < tokens.size(); ++i) {
+    tokens.origins[i].frame = static_cast<int32_t>(first + i / tokens.grid_cols);
+    tokens.origins[i].col = static_cast<int16_t>(i % tokens.grid_cols);
+  }
+}
+
+// Prefills the visual tokens of `context_frames` frames, a batch of frames at a time, as the
+// session's methods let them arrive.
+Json MeasurePrefill(ExecContext& ctx, const BenchFlags& flags, const Peak& peak, Session& session) {
+  const Vlm& vlm = *session.vlm;
   const Decoder& decoder = vlm.decoder();
-  const int64_t chunk = int64_t{flags.batch} * vlm.encoder().tokens_per_frame();
-  const int64_t tokens = int64_t{flags.context_frames} * vlm.encoder().tokens_per_frame();
-  const Tensor rows = RandomTensor(DType::kF32, {chunk, decoder.hidden_size()}, 4);
+  KvCache& cache = session.cache;
+  const int64_t frames = flags.context_frames, left = frames % flags.batch;
+  VisualTokens whole = RandomFrames(vlm, flags.batch), rest = RandomFrames(vlm, left);
+  if (session.pyramid.wanted_instruction()) {
+    QueryRecorder recorder(session.pyramid.plan());
+    KvCache apart(cache.pool());
+    Step(ctx, decoder, apart, whole.features.view().Slice(0, 1), {}, &recorder);
+    session.pyramid.SetQueries(std::move(recorder.queries));
+  }
   double flops = 0;
-  for (int64_t i = 0; i < tokens; ++i) flops += decoder.FlopsPerToken(i + 1);
-  const KvCache::Mark empty = cache.MarkHere();
   const double seconds = FastestSeconds(flags.seconds, [&] {
-    cache.RewindTo(empty);
-    for (int64_t done = 0; done < tokens; done += chunk) {
-      Step(ctx, decoder, cache, rows.view().Slice(0, std::min(chunk, tokens - done)), {});
+    cache.RewindTo({0});
+    flops = 0;
+    for (int64_t done = 0; done < frames; done += flags.batch) {
+      VisualTokens& tokens = frames - done < flags.batch ? rest : whole;
+      NumberFrames(tokens, done);
+      const int64_t first = cache.length();
+      if (!session.pyramid.replays()) {
+        Step(ctx, decoder, cache, tokens.features, {}, session.pyramid.ForFrames(tokens, first));
+      }
+      session.pyramid.Arrived(tokens, first);
+      flops += FlopsSince(decoder, cache, first);
     }
   });
+  const int64_t tokens = frames * vlm.encoder().tokens_per_frame();
   const double gflops = 1e-9 * flops / seconds;
   return {{"tokens", tokens},
-          {"chunk_tokens", chunk},
-          {"ms_per_frame", 1e3 * seconds / flags.context_frames},
+          {"chunk_tokens", whole.size()},
+          {"ms_per_frame", 1e3 * seconds / static_cast<double>(frames)},
           {"tokens_per_s", static_cast<double>(tokens) / seconds},
           {"gflop_per_token", 1e-9 * flops / static_cast<double>(tokens)},
+          {"gflops", gflops},
+          {"percent_of_peak", 100 * gflops / peak.gflops},
+          {"kv_rows_per_layer", cache.MeanRows()}};
+}
+
+// A question of so many tokens behind the frames, or with them where they are replayed. Leaves it
+// in `cache`: the session's, or one of its own.
+Json MeasureQuestion(ExecContext& ctx, const BenchFlags& flags, const Peak& peak, Session& session,
+                     KvCache& cache) {
+  constexpr int64_t kText = 24;
+  const Decoder& decoder = session.vlm->decoder();
+  const int64_t width = decoder.hidden_size();
+  const auto replayed = static_cast<int64_t>(session.pyramid.ReplayRows().size()) / width;
+  const Tensor rows = RandomTensor(DType::kF32, {replayed + kText, width}, 6);
+  const std::span<const float> window = session.pyramid.ReplayRows();
+  std::copy(window.begin(), window.end(), rows.data<float>());
+  const Tensor logits(DType::kF32, {1, decoder.vocab_size()});
+  const KvCache::Mark frames = cache.MarkHere();
+  const double seconds = FastestSeconds(flags.seconds / 2, [&] {
+    cache.RewindTo(frames);
+    Step(ctx, decoder, cache, rows, logits, session.pyramid.ForQuestion(0));
+  });
+  const double flops = FlopsSince(decoder, cache, frames.length) + decoder.LmHeadFlops();
+  const double gflops = 1e-9 * flops / seconds;
+  return {{"tokens", rows.dim(0)},
+          {"ms", 1e3 * seconds},
           {"gflops", gflops},
           {"percent_of_peak", 100 * gflops / peak.gflops}};
 }
@@ -187,6 +259,7 @@ Json MeasureDecode(ExecContext& ctx, const Vlm& vlm, const BenchFlags& flags, co
   const Tensor row = RandomTensor(DType::kF32, {1, decoder.hidden_size()}, 5);
   const Tensor logits(DType::kF32, {1, decoder.vocab_size()});
   const KvCache::Mark context = cache.MarkHere();
+  const int64_t rows = cache.MeanRows();
   const double seconds = FastestSeconds(flags.seconds,
                                         [&] {
                                           cache.RewindTo(context);
@@ -198,10 +271,11 @@ Json MeasureDecode(ExecContext& ctx, const Vlm& vlm, const BenchFlags& flags, co
   const KvGeometry kv = decoder.kv_geometry();
   const double cache_bytes = 2.0 * kv.num_layers * kv.kv_heads * kv.head_dim *
                              static_cast<double>(SizeOf(kv.dtype)) *
-                             (static_cast<double>(context.length) + 0.5 * (kTokens + 1));
+                             (static_cast<double>(rows) + 0.5 * (kTokens + 1));
   const double bytes = static_cast<double>(decoder.WeightBytesPerToken()) + cache_bytes;
   const double gbps = 1e-9 * bytes / seconds;
   return {{"context_tokens", context.length},
+          {"context_rows_per_layer", rows},
           {"ms_per_token", 1e3 * seconds},
           {"tokens_per_s", 1 / seconds},
           {"mb_per_token", 1e-6 * bytes},
@@ -219,6 +293,7 @@ void PrintReport(const Json& report) {
               peak["gflops"].get<double>(), peak["size"].get<int>(),
               peak["read_gbps"].get<double>());
   const Json &encode = report["encode"], &prefill = report["prefill"], &decode = report["decode"];
+  const Json& question = report["question"];
   Table table({"stage", "rate", "", "GFLOP/s", "GB/s", "% of peak"});
   table.Add({"preprocess", Number(1e3 / encode["preprocess_ms_per_frame"].get<double>(), 1),
              "frames/s", "-", "-", "-"});
@@ -226,6 +301,8 @@ void PrintReport(const Json& report) {
              "-", Number(encode["percent_of_peak"], 1)});
   table.Add({"prefill", Number(prefill["tokens_per_s"], 1), "tokens/s",
              Number(prefill["gflops"], 0), "-", Number(prefill["percent_of_peak"], 1)});
+  table.Add({"question", Number(question["ms"], 2), "ms", Number(question["gflops"], 0), "-",
+             Number(question["percent_of_peak"], 1)});
   table.Add({"decode", Number(decode["tokens_per_s"], 1), "tokens/s", "-",
              Number(decode["gbps"], 1), Number(decode["percent_of_read_bandwidth"], 1)});
   std::printf("%s", table.ToString().c_str());
@@ -242,7 +319,9 @@ void Bench(const BenchFlags& flags) {
                      std::to_string(needed));
   }
   const auto context = engine.NewContext();
-  const auto session = engine.NewSession({});
+  SessionOptions options;
+  ApplyMethods(flags.methods, options);
+  const auto session = engine.NewSession(options);
 
   Peak peak;
   MeasureProducts(*context, vlm.info().compute_type, flags.seconds, peak);
@@ -254,9 +333,15 @@ void Bench(const BenchFlags& flags) {
   report["machine"] = ToJson(CpuInfo::Detect());
   report["machine"]["threads"] = engine.num_threads();
   report["peak"] = {{"gflops", peak.gflops}, {"size", peak.size}, {"read_gbps", peak.read_gbps}};
-  report["encode"] = MeasureEncode(*context, vlm.encoder(), flags, peak);
-  report["prefill"] = MeasurePrefill(*context, vlm, flags, peak, session->cache);
-  report["decode"] = MeasureDecode(*context, vlm, flags, peak, session->cache);
+  report["encode"] = MeasureEncode(*context, vlm.encoder(), session->reuse.get(), flags, peak);
+  MethodCounts counts;
+  counts.Add(*session);
+  report["methods"] = ToJson(options, counts);
+  report["prefill"] = MeasurePrefill(*context, flags, peak, *session);
+  KvCache window(session->cache.pool(), session->pyramid.positions());  // of frames replayed
+  KvCache& cache = session->pyramid.replays() ? window : session->cache;
+  report["question"] = MeasureQuestion(*context, flags, peak, *session, cache);
+  report["decode"] = MeasureDecode(*context, vlm, flags, peak, cache);
   if (flags.json) {
     PrintJson(report);
   } else {
@@ -271,6 +356,7 @@ void AddBench(CLI::App& app) {
       "bench", "Time each stage and compare it with what this machine was measured to reach");
   auto flags = std::make_shared<BenchFlags>();
   AddModelFlags(*command, flags->model);
+  AddMethodFlags(*command, flags->methods);
   command->add_option("--batch", flags->batch, "Frames encoded and prefilled together")
       ->capture_default_str()
       ->check(CLI::Range(1, 256));

@@ -141,6 +141,14 @@ Json ToJson(const CpuInfo& cpu) {
           {"memory_bytes", cpu.memory_bytes}};
 }
 
+double DecoderFlops(const Tracer& tracer) {
+  double flops = 0;
+  for (const auto& [name, cost] : tracer.stages()) {
+    if (name.starts_with("decoder/") && name != "decoder/lm_head") flops += cost.flops;
+  }
+  return flops;
+}
+
 Progress::Progress() : terminal_(isatty(STDERR_FILENO) == 1) {}
 
 void Progress::Show(double fraction, std::string_view text) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -64,6 +65,9 @@ std::string Number(double value, int decimals);
 std::string StageTable(const Tracer& tracer);
 
 Json ToJson(const CpuInfo& cpu);
+
+// Operations that the decoder's layers were traced to do, without the lm_head.
+double DecoderFlops(const Tracer& tracer);
 
 // A bar on a terminal's last line; nothing at all when stderr is not a terminal.
 // Used by one thread at a time.

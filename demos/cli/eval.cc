@@ -6,7 +6,9 @@
 #include <fstream>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <span>
+#include <vector>
 
 #include "demos/cli/atlas.h"
 #include "demos/cli/clips.h"
@@ -124,12 +126,66 @@ class Dump {
   Json shape_;
 };
 
+// What the decoder spent on visual tokens, summed: by the paper's cost model (PyramidCost) and as
+// traced.
+struct VisualWork {
+  double dense_macs = 0;         // of a prefill that keeps all
+  double ingest_macs = 0;        // of rows as they arrived
+  double question_macs = 0;      // of rows prefilled with questions (replay)
+  double ingest_flops = 0;       // traced, the prompt's prefix included
+  double question_flops = 0;     // traced, of questions and their answers, text included
+  double dense_kv_bytes = 0;     // of visual rows, did every layer hold all
+  double kv_bytes = 0;           // that the session holds
+  double question_kv_bytes = 0;  // that every decoded token reads
+};
+
 struct Evaluation {
   std::map<std::string, KindScore> kinds;
   int64_t frames = 0, visual_tokens = 0, questions = 0;
+  VisualWork work;
   Json failures = Json::array();
   MethodCounts methods;
 };
+
+// Visual rows of each layer of what the session holds.
+std::vector<int64_t> VisualRows(const Session& session) {
+  std::vector<int64_t> rows;
+  const auto text = static_cast<int64_t>(session.prefix_ids.size());
+  for (int i = 0; i < session.vlm->decoder().kv_geometry().num_layers; ++i) {
+    rows.push_back(std::max<int64_t>(session.cache.rows(i) - text, 0));
+  }
+  return rows;
+}
+
+double KvBytes(const KvGeometry& kv, std::span<const int64_t> rows) {
+  return 2.0 * kv.kv_heads * kv.head_dim * static_cast<double>(SizeOf(kv.dtype)) *
+         static_cast<double>(std::accumulate(rows.begin(), rows.end(), int64_t{0}));
+}
+
+void CountIngested(const Session& session, VisualWork& work) {
+  const Decoder& decoder = session.vlm->decoder();
+  const KvGeometry kv = decoder.kv_geometry();
+  const PyramidCost cost = PyramidCost::Of(decoder);
+  const std::vector<int64_t> held = VisualRows(session);
+  const std::vector<int64_t> dense(kv.num_layers, session.visual_tokens);
+  work.dense_macs += cost.MultiplyAdds(dense);
+  work.ingest_macs += cost.MultiplyAdds(held);
+  work.dense_kv_bytes += KvBytes(kv, dense);
+  work.kv_bytes += KvBytes(kv, held);
+}
+
+void CountAsked(const Session& session, VisualWork& work) {
+  const Decoder& decoder = session.vlm->decoder();
+  const KvGeometry kv = decoder.kv_geometry();
+  const std::vector<int64_t> stages = session.pyramid.QuestionStageSizes();
+  const std::vector<int64_t> seen = stages.empty()
+                                        ? VisualRows(session)
+                                        : session.pyramid.plan().LayerRows(stages, kv.num_layers);
+  work.question_kv_bytes += KvBytes(kv, seen);
+  if (session.pyramid.replays()) {
+    work.question_macs += PyramidCost::Of(decoder).MultiplyAdds(seen);
+  }
+}
 
 // Plays one clip once and asks all its questions, each on its own.
 void EvaluateClip(ExecContext& ctx, const Engine& engine, const Clip& clip,
@@ -137,16 +193,23 @@ void EvaluateClip(ExecContext& ctx, const Engine& engine, const Clip& clip,
                   const SessionOptions& options, Evaluation& evaluation, Dump& dump) {
   const auto session = engine.NewSession(options);
   const auto batch = static_cast<size_t>(options.frames_per_batch);
+  double flops = DecoderFlops(ctx.tracer());
   for (size_t i = 0; i < frames.size(); i += batch) {
     Ingest(ctx, *session, frames.subspan(i, std::min(batch, frames.size() - i)));
   }
+  VisualWork& work = evaluation.work;
+  work.ingest_flops += DecoderFlops(ctx.tracer()) - flops;
+  CountIngested(*session, work);
   evaluation.frames += session->frames_seen;
   evaluation.visual_tokens += session->visual_tokens;
   evaluation.methods.Add(*session);
 
   for (const auto& question :
        world::AskAll(clip.scene, clip.scene.frames - 1, clip.question_seed, max_questions)) {
+    flops = DecoderFlops(ctx.tracer());
     const Generated generated = Ask(ctx, *session, question.text, nullptr);
+    work.question_flops += DecoderFlops(ctx.tracer()) - flops;
+    CountAsked(*session, work);
     dump.Answer(question, generated);
     const std::string kind(world::KindName(question.kind));
     KindScore& score = evaluation.kinds[kind];
@@ -176,6 +239,18 @@ StageCost CostOf(const Tracer& tracer, std::string_view stage) {
   return found == tracer.stages().end() ? StageCost() : found->second;
 }
 
+// Means of a clip and of a question.
+Json ToJson(const VisualWork& work, double clips, double questions) {
+  return {{"dense_prefill_gmac_per_clip", 1e-9 * work.dense_macs / clips},
+          {"prefill_gmac_per_clip", 1e-9 * work.ingest_macs / clips},
+          {"replay_gmac_per_question", 1e-9 * work.question_macs / questions},
+          {"traced_ingest_gflop_per_clip", 1e-9 * work.ingest_flops / clips},
+          {"traced_gflop_per_question", 1e-9 * work.question_flops / questions},
+          {"dense_kv_bytes_per_clip", work.dense_kv_bytes / clips},
+          {"kv_bytes_per_clip", work.kv_bytes / clips},
+          {"kv_bytes_read_per_answer_token", work.question_kv_bytes / questions}};
+}
+
 Json Report(const EvalFlags& flags, const Vlm& vlm, const SessionOptions& options,
             const Evaluation& evaluation, const Tracer& tracer) {
   Json by_kind, majority, asked;
@@ -202,10 +277,13 @@ Json Report(const EvalFlags& flags, const Vlm& vlm, const SessionOptions& option
   report["tokens_per_frame"] = static_cast<double>(evaluation.visual_tokens) / frames;
   report["encode_gflop_per_frame"] = CostOf(tracer, "encode").flops * 1e-9 / frames;
   report["prefill_gflop_per_frame"] = CostOf(tracer, "prefill").flops * 1e-9 / frames;
-  const Json methods = ToJson(options, evaluation.methods);
-  if (!methods.empty()) report["methods"] = methods;
+  report["methods"] = ToJson(options, evaluation.methods);
   report["decode_tokens_per_s"] =
       decode.seconds > 0 ? static_cast<double>(decode.items) / decode.seconds : 0.0;
+  report["question_ms"] =
+      CostOf(tracer, "prefill_question").seconds * 1e3 / static_cast<double>(evaluation.questions);
+  report["visual_tokens"] =
+      ToJson(evaluation.work, flags.clips, static_cast<double>(evaluation.questions));
   return report;
 }
 

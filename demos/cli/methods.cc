@@ -41,6 +41,35 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
       .add_option("--compress", flags.compressors,
                   "Select visual tokens with NAME or NAME=NUMBER, in the order given; " + known)
       ->group(kGroup);
+
+  auto* drop =
+      command
+          .add_option("--pyramid-drop", flags.pyramid_drop,
+                      "Let visual tokens leave between decoder layers: question (a question sees "
+                      "only what it "
+                      "ranks "
+                      "high), replay (the paper's way, on the last frames), query-free or probe "
+                      "(on arrival); "
+                      "MODE=LAMBDA keeps that share at each boundary (default: off, lambda 0.5)")
+          ->group(kGroup);
+  const auto add = [&](const char* name, auto& value, const char* help) {
+    return command.add_option(name, value, help)->needs(drop)->group(kGroup);
+  };
+  add("--pyramid-stages", flags.pyramid_stages, "Groups of decoder layers (default: 4)");
+  add("--pyramid-boundaries", flags.pyramid_boundaries,
+      "First layers of the later stages, as 2,4,6 (default: an even split)")
+      ->delimiter(',');
+  add("--pyramid-quota", flags.pyramid_quota,
+      "Choose the best of all frames (global), of each frame, or some of each (hybrid)")
+      ->check(CLI::IsMember({"global", "frame", "hybrid"}));
+  add("--pyramid-frame-share", flags.pyramid_frame_share,
+      "Part of a hybrid quota that each frame is sure of (default: 0.5)");
+  add("--pyramid-positions", flags.pyramid_positions,
+      "Count positions anew in each stage (compact) or keep them (preserve)")
+      ->check(CLI::IsMember({"compact", "preserve"}));
+  add("--pyramid-replay-frames", flags.pyramid_replay_frames,
+      "Frames that mode replay remembers (default: 64)");
+  add("--pyramid-instruction", flags.pyramid_instruction, "What mode probe looks for");
 }
 
 void ApplyMethods(const MethodFlags& flags, SessionOptions& options) {
@@ -51,9 +80,44 @@ void ApplyMethods(const MethodFlags& flags, SessionOptions& options) {
   }
   if (flags.cacher) options.cacher = flags.cacher_options;
   if (!flags.compressors.empty()) options.compressors = flags.compressors;
+
+  if (flags.pyramid_drop.empty()) return;
+  PyramidOptions& pyramid = options.pyramid;
+  pyramid = ParsePyramid(flags.pyramid_drop);
+  if (flags.pyramid_stages) pyramid.stages = *flags.pyramid_stages;
+  pyramid.boundaries = flags.pyramid_boundaries;
+  if (!pyramid.boundaries.empty() && !flags.pyramid_stages) {
+    pyramid.stages = static_cast<int>(pyramid.boundaries.size()) + 1;
+  }
+  for (const PyramidQuota quota :
+       {PyramidQuota::kGlobal, PyramidQuota::kFrame, PyramidQuota::kHybrid}) {
+    if (flags.pyramid_quota == Name(quota)) pyramid.quota = quota;
+  }
+  if (flags.pyramid_frame_share) pyramid.frame_share = *flags.pyramid_frame_share;
+  if (!flags.pyramid_positions.empty()) {
+    pyramid.positions =
+        flags.pyramid_positions == "compact" ? KvPositions::kRows : KvPositions::kTokens;
+  }
+  if (flags.pyramid_replay_frames) pyramid.replay_frames = *flags.pyramid_replay_frames;
+  pyramid.instruction = flags.pyramid_instruction;
+}
+
+Json ToJson(const PyramidOptions& options, const PyramidStream& stream) {
+  if (stream.mode() == PyramidMode::kOff) return nullptr;
+  const PyramidPlan& plan = stream.plan();
+  Json json = {{"mode", Name(stream.mode())},
+               {"boundaries", plan.boundaries},
+               {"shares", plan.shares},
+               {"quota", Name(plan.quota)},
+               {"positions", stream.positions() == KvPositions::kRows ? "compact" : "preserve"}};
+  if (plan.quota == PyramidQuota::kHybrid) json["frame_share"] = plan.frame_share;
+  if (stream.replays()) json["replay_frames"] = options.replay_frames;
+  if (stream.mode() == PyramidMode::kProbe) json["instruction"] = options.instruction;
+  return json;
 }
 
 void MethodCounts::Add(const Session& session) {
+  pyramid_drop = ToJson(session.options.pyramid, session.pyramid);
   if (!session.reuse) return;
   const StcCacher::Counts& counts = session.reuse->counts();
   cacher.frames += counts.frames;
@@ -65,7 +129,8 @@ void MethodCounts::Add(const Session& session) {
 }
 
 Json ToJson(const SessionOptions& options, const MethodCounts& counts) {
-  Json json;
+  Json json = Json::object();
+  if (!counts.pyramid_drop.is_null()) json["pyramid_drop"] = counts.pyramid_drop;
   if (options.cacher) {
     const StcCacher::Counts& c = counts.cacher;
     json["stc_cacher"] = {{"interval", options.cacher->interval},

@@ -3,6 +3,7 @@
 #define SLUICE_DEMOS_CLI_METHODS_H_
 
 #include <CLI/CLI.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,16 +18,26 @@ struct MethodFlags {
   bool cacher = false;
   StcCacherOptions cacher_options;
   std::vector<std::string> compressors;
+  // PyramidDrop (compression/pyramid_drop.h)
+  std::string pyramid_drop;  // MODE or MODE=LAMBDA; empty: off
+  std::optional<int> pyramid_stages, pyramid_replay_frames;
+  std::vector<int> pyramid_boundaries;
+  std::string pyramid_quota, pyramid_positions, pyramid_instruction;
+  std::optional<double> pyramid_frame_share;
 };
 void AddMethodFlags(CLI::App& command, MethodFlags& flags);
 
 // Sets what the preset says, then what the flags say. Throws InputError as the methods do.
 void ApplyMethods(const MethodFlags& flags, SessionOptions& options);
 
+// What PyramidDrop does in a session, for reports; null where it is off.
+Json ToJson(const PyramidOptions& options, const PyramidStream& stream);
+
 // What the methods of one or more sessions did, added up.
 struct MethodCounts {
   StcCacher::Counts cacher;
   int64_t cacher_bytes = 0;  // of one session, at most
+  Json pyramid_drop;         // of the last session; null where it is off
   void Add(const Session& session);
 };
 Json ToJson(const SessionOptions& options, const MethodCounts& counts);

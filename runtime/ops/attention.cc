@@ -82,6 +82,95 @@ void StoreRows(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, i
   });
 }
 
+// The last position that `rows` names must exist.
+void CheckRows(const char* op, const KvLayerView& kv, std::span<const int32_t> rows) {
+  CheckKv(op, kv, 0, 0);
+  const int64_t room = static_cast<int64_t>(kv.blocks.size()) * kKvBlockTokens;
+  for (const int32_t row : rows) {
+    if (row >= 0 && row < room) continue;
+    throw Error(std::string("[") + op + "] rows must lie in the cache's " + std::to_string(room) +
+                " positions, got " + std::to_string(row));
+  }
+}
+
+template <typename T>
+void GatherRows(ExecContext& ctx, const KvLayerView& from, std::span<const int32_t> rows,
+                const KvLayerView& to) {
+  const int64_t head_dim = from.head_dim, area = kKvBlockTokens * head_dim;
+  const auto count = static_cast<int64_t>(rows.size());
+  const int64_t num_blocks = (count + kKvBlockTokens - 1) / kKvBlockTokens;
+  // One block is written by one thread, as in StoreRows.
+  ParallelFor(ctx, num_blocks * from.kv_heads, 2, [&](int64_t first, int64_t last) {
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t index = item / from.kv_heads, head = item % from.kv_heads;
+      T* k = static_cast<T*>(to.blocks[index]) + head * area;
+      T* v = k + from.kv_heads * area;
+      const int64_t end = std::min<int64_t>(count - index * kKvBlockTokens, kKvBlockTokens);
+      for (int64_t t = 0; t < end; ++t) {
+        const int64_t row = rows[index * kKvBlockTokens + t], at = row % kKvBlockTokens;
+        const T* old_k = static_cast<const T*>(from.blocks[row / kKvBlockTokens]) + head * area;
+        const T* old_v = old_k + from.kv_heads * area;
+        std::copy_n(old_k + at * head_dim, head_dim, k + t * head_dim);
+        for (int64_t d = 0; d < head_dim; ++d) {
+          v[d * kKvBlockTokens + t] = old_v[d * kKvBlockTokens + at];
+        }
+      }
+    }
+  });
+}
+
+float ToFloat(float value) { return value; }
+float ToFloat(BFloat16 value) { return value.ToFloat(); }
+
+// Eight sums, so that the compiler may use vectors.
+template <typename T>
+float Dot(const T* a, const T* b, int size) {
+  constexpr int kLanes = 8;
+  float sums[kLanes] = {};
+  int i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) sums[j] += ToFloat(a[i + j]) * ToFloat(b[i + j]);
+  }
+  for (; i < size; ++i) sums[0] += ToFloat(a[i]) * ToFloat(b[i]);
+  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+}
+
+template <typename T>
+void MeanRow(ExecContext& ctx, const T* q, int heads, float scale, const KvLayerView& kv,
+             std::span<const int32_t> rows, ConstTensorView more, std::span<float> out) {
+  const int head_dim = kv.head_dim, group = heads / kv.kv_heads;
+  const int64_t area = int64_t{kKvBlockTokens} * head_dim;
+  const auto cached = static_cast<int64_t>(rows.size()), count = static_cast<int64_t>(out.size());
+  // One scratch row a head: heads are independent until the mean.
+  Workspace::Scope scope(ctx.workspace());
+  const TensorView weights = ctx.workspace().Allocate(DType::kF32, {heads, count});
+  ParallelFor(ctx, heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head) {
+      const int64_t kv_head = head / group;
+      const T* query = q + head * head_dim;
+      float* w = weights.data<float>() + head * count;
+      float max = -INFINITY;
+      for (int64_t i = 0; i < count; ++i) {
+        const T* key = i < cached
+                           ? static_cast<const T*>(kv.blocks[rows[i] / kKvBlockTokens]) +
+                                 kv_head * area + rows[i] % kKvBlockTokens * head_dim
+                           : more.data<T>() + (i - cached) * more.stride0() + kv_head * head_dim;
+        w[i] = Dot(query, key, head_dim) * scale;
+        max = std::max(max, w[i]);
+      }
+      double sum = 0;
+      for (int64_t i = 0; i < count; ++i) sum += w[i] = std::exp(w[i] - max);
+      const auto factor = static_cast<float>(1 / (sum * heads));
+      for (int64_t i = 0; i < count; ++i) w[i] *= factor;
+    }
+  });
+  for (int64_t i = 0; i < count; ++i) {
+    float sum = 0;
+    for (int head = 0; head < heads; ++head) sum += weights.data<float>()[head * count + i];
+    out[i] = sum;
+  }
+}
+
 }  // namespace
 
 const char* Name(AttentionKernel kernel) {
@@ -152,6 +241,45 @@ void StoreKv(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, int
     StoreRows<float>(ctx, keys, values, begin, kv);
   } else {
     StoreRows<BFloat16>(ctx, keys, values, begin, kv);
+  }
+}
+
+void GatherKv(ExecContext& ctx, const KvLayerView& from, std::span<const int32_t> rows,
+              const KvLayerView& to) {
+  constexpr char kOp[] = "gather_kv";
+  CheckRows(kOp, from, rows);
+  CheckKv(kOp, to, 0, static_cast<int64_t>(rows.size()));
+  if (from.kv_heads != to.kv_heads || from.head_dim != to.head_dim || from.dtype != to.dtype) {
+    throw Error("[gather_kv] both caches must have the same heads, head size and dtype");
+  }
+  if (from.dtype == DType::kF32) {
+    GatherRows<float>(ctx, from, rows, to);
+  } else {
+    GatherRows<BFloat16>(ctx, from, rows, to);
+  }
+}
+
+void MeanAttentionRow(ExecContext& ctx, ConstTensorView q, int heads, float scale,
+                      const KvLayerView& kv, std::span<const int32_t> rows, ConstTensorView more,
+                      std::span<float> out) {
+  constexpr char kOp[] = "mean_attention_row";
+  CheckScale(kOp, scale);
+  CheckRows(kOp, kv, rows);
+  if (heads < 1 || heads % kv.kv_heads != 0) {
+    throw Error(std::string("[") + kOp + "] heads must be a multiple of the " +
+                std::to_string(kv.kv_heads) + " kv heads, got " + std::to_string(heads));
+  }
+  const int64_t count = more.shape().rank() == 2 ? more.dim(0) : 0;
+  CheckMatrix(kOp, "q", q, 1, int64_t{heads} * kv.head_dim, kv.dtype);
+  CheckMatrix(kOp, "more", more, count, int64_t{kv.kv_heads} * kv.head_dim, kv.dtype);
+  if (out.size() != rows.size() + static_cast<size_t>(count)) {
+    throw Error(std::string("[") + kOp + "] out must hold " + std::to_string(rows.size() + count) +
+                " values, one a key, got " + std::to_string(out.size()));
+  }
+  if (kv.dtype == DType::kF32) {
+    MeanRow(ctx, q.data<float>(), heads, scale, kv, rows, more, out);
+  } else {
+    MeanRow(ctx, q.data<BFloat16>(), heads, scale, kv, rows, more, out);
   }
 }
 

@@ -43,6 +43,20 @@ size_t KvBlockBytes(int kv_heads, int head_dim, DType dtype);
 void StoreKv(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, int64_t begin,
              const KvLayerView& kv);
 
+// Copies positions `rows` of `from` to positions 0, 1, ... of `to`: views of the same geometry
+// whose blocks are not shared.
+void GatherKv(ExecContext& ctx, const KvLayerView& from, std::span<const int32_t> rows,
+              const KvLayerView& to);
+
+// How one query attends, on average over heads, without its values:
+//   out[i] = 1/H sum_j softmax_i(q_j . k_i * scale),
+// the softmax over all keys: positions `rows` of `kv`, then the rows of `more`. Query head j uses
+// kv head j / (heads / kv_heads). q: [1, heads * D]; more: [S, kv_heads * D], rows may be strided;
+// both in kv.dtype. out: rows.size() + S values.
+void MeanAttentionRow(ExecContext& ctx, ConstTensorView q, int heads, float scale,
+                      const KvLayerView& kv, std::span<const int32_t> rows, ConstTensorView more,
+                      std::span<float> out);
+
 // Causal grouped-query attention of S new positions over everything cached: query i stands at
 // position begin + i and sees positions [0, begin + i]. Query head j uses kv head j / (heads /
 // kv_heads). q: [S, heads * D] in kv.dtype (rows may be strided); out: [S, heads * D] same dtype,

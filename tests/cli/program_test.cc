@@ -80,6 +80,12 @@ TEST_F(ProgramTest, WrongUsageIsOneLineAndExitCodeTwo) {
   ExpectRefused("ask --source test --question x --dtype f8", "f8");
   ExpectRefused("ask --source test --question x --fps 2 --every-nth 3", "--every-nth");
   ExpectRefused("eval --clips 0", "--clips");
+  ExpectRefused("eval --pyramid-stages 3", "--pyramid-drop");
+  ExpectRefused("eval --clips 1 --pyramid-drop quest" + model_, "query-free");
+  ExpectRefused("eval --clips 1 --pyramid-drop question" + model_, "3 layers, got 4 stages");
+  ExpectRefused(
+      "ask --source test:smpte:1 --question x --pyramid-drop probe --pyramid-stages 3" + model_,
+      "standing instruction");
 }
 
 TEST_F(ProgramTest, WrongInputIsOneLineThatNamesIt) {
@@ -177,6 +183,29 @@ TEST_F(ProgramTest, EvalScoresRenderedAndVideoClips) {
   }
 }
 
+TEST_F(ProgramTest, EvalTellsWhatPyramidDropSpares) {
+  const std::string few = "eval --json --clips 2 --frames 8 --questions-per-clip 4 ";
+  const std::string drop = "--pyramid-stages 3 --pyramid-replay-frames 8 --pyramid-drop ";
+  for (const char* mode : {"question", "replay=0.4", "query-free", "probe"}) {
+    const Outcome outcome = Sluice(few + drop + mode + " --pyramid-instruction Watch" + model_);
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+    const json report = json::parse(outcome.out);
+    const json &method = report["methods"]["pyramid_drop"], &work = report["visual_tokens"];
+    EXPECT_EQ(method["boundaries"], json({1, 2}));
+    const bool arriving = *mode == 'p' || std::string(mode) == "query-free";
+    EXPECT_EQ(work["kv_bytes_per_clip"] < work["dense_kv_bytes_per_clip"],
+              arriving || *mode == 'r');
+    EXPECT_EQ(work["prefill_gmac_per_clip"] < work["dense_prefill_gmac_per_clip"],
+              arriving || *mode == 'r');
+    EXPECT_LT(work["kv_bytes_read_per_answer_token"], work["dense_kv_bytes_per_clip"]);
+    EXPECT_EQ(work["replay_gmac_per_question"] > 0.0, *mode == 'r');
+  }
+  const json plain = json::parse(Sluice(few + model_).out);
+  EXPECT_TRUE(plain["methods"].empty());
+  EXPECT_EQ(plain["visual_tokens"]["kv_bytes_per_clip"],
+            plain["visual_tokens"]["dense_kv_bytes_per_clip"]);
+}
+
 // The default model, as shipped. 120 questions tell a model that answers from one that guesses: at
 // a true share of 0.99 fewer than 0.92 right is a matter of one in 10^8 runs, and the clips are
 // fixed.
@@ -202,7 +231,7 @@ TEST_F(ProgramTest, BundledModelAnswersTheBundledClip) {
 TEST_F(ProgramTest, MethodsSaveWorkAndSayHowMuch) {
   const std::string eval = "eval --json --clips 2 --frames 8 --questions-per-clip 2 --seed 902";
   const json dense = json::parse(Sluice(eval).out);
-  EXPECT_FALSE(dense.contains("methods"));
+  EXPECT_TRUE(dense["methods"].empty());
   const json stc = json::parse(Sluice(eval + " --preset stc").out);
   EXPECT_EQ(stc["methods"]["stc_cacher"]["frames"], 16);
   EXPECT_GE(stc["methods"]["stc_cacher"]["whole_frames"], 8);
@@ -233,6 +262,15 @@ TEST_F(ProgramTest, BenchMeasuresEveryStageAgainstThePeak) {
   EXPECT_GT(report["encode"]["percent_of_peak"], 0.0);
   EXPECT_GT(report["prefill"]["percent_of_peak"], 0.0);
   EXPECT_GT(report["decode"]["percent_of_read_bandwidth"], 0.0);
+  for (const char* mode : {"question", "replay", "query-free", "probe --pyramid-instruction x"}) {
+    const Outcome dropped = Sluice(
+        "bench --json --seconds 0 --batch 3 --context-frames 4"
+        " --threads 1 --pyramid-stages 3 --pyramid-drop " +
+        std::string(mode) + model_);
+    ASSERT_EQ(dropped.exit_code, 0) << dropped.err;
+    const json decode = json::parse(dropped.out)["decode"];
+    EXPECT_LT(decode["context_rows_per_layer"], decode["context_tokens"]) << mode;
+  }
 }
 
 }  // namespace

@@ -39,7 +39,8 @@ VisualTokens RandomTokens(int first, int count, uint32_t seed) {
 }
 
 VisualTokens Copy(const VisualTokens& tokens) {
-  return {tokens.features.Clone(), tokens.origins, tokens.grid_rows, tokens.grid_cols};
+  return {tokens.features.Clone(), tokens.origins, tokens.grid_rows, tokens.grid_cols,
+          tokens.scores};
 }
 
 // What every compressor promises, walked over the list, so that a new one is tested once listed.

@@ -39,7 +39,8 @@ VisualTokens Frames(int first, int count, uint32_t seed) {
 }
 
 VisualTokens Copy(const VisualTokens& tokens) {
-  return {tokens.features.Clone(), tokens.origins, tokens.grid_rows, tokens.grid_cols};
+  return {tokens.features.Clone(), tokens.origins, tokens.grid_rows, tokens.grid_cols,
+          tokens.scores};
 }
 
 std::vector<int> Places(const VisualTokens& tokens) {

@@ -2,8 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <set>
 #include <thread>
 #include <vector>
@@ -123,6 +125,113 @@ TEST(KvCacheTest, ThreadsShareAPoolWithinItsBudget) {
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(pool->bytes_in_use(), 0);
+}
+
+// Stores the number of its token in every key and value of a row, from `token` on to the end.
+void Fill(KvCache& cache, int layer, int64_t first_row) {
+  ExecContext ctx({});
+  const int64_t count = cache.rows(layer) - first_row;
+  const Tensor rows(DType::kF32, {count, 16});
+  for (int64_t i = 0; i < count; ++i) {
+    std::fill_n(rows.data<float>() + 16 * i, 16, 1.0f * cache.TokenOf(layer, first_row + i));
+  }
+  StoreKv(ctx, rows, rows, first_row, cache.layer(layer));
+}
+
+void ExpectFilled(const KvCache& cache, int layer) {
+  for (int64_t row = 0; row < cache.rows(layer); ++row) {
+    const auto* block = static_cast<const float*>(cache.layer(layer).blocks[row / kKvBlockTokens]);
+    const auto token = static_cast<float>(cache.TokenOf(layer, row));
+    for (int head = 0; head < 2; ++head) {
+      for (int d = 0; d < 8; ++d) {
+        const int64_t at = row % kKvBlockTokens, area = kKvBlockTokens * 8;
+        ASSERT_EQ(block[head * area + at * 8 + d], token) << "key of row " << row;
+        ASSERT_EQ(block[(2 + head) * area + d * kKvBlockTokens + at], token)
+            << "value of row " << row;
+      }
+    }
+  }
+}
+
+TEST(KvCacheTest, LayersMayHoldFewerRowsThanTokens) {
+  for (const KvPositions positions : {KvPositions::kTokens, KvPositions::kRows}) {
+    KvCache cache(std::make_shared<KvBlockPool>(kGeometry, 0), positions);
+    cache.Reserve(4);
+    const std::vector<int32_t> all = {4, 5, 6, 7, 8}, some = {5, 8};
+    cache.ReserveRows(0, all);
+    cache.ReserveRows(1, all);
+    cache.ReserveRows(2, some);
+    cache.Advance(5);
+    EXPECT_EQ(cache.Reserve(2), 9);
+    EXPECT_EQ(cache.rows(0), 11);
+    EXPECT_EQ(cache.rows(2), 8);
+    EXPECT_EQ(cache.RowsOfAllLayers(), 30);
+    EXPECT_EQ(cache.MeanRowsSince(6), (5 + 5 + 3) / 3);
+    const int32_t tokens[] = {0, 1, 2, 3, 5, 8, 9, 10};
+    for (int row = 0; row < 8; ++row) {
+      EXPECT_EQ(cache.TokenOf(2, row), tokens[row]);
+      EXPECT_EQ(cache.PositionOf(2, row), positions == KvPositions::kRows ? row : tokens[row]);
+    }
+    cache.RewindTo({8});
+    EXPECT_EQ(cache.rows(0), 8);
+    EXPECT_EQ(cache.rows(2), 5);
+    cache.RewindTo({4});
+    EXPECT_EQ(cache.Reserve(1), 4);
+    EXPECT_EQ(cache.rows(2), 5);
+    EXPECT_EQ(cache.TokenOf(2, 4), 4);
+  }
+}
+
+TEST(KvCacheTest, HiddenRowsComeBackWhenTheCacheIsRewound) {
+  ExecContext ctx({});
+  auto pool = std::make_shared<KvBlockPool>(kGeometry, 0);
+  KvCache cache(pool);
+  cache.Reserve(200);
+  for (int layer = 0; layer < 3; ++layer) Fill(cache, layer, 0);
+  const int64_t bytes = pool->bytes_in_use();
+  const KvCache::Mark mark = cache.MarkHere();
+  std::vector<int32_t> odd, few = {0, 40, 70, 99};
+  for (int32_t row = 1; row < 200; row += 2) odd.push_back(row);
+  cache.KeepRows(ctx, 1, odd);
+  cache.KeepRows(ctx, 2, odd);
+  cache.KeepRows(ctx, 2, few);
+  EXPECT_EQ(cache.rows(0), 200);
+  EXPECT_EQ(cache.rows(1), 100);
+  EXPECT_EQ(cache.rows(2), 4);
+  EXPECT_EQ(cache.TokenOf(2, 3), 199);
+  cache.Reserve(70);
+  for (int layer = 0; layer < 3; ++layer) Fill(cache, layer, cache.rows(layer) - 70);
+  cache.RewindTo({230});  // within what came behind: the selection stays
+  EXPECT_EQ(cache.rows(2), 34);
+  for (int layer = 0; layer < 3; ++layer) ExpectFilled(cache, layer);
+  EXPECT_EQ(cache.SizeBytes(), pool->bytes_in_use());
+  cache.RewindTo(mark);
+  EXPECT_EQ(pool->bytes_in_use(), bytes);
+  for (int layer = 0; layer < 3; ++layer) {
+    EXPECT_EQ(cache.rows(layer), 200);
+    ExpectFilled(cache, layer);
+  }
+  cache.KeepRows(ctx, 0, odd);
+  cache.RewindTo({10});  // before what was hidden
+  EXPECT_EQ(cache.rows(0), 10);
+  EXPECT_EQ(pool->bytes_in_use(), 3 * kBlockBytes);
+}
+
+TEST(KvCacheTest, HidingRowsWithoutMemoryChangesNothing) {
+  ExecContext ctx({});
+  auto pool = std::make_shared<KvBlockPool>(kGeometry, 7 * kBlockBytes);
+  KvCache cache(pool);
+  cache.Reserve(100);
+  Fill(cache, 1, 0);
+  std::vector<int32_t> rows(90);
+  std::iota(rows.begin(), rows.end(), 5);
+  EXPECT_THROW(cache.KeepRows(ctx, 1, rows), ResourceExhausted);
+  EXPECT_EQ(pool->bytes_in_use(), 6 * kBlockBytes);
+  EXPECT_EQ(cache.rows(1), 100);
+  ExpectFilled(cache, 1);
+  KvCache turning(std::make_shared<KvBlockPool>(kGeometry, 0), KvPositions::kRows);
+  turning.Reserve(100);
+  EXPECT_THROW(turning.KeepRows(ctx, 1, rows), Error);
 }
 
 TEST(KvCacheTest, AGeometryWithoutHeadsIsRefused) {

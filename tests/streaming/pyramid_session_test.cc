@@ -1,0 +1,222 @@
+// PyramidDrop in sessions, on a tiny random checkpoint.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <filesystem>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "runtime/error.h"
+#include "streaming/engine.h"
+#include "streaming/pipeline.h"
+#include "vision/preprocess.h"
+
+namespace sluice {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::ThrowsMessage;
+
+constexpr int kTokensPerFrame = 9, kLayers = 3;
+
+SessionOptions Options(PyramidMode mode, double lambda = 0.5) {
+  SessionOptions options;
+  options.keep_dialogue = false;
+  options.pyramid.mode = mode;
+  options.pyramid.lambda = lambda;
+  options.pyramid.stages = 3;  // before layers 1 and 2
+  options.pyramid.replay_frames = 16;
+  options.pyramid.instruction = "Watch the door.";
+  options.generate.max_new_tokens = 12;
+  return options;
+}
+
+std::vector<FramePtr> NoiseFrames(int count, int first = 0) {
+  std::vector<FramePtr> frames;
+  for (int i = first; i < first + count; ++i) {
+    auto frame = std::make_shared<Frame>();
+    frame->width = frame->height = 74;
+    frame->rgb.resize(74 * 74 * 3);
+    std::mt19937 random(i);
+    for (uint8_t& value : frame->rgb) value = static_cast<uint8_t>(random());
+    frame->index = i;
+    frame->time = MediaTime::FromSeconds(0.5 * i);
+    frames.push_back(std::move(frame));
+  }
+  return frames;
+}
+
+class PyramidSessionTest : public testing::Test {
+ protected:
+  static Engine Open() {
+    EngineOptions options;
+    options.model = std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_tied";
+    options.vlm.compute_type = DType::kF32;
+    options.num_threads = 1;
+    return Engine(options);
+  }
+  std::unique_ptr<Session> Shown(const SessionOptions& options, int frames, int batch = 4) {
+    auto session = engine_.NewSession(options);
+    Show(*session, NoiseFrames(frames), batch);
+    return session;
+  }
+  void Show(Session& session, const std::vector<FramePtr>& frames, int batch = 4) {
+    for (size_t i = 0; i < frames.size(); i += batch) {
+      Ingest(*ctx_, session,
+             std::span(frames).subspan(i, std::min<size_t>(batch, frames.size() - i)));
+    }
+  }
+  std::vector<int32_t> Answer(Session& session, const std::string& question) {
+    return Ask(*ctx_, session, question, nullptr).ids;
+  }
+  // Every block that the session's cache holds, whole.
+  std::vector<float> Blocks(const Session& session, int64_t rows) {
+    std::vector<float> all;
+    const KvGeometry kv = engine_.vlm()->decoder().kv_geometry();
+    for (int layer = 0; layer < kLayers; ++layer) {
+      const KvLayerView view = session.cache.layer(layer);
+      for (size_t b = 0; b < view.blocks.size(); ++b) {
+        const auto* block = static_cast<const float*>(view.blocks[b]);
+        for (int64_t t = 0; t < std::min<int64_t>(rows - b * kKvBlockTokens, kKvBlockTokens); ++t) {
+          for (int head = 0; head < kv.kv_heads; ++head) {
+            const float* k = block + int64_t{head} * kKvBlockTokens * kv.head_dim;
+            const float* v = block + int64_t{kv.kv_heads + head} * kKvBlockTokens * kv.head_dim;
+            for (int d = 0; d < kv.head_dim; ++d) {
+              all.push_back(k[t * kv.head_dim + d]);
+              all.push_back(v[d * kKvBlockTokens + t]);
+            }
+          }
+        }
+      }
+    }
+    return all;
+  }
+
+  Engine engine_ = Open();
+  std::unique_ptr<ExecContext> ctx_ = engine_.NewContext();
+};
+
+TEST_F(PyramidSessionTest, QuestionsThroughAViewDoNotDisturbEachOther) {
+  const SessionOptions options = Options(PyramidMode::kQuestion);
+  const auto session = Shown(options, 12);
+  const int64_t length = session->cache.length(), bytes = session->cache.SizeBytes();
+  const std::vector<float> before = Blocks(*session, length);
+  for (const char* question : {"What is there?", "Who came in after the dog?"}) {
+    const auto fresh = Shown(options, 12);
+    EXPECT_EQ(Answer(*session, question), Answer(*fresh, question)) << question;
+    EXPECT_THAT(session->pyramid.QuestionStageSizes(), ElementsAre(108, 54, 27));
+    EXPECT_EQ(session->cache.length(), length);
+    EXPECT_EQ(session->cache.SizeBytes(), bytes);
+    EXPECT_EQ(Blocks(*session, length), before);
+  }
+}
+
+TEST_F(PyramidSessionTest, SharesOfOneAnswerAsWithoutTheMethod) {
+  const auto plain = Shown(Options(PyramidMode::kOff), 10);
+  const std::vector<int32_t> want = Answer(*plain, "What is there?");
+  for (const PyramidMode mode : {PyramidMode::kQuestion, PyramidMode::kReplay,
+                                 PyramidMode::kQueryFree, PyramidMode::kProbe}) {
+    const auto session = Shown(Options(mode, 1), 10);
+    EXPECT_EQ(Answer(*session, "What is there?"), want) << Name(mode);
+  }
+}
+
+TEST_F(PyramidSessionTest, ReplayEqualsThePapersPrefillOfTheWholePrompt) {
+  SessionOptions options = Options(PyramidMode::kReplay);
+  options.pyramid.quota = PyramidQuota::kGlobal;
+  const auto session = Shown(options, 9);
+  EXPECT_EQ(session->cache.length(), 0);
+  const Vlm& vlm = *engine_.vlm();
+
+  // The same in one piece, by hand.
+  const std::vector<FramePtr> frames = NoiseFrames(9);
+  const PreprocessConfig& config = vlm.encoder().preprocess_config();
+  const Tensor pixels(DType::kF32, {9, 3, config.height, config.width});
+  Preprocess(*ctx_, frames, config, pixels);
+  const VisualTokens tokens = vlm.encoder().Encode(*ctx_, pixels, frames);
+  const std::vector<int32_t> question =
+      vlm.prompt_format().EncodeQuestion(vlm.tokenizer(), "What is there?", false);
+  const auto prefix = static_cast<int64_t>(session->prefix_ids.size());
+  const auto count = static_cast<int64_t>(question.size());
+  const int64_t visual = tokens.size(), width = vlm.decoder().hidden_size();
+  const Tensor prompt(DType::kF32, {prefix + visual + 1 + count, width});
+  vlm.decoder().Embed(*ctx_, session->prefix_ids, prompt.view().Slice(0, prefix));
+  std::copy_n(tokens.features.data<float>(), visual * width, prompt.data<float>() + prefix * width);
+  std::copy_n(vlm.newline_row().data<float>(), width,
+              prompt.data<float>() + (prefix + visual) * width);
+  vlm.decoder().Embed(*ctx_, question,
+                      prompt.view().Slice(prefix + visual + 1, prefix + visual + 1 + count));
+  std::vector<int32_t> labels(prefix, PyramidDrop::kText);
+  for (const TokenOrigin& origin : tokens.origins) labels.push_back(origin.frame);
+  const PyramidPlan plan = PyramidPlan::Make(options.pyramid, kLayers);
+  PyramidDrop drop(plan, labels, 0);
+  KvCache cache(session->cache.pool(), KvPositions::kRows);
+  const Generated want = Generate(*ctx_, vlm, cache, prompt, {}, options.generate, nullptr, &drop);
+
+  EXPECT_EQ(Answer(*session, "What is there?"), want.ids);
+  EXPECT_THAT(drop.stage_sizes(), ElementsAre(81, 40, 20));
+  EXPECT_EQ(session->pyramid.QuestionStageSizes(), drop.stage_sizes());
+}
+
+TEST_F(PyramidSessionTest, ReplaySeesTheNewestFramesOnlyAndHowTheyCameDoesNotMatter) {
+  SessionOptions options = Options(PyramidMode::kReplay);
+  options.pyramid.replay_frames = 3;
+  const auto lived = Shown(options, 20, 4), single = Shown(options, 20, 1);
+  const auto late = engine_.NewSession(options);
+  Show(*late, NoiseFrames(3, 17));
+  EXPECT_EQ(lived->pyramid.ReplayRows().size(),
+            static_cast<size_t>(3 * kTokensPerFrame * engine_.vlm()->decoder().hidden_size()));
+  const std::vector<int32_t> want = Answer(*late, "What is there?");
+  EXPECT_EQ(Answer(*lived, "What is there?"), want);
+  EXPECT_EQ(Answer(*single, "What is there?"), want);
+  EXPECT_EQ(Answer(*lived, "What is there?"), want);
+}
+
+TEST_F(PyramidSessionTest, FramesThinnedOnArrivalLeaveDeepLayersFewRows) {
+  for (const PyramidMode mode : {PyramidMode::kQueryFree, PyramidMode::kProbe}) {
+    for (const KvPositions positions : {KvPositions::kRows, KvPositions::kTokens}) {
+      SessionOptions options = Options(mode);
+      options.pyramid.positions = positions;
+      const auto session = Shown(options, 12, 5), single = Shown(options, 12, 1);
+      const auto prefix = static_cast<int64_t>(session->prefix_ids.size());
+      EXPECT_EQ(session->cache.length(), prefix + 12 * 9) << Name(mode);
+      EXPECT_EQ(session->cache.rows(0), prefix + 12 * 9);
+      EXPECT_EQ(session->cache.rows(1), prefix + 12 * 4);
+      EXPECT_EQ(session->cache.rows(2), prefix + 12 * 2);
+      const int64_t bytes = session->cache.SizeBytes();
+      const std::vector<int32_t> answer = Answer(*session, "What is there?");
+      EXPECT_EQ(Answer(*session, "What is there?"), answer);
+      EXPECT_EQ(session->cache.SizeBytes(), bytes);
+      if (mode == PyramidMode::kProbe) continue;  // how a frame is ranked depends on its batch
+      EXPECT_EQ(Answer(*single, "What is there?"), answer);
+    }
+  }
+}
+
+TEST_F(PyramidSessionTest, AFailedBatchLeavesNoTrace) {
+  SessionOptions options = Options(PyramidMode::kQueryFree);
+  options.max_context_tokens = 6 * kTokensPerFrame + 100;
+  const auto session = Shown(options, 4), spared = Shown(options, 4);
+  EXPECT_THROW(Show(*session, NoiseFrames(12, 4), 12), InputError);
+  Show(*session, NoiseFrames(1, 4));
+  Show(*spared, NoiseFrames(1, 4));
+  EXPECT_EQ(Answer(*session, "What is there?"), Answer(*spared, "What is there?"));
+}
+
+TEST_F(PyramidSessionTest, ImpossibleSettingsAreRefusedBeforeTheFirstFrame) {
+  SessionOptions options = Options(PyramidMode::kQuestion);
+  options.pyramid.stages = 4;
+  EXPECT_THAT([&] { engine_.NewSession(options); },
+              ThrowsMessage<InputError>(HasSubstr("3 layers, got 4 stages")));
+  options = Options(PyramidMode::kReplay);
+  options.max_context_tokens = 100;
+  EXPECT_THAT([&] { engine_.NewSession(options); },
+              ThrowsMessage<InputError>(HasSubstr("replay fewer than")));
+}
+
+}  // namespace
+}  // namespace sluice
