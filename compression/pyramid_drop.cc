@@ -342,6 +342,10 @@ PyramidDrop* PyramidStream::ForFrames(const VisualTokens& tokens, int64_t first)
   if (by_query) {
     step_->RankByQueries(queries_);
   } else {
+    if (!tokens.scores.empty() && tokens.scores.size() != tokens.origins.size()) {
+      throw Error("[pyramid-drop] a compressor left " + std::to_string(tokens.scores.size()) +
+                  " scores for " + std::to_string(tokens.size()) + " tokens, expected one each");
+    }
     scores_ = tokens.scores.empty() ? Novelty(tokens) : tokens.scores;
     step_->RankByScores(scores_);
   }

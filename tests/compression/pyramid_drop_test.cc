@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -49,11 +50,9 @@ struct TinyModel {
       Add(layer + "mlp.up_proj.weight", {kInner, kWidth}, 0.2f, 0);
       Add(layer + "mlp.down_proj.weight", {kWidth, kInner}, 0.2f, 0);
     }
-    const auto directory =
-        std::filesystem::path(testing::TempDir()) /
-        ("pyramid_" + std::to_string(kv_heads) + "_" +
-         testing::UnitTest::GetInstance()->current_test_info()->test_suite_name()[0] +
-         testing::UnitTest::GetInstance()->current_test_info()->name());
+    // Tests of several builds may run at once.
+    const auto directory = std::filesystem::path(testing::TempDir()) /
+                           ("pyramid_drop_test_" + std::to_string(getpid()));
     std::filesystem::create_directories(directory);
     std::map<std::string, ConstTensorView> views;
     for (const auto& [name, tensor] : tensors) views["language_model." + name] = tensor.view();
