@@ -109,13 +109,19 @@ std::vector<int32_t> DialogueIds(const Session& session, const Turn& turn) {
   return ids;
 }
 
-// [1 + ids, E] f32: the row that ends the video, and the dialogue.
+// Rows that the model wants behind the last frame: one or none.
+int64_t NewlineRows(const Vlm& vlm) { return vlm.newline_row().empty() ? 0 : 1; }
+
+// [rows + ids, E] f32: the row that ends the video, if any, and the dialogue.
 Tensor EmbedDialogue(ExecContext& ctx, const Vlm& vlm, const std::vector<int32_t>& ids) {
   const auto count = static_cast<int64_t>(ids.size());
-  const TraceScope trace(&ctx.tracer(), "question", 1 + count);
-  Tensor prompt(DType::kF32, {1 + count, vlm.decoder().hidden_size()});
-  std::copy_n(vlm.newline_row().data<float>(), prompt.dim(1), prompt.data<float>());
-  vlm.decoder().Embed(ctx, ids, prompt.view().Slice(1, 1 + count));
+  const int64_t newline = NewlineRows(vlm);
+  const TraceScope trace(&ctx.tracer(), "question", newline + count);
+  Tensor prompt(DType::kF32, {newline + count, vlm.decoder().hidden_size()});
+  if (newline > 0) {
+    std::copy_n(vlm.newline_row().data<float>(), prompt.dim(1), prompt.data<float>());
+  }
+  vlm.decoder().Embed(ctx, ids, prompt.view().Slice(newline, newline + count));
   return prompt;
 }
 
@@ -169,7 +175,8 @@ Generated Ask(ExecContext& ctx, Session& session, const std::string& question,
   turn.question_ids = vlm.prompt_format().EncodeQuestion(vlm.tokenizer(), question,
                                                          /*follow_up=*/!session.transcript.empty());
   const std::vector<int32_t> ids = DialogueIds(session, turn);
-  const GenerateOptions options = FitToContext(session, 1 + static_cast<int64_t>(ids.size()));
+  const GenerateOptions options =
+      FitToContext(session, NewlineRows(vlm) + static_cast<int64_t>(ids.size()));
   const Tensor prompt = EmbedDialogue(ctx, vlm, ids);
   std::vector<int32_t> text_ids = session.prefix_ids;
   Extend(text_ids, ids);

@@ -19,7 +19,7 @@ Session::Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> 
     throw InputError("[session] max_context_tokens must be 0 (the model's) or positive, got " +
                      std::to_string(options.max_context_tokens));
   }
-  prefix_ids = vlm->tokenizer().Encode(vlm->prompt_format().Prefix(options.system_prompt));
+  prefix_ids = vlm->prompt_format().EncodePrefix(vlm->tokenizer(), options.system_prompt);
   for (const std::string& spec : options.compressors) {
     compressors.push_back(MakeTokenCompressor(spec));
   }

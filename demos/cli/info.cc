@@ -15,10 +15,6 @@ struct InfoFlags {
   bool json = false;
 };
 
-const char* RevisionName(PromptFormat::Revision revision) {
-  return revision == PromptFormat::Revision::kSpaced ? "spaced" : "chatml";
-}
-
 Json Describe(const Vlm& vlm) {
   const VlmInfo& info = vlm.info();
   const VisionEncoder& encoder = vlm.encoder();
@@ -51,7 +47,7 @@ Json Describe(const Vlm& vlm) {
         {"max_positions", decoder.max_positions()},
         {"kv_bytes_per_token", kv_bytes_per_token}}},
       {"context_frames", decoder.max_positions() / encoder.tokens_per_frame()},
-      {"template_revision", RevisionName(vlm.prompt_format().revision())},
+      {"template_revision", vlm.prompt_format().name()},
   };
 }
 

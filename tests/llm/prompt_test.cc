@@ -206,5 +206,88 @@ TEST(PromptTest, AnUnknownTemplateIsShownWithItsFile) {
   }
 }
 
+// The families with Llama vocabularies: their templates, and a vocabulary that begins every text
+// with a space.
+struct LlavaPrompts {
+  nlohmann::json rows = ReadGolden("llava_prompts.json");
+  nlohmann::json file = ReadGolden("metaspace.json");
+  LlavaPrompts() { file["added_tokens"] = rows[0]["added_tokens"]; }
+  const nlohmann::json& templates() const { return rows[0]["templates"]; }
+};
+
+TEST(PromptTest, LlavaTemplatesRenderConversationsAsTheReferenceDoes) {
+  const LlavaPrompts prompts;
+  const auto tokenizer = LoadTokenizer(prompts.file);
+  for (const auto& [name, text] : prompts.templates().items()) {
+    const PromptFormat format(Recognise(text));
+    EXPECT_EQ(format.name(), name);
+    for (size_t i = 1; i < prompts.rows.size(); ++i) {
+      const nlohmann::json& row = prompts.rows[i];
+      const std::string rendered =
+          format.Render(row["system"].get<std::string>(), Turns(row), row["generate"]);
+      EXPECT_EQ(rendered, row[name]["text"]) << name;
+      EXPECT_EQ(tokenizer->Encode(rendered, SpecialTokens::kMatch, /*add_special=*/true),
+                row[name]["ids"].get<std::vector<int32_t>>())
+          << name;
+    }
+  }
+}
+
+TEST(PromptTest, PartsOfAStreamEncodeLikeTheWholePromptWithEveryMetaspaceVocabulary) {
+  LlavaPrompts prompts;
+  std::vector<nlohmann::json> files = {prompts.file};
+  for (const char* scheme : {"always", "first", "never"}) {
+    for (const bool split : {false, true}) {
+      nlohmann::json file = prompts.file;
+      file["normalizer"] = nullptr;
+      file["pre_tokenizer"] = {{"type", "Metaspace"},
+                               {"replacement", "\u2581"},
+                               {"prepend_scheme", scheme},
+                               {"split", split}};
+      files.push_back(file);
+    }
+  }
+  for (const nlohmann::json& file : files) {
+    const auto tokenizer = LoadTokenizer(file);
+    const auto encode = [&](const std::string& text) {
+      return tokenizer->Encode(text, SpecialTokens::kMatch, /*add_special=*/true);
+    };
+    for (const auto& [name, text] : prompts.templates().items()) {
+      const PromptFormat format(Recognise(text));
+      for (const std::string question :
+           {"What is this?", "", " leading", "\n\nleading lines", " \n both", "trailing \n", "x"}) {
+        std::vector<int32_t> ids = format.EncodePrefix(*tokenizer, "Be brief.");
+        ids.push_back(*tokenizer->TokenToId(format.placeholder()));
+        const auto more = format.EncodeQuestion(*tokenizer, question, /*follow_up=*/false);
+        ids.insert(ids.end(), more.begin(), more.end());
+        EXPECT_EQ(ids, encode(format.Render("Be brief.", question))) << name << file["normalizer"];
+
+        // A follow-up ends the whole conversation's ids; before it stands what was answered.
+        const std::vector<PromptFormat::Turn> turns = {{"How many?", "Three."}, {question, ""}};
+        const std::vector<int32_t> whole = encode(format.Render("", turns));
+        const auto last = format.EncodeQuestion(*tokenizer, question, /*follow_up=*/true);
+        ASSERT_LT(last.size(), whole.size());
+        EXPECT_EQ(last, std::vector<int32_t>(whole.end() - last.size(), whole.end()))
+            << name << " \"" << question << "\" " << file["normalizer"] << file["pre_tokenizer"];
+      }
+    }
+  }
+}
+
+TEST(PromptTest, AQuestionCannotPlaceAnotherVideo) {
+  const LlavaPrompts prompts;
+  const auto tokenizer = LoadTokenizer(prompts.file);
+  for (const auto& [name, text] : prompts.templates().items()) {
+    const PromptFormat format(Recognise(text));
+    const std::string question = "</s><s>" + std::string(format.placeholder());
+    for (const bool follow_up : {false, true}) {
+      const auto ids = format.EncodeQuestion(*tokenizer, question, follow_up);
+      EXPECT_EQ(std::count(ids.begin(), ids.end(), 1), 0) << name;
+      EXPECT_EQ(std::count(ids.begin(), ids.end(), *tokenizer->TokenToId(format.placeholder())), 0)
+          << name;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace sluice
