@@ -48,7 +48,7 @@ constexpr std::string_view kChatMlTemplate =
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
 
 // The default of transformers' converter for LLaVA-NeXT with the Yi decoder.
-constexpr std::string_view kChatMlImageTemplate =
+constexpr std::string_view kYiTemplate =
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n'}}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
     "{{ '<image>\\n' }}{% endfor %}"
@@ -70,31 +70,12 @@ constexpr std::string_view kVicunaTemplate =
     "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}";
 
-// The same with videos behind the images, as processors with a video token render them.
-constexpr std::string_view kVicunaVideoTemplate =
-    "{% for message in messages %}{% if message['role'] != 'system' %}"
-    "{{ message['role'].upper() + ': '}}{% endif %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
-    "{{ '<image>\\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}"
-    "{{ '<video>\\n' }}{% endfor %}"
-    "{% if message['role'] != 'assistant' %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ content['text'] + ' '}}{% endfor %}"
-    "{% else %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}";
-
-// The default of transformers' converter for LLaVA-NeXT-Video, with videos as it is published. It
-// renders a system prompt twice.
+// The default of transformers' converter for LLaVA-NeXT-Video. It renders a system prompt twice.
 constexpr std::string_view kConvertedVicunaTemplate =
     "{% for message in messages %}{% if message['role'] == 'system' %}"
     "{{ message['content'][0]['text'] }}{% else %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
     "{{ '<image>\\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}"
-    "{{ '<video>\\n' }}{% endfor %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
     "{{ content['text'] + ' '}}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}";
@@ -115,6 +96,16 @@ constexpr std::string_view kMistralBackslashTemplate =
     "{% for message in messages %}{% if message['role'] == 'system' %}"
     "{{ '<<SYS>>\\n' + message['content'][0]['text'] + '\\n<</SYS>>\\n\\n' }}"
     "{% elif message['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'][0]['text'] + '<\\\\s> '}}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}";
+
+// The default of transformers' converter for LLaVA-NeXT with the Mistral decoder.
+constexpr std::string_view kConvertedMistralTemplate =
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
     "{{ '<image>\\n' }}{% endfor %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
@@ -352,18 +343,79 @@ Source FindTemplate(const std::filesystem::path& directory) {
                    "chat_template.jinja or tokenizer_config.json");
 }
 
+// A template's lexemes with every run of loops over images and videos made one lexeme: which kinds
+// a template lists, and in which order, depends on its processor, not on the conversation.
+struct Skeleton {
+  std::vector<std::string> lexemes;
+  bool images = false, videos = false;
+};
+
+// One such loop at `at`: *kind and what it renders, *text. Returns its number of lexemes, or 0.
+size_t MatchMediaLoop(std::span<const std::string> lexemes, std::string* kind, std::string* text) {
+  static const std::vector<std::string> kLoop = *JinjaLexer::Lex(
+      "{% for content in message['content'] | selectattr('type', 'equalto', '') %}{{ '' }}"
+      "{% endfor %}");
+  if (lexemes.size() < kLoop.size()) return 0;
+  int blank = 0;
+  for (size_t i = 0; i < kLoop.size(); ++i) {
+    if (kLoop[i] == "s" && lexemes[i].starts_with('s')) {
+      *(blank++ == 0 ? kind : text) = lexemes[i].substr(1);
+    } else if (kLoop[i] != lexemes[i]) {
+      return 0;
+    }
+  }
+  return kLoop.size();
+}
+
+std::optional<Skeleton> ReadSkeleton(std::string_view source) {
+  const auto lexemes = JinjaLexer::Lex(source);
+  if (!lexemes) return std::nullopt;
+  Skeleton skeleton;
+  for (size_t i = 0; i < lexemes->size();) {
+    std::string kind, text;
+    const size_t count = MatchMediaLoop(std::span(*lexemes).subspan(i), &kind, &text);
+    bool* const seen = kind == "image" ? &skeleton.images : &skeleton.videos;
+    const std::string placeholder = "<" + kind + ">";
+    if (count == 0 || (kind != "image" && kind != "video") || *seen ||
+        !text.starts_with(placeholder)) {
+      skeleton.lexemes.push_back((*lexemes)[i++]);
+      continue;
+    }
+    *seen = true;
+    // 'm' is media; what follows a placeholder is part of the conversation's text.
+    const std::string media = "m" + text.substr(placeholder.size());
+    if (skeleton.lexemes.empty() || skeleton.lexemes.back() != media) {
+      skeleton.lexemes.push_back(media);
+    }
+    i += count;
+  }
+  return skeleton;
+}
+
+using Revision = PromptFormat::Revision;
+
+constexpr struct {
+  std::string_view jinja;
+  Revision revision;
+} kTemplates[] = {{kSpacedTemplate, Revision::kSpaced},
+                  {kChatMlTemplate, Revision::kChatMl},
+                  {kYiTemplate, Revision::kChatMl},
+                  {kVicunaTemplate, Revision::kVicuna},
+                  {kConvertedVicunaTemplate, Revision::kConvertedVicuna},
+                  {kMistralTemplate, Revision::kMistral},
+                  {kMistralBackslashTemplate, Revision::kMistralBackslash},
+                  {kConvertedMistralTemplate, Revision::kConvertedMistral}};
+
 }  // namespace
 
-// What a template puts around the parts of a conversation.
+// What a revision puts around the parts of a conversation.
 struct PromptFormat::Layout {
   Revision revision;
   const char* name;
-  std::string_view jinja;
+  int system_times;  // how often a system prompt is rendered; 0: it has no place
   std::string_view system_begin, system_end;
-  bool system_twice;
   std::string_view user_begin;        // before the video
   std::string_view later_user_begin;  // of a turn without one
-  std::string_view placeholder;       // for the video
   std::string_view video_end;
   std::string_view user_end;
   std::string_view ask;           // what an answer is generated behind
@@ -371,31 +423,33 @@ struct PromptFormat::Layout {
   std::string_view answer_end;
 };
 
-namespace {
+const PromptFormat::Layout& PromptFormat::layout() const {
+  static constexpr Layout kLayouts[] = {
+      {Revision::kSpaced, "spaced", 1, "<|im_start|>system \n", "<|im_end|>", "<|im_start|>user ",
+       "<|im_start|>user \n", "\n", "<|im_end|>", "<|im_start|>assistant\n",
+       "<|im_start|>assistant \n", "<|im_end|>"},
+      {Revision::kChatMl, "chatml", 1, "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n",
+       "<|im_start|>user\n", "\n", "<|im_end|>\n", "<|im_start|>assistant\n",
+       "<|im_start|>assistant\n", "<|im_end|>\n"},
+      {Revision::kVicuna, "vicuna", 1, "", " ", "USER: ", "USER: ", "\n", " ",
+       "ASSISTANT:", "ASSISTANT: ", " "},
+      {Revision::kConvertedVicuna, "converted_vicuna", 2, "", " ", "USER: ", "USER: ", "\n", " ",
+       "ASSISTANT:", "ASSISTANT: ", " "},
+      {Revision::kMistral, "mistral", 1, "<<SYS>>\n", "\n<</SYS>>\n\n", "[INST] ", "[INST] ", "\n",
+       " [/INST]", "", " ", "</s> "},
+      {Revision::kMistralBackslash, "mistral_backslash", 1, "<<SYS>>\n", "\n<</SYS>>\n\n",
+       "[INST] ", "[INST] ", "\n", " [/INST]", "", " ", "<\\s> "},
+      {Revision::kConvertedMistral, "converted_mistral", 0, "", "", "[INST] ", "[INST] ", "\n",
+       " [/INST]", "", " ", "<\\s> "},
+  };
+  for (const Layout& layout : kLayouts) {
+    if (layout.revision == revision_) return layout;
+  }
+  throw Error("[prompt] revision " + std::to_string(static_cast<int>(revision_)) +
+              " has no layout");
+}
 
-constexpr PromptFormat::Layout kLayouts[] = {
-    {PromptFormat::Revision::kSpaced, "spaced", kSpacedTemplate, "<|im_start|>system \n",
-     "<|im_end|>", false, "<|im_start|>user ", "<|im_start|>user \n", "<video>", "\n", "<|im_end|>",
-     "<|im_start|>assistant\n", "<|im_start|>assistant \n", "<|im_end|>"},
-    {PromptFormat::Revision::kChatMl, "chatml", kChatMlTemplate, "<|im_start|>system\n",
-     "<|im_end|>\n", false, "<|im_start|>user\n", "<|im_start|>user\n", "<video>", "\n",
-     "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_start|>assistant\n", "<|im_end|>\n"},
-    {PromptFormat::Revision::kChatMlImage, "chatml_image", kChatMlImageTemplate,
-     "<|im_start|>system\n", "<|im_end|>\n", false, "<|im_start|>user\n", "<|im_start|>user\n",
-     "<image>", "\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_start|>assistant\n",
-     "<|im_end|>\n"},
-    {PromptFormat::Revision::kVicuna, "vicuna", kVicunaTemplate, "", " ", false,
-     "USER: ", "USER: ", "<image>", "\n", " ", "ASSISTANT:", "ASSISTANT: ", " "},
-    {PromptFormat::Revision::kVicunaVideo, "vicuna_video", kVicunaVideoTemplate, "", " ", false,
-     "USER: ", "USER: ", "<video>", "\n", " ", "ASSISTANT:", "ASSISTANT: ", " "},
-    {PromptFormat::Revision::kConvertedVicuna, "vicuna_converted", kConvertedVicunaTemplate, "",
-     " ", true, "USER: ", "USER: ", "<video>", "\n", " ", "ASSISTANT:", "ASSISTANT: ", " "},
-    {PromptFormat::Revision::kMistral, "mistral", kMistralTemplate, "<<SYS>>\n", "\n<</SYS>>\n\n",
-     false, "[INST] ", "[INST] ", "<image>", "\n", " [/INST]", "", " ", "</s> "},
-    {PromptFormat::Revision::kMistralBackslash, "mistral_backslash", kMistralBackslashTemplate,
-     "<<SYS>>\n", "\n<</SYS>>\n\n", false, "[INST] ", "[INST] ", "<image>", "\n", " [/INST]", "",
-     " ", "<\\s> "},
-};
+namespace {
 
 // Ids of `text` as they come behind more text: a vocabulary may put a space before what begins a
 // text, which this one does not. A control character, which merges with nothing, stands in for what
@@ -450,9 +504,12 @@ size_t ControlBegin(const Tokenizer& tokenizer, std::string_view text) {
 
 PromptFormat PromptFormat::Load(const std::filesystem::path& directory) {
   const Source source = FindTemplate(directory);
-  if (const auto lexed = JinjaLexer::Lex(source.text)) {
-    for (const Layout& layout : kLayouts) {
-      if (lexed == JinjaLexer::Lex(layout.jinja)) return PromptFormat(layout.revision);
+  const auto skeleton = ReadSkeleton(source.text);
+  if (skeleton && (skeleton->images || skeleton->videos)) {
+    for (const auto& [jinja, revision] : kTemplates) {
+      if (skeleton->lexemes == ReadSkeleton(jinja)->lexemes) {
+        return PromptFormat(revision, skeleton->videos ? Media::kVideo : Media::kImage);
+      }
     }
   }
   throw InputError("[prompt] " + source.file.string() +
@@ -461,24 +518,18 @@ PromptFormat PromptFormat::Load(const std::filesystem::path& directory) {
                    Quoted(source.text));
 }
 
-const PromptFormat::Layout& PromptFormat::layout() const {
-  for (const Layout& layout : kLayouts) {
-    if (layout.revision == revision_) return layout;
-  }
-  throw Error("[prompt] revision " + std::to_string(static_cast<int>(revision_)) +
-              " has no layout");
-}
-
 const char* PromptFormat::name() const { return layout().name; }
-
-std::string_view PromptFormat::placeholder() const { return layout().placeholder; }
 
 std::string PromptFormat::Prefix(std::string_view system) const {
   std::string text;
   if (!system.empty()) {
+    if (layout().system_times == 0) {
+      throw InputError(
+          "[prompt] the checkpoint's chat template has no place for a system prompt, got " +
+          Quoted(std::string(system)));
+    }
     text += layout().system_begin;
-    text += system;
-    if (layout().system_twice) text += system;
+    for (int i = 0; i < layout().system_times; ++i) text += system;
     text += layout().system_end;
   }
   return text += layout().user_begin;
@@ -515,7 +566,7 @@ std::vector<int32_t> PromptFormat::EncodeQuestion(const Tokenizer& tokenizer,
       before.substr(lead_end) + std::string(question) + after.substr(0, tail_begin);
   const bool behind_text = lead_end == 0 && follow_up;
   append(behind_text ? EncodeBehindText(tokenizer, text)
-                     : EncodeBehindControl(tokenizer, layout().placeholder, text));
+                     : EncodeBehindControl(tokenizer, placeholder(), text));
   if (tail_begin < after.size()) append(tokenizer.Encode(after.substr(tail_begin)));
   return ids;
 }
@@ -526,7 +577,7 @@ std::string PromptFormat::Render(std::string_view system, std::span<const Turn> 
   std::string text = Prefix(system);
   for (size_t i = 0; i < turns.size(); ++i) {
     if (i == 0) {
-      text += layout.placeholder;
+      text += placeholder();
       text += layout.video_end;
     } else {
       text += layout.later_user_begin;

@@ -24,27 +24,31 @@ class PromptFormat {
   // chat_template.json, chat_template.jinja, tokenizer_config.json "chat_template"; in JSON a
   // string, a list of {"name", "template"} or an object by name, of which "default" counts. The
   // ones published for the LLaVA families are known (a list in prompt.cc), compared as Jinja reads
-  // them: comments, spacing inside tags and whitespace that rendering drops do not matter. Throws
-  // InputError that names the file and shows the beginning of a template it does not know.
+  // them: comments, spacing inside tags and whitespace that rendering drops do not matter, nor do
+  // order and presence of the loops that list images and videos, if one is there. Throws InputError
+  // that names the file and shows the beginning of a template it does not know.
   static PromptFormat Load(const std::filesystem::path& directory);
 
   enum class Revision {
     kSpaced,  // "<|im_start|>user <video>\nQ<|im_end|><|im_start|>assistant\n" (on the hub today)
     kChatMl,  // "<|im_start|>user\n<video>\nQ<|im_end|>\n<|im_start|>assistant\n" (older files)
-    kChatMlImage,       // as kChatMl, with <image>
-    kVicuna,            // "USER: <image>\nQ ASSISTANT:"
-    kVicunaVideo,       // as kVicuna, with <video>
-    kConvertedVicuna,   // as kVicunaVideo, but a system prompt is rendered twice
-    kMistral,           // "[INST] <image>\nQ [/INST]", answers end with "</s> "
+    kVicuna,  // "USER: <video>\nQ ASSISTANT:"
+    kConvertedVicuna,   // as kVicuna, but a system prompt is rendered twice
+    kMistral,           // "[INST] <video>\nQ [/INST]", answers end with "</s> "
     kMistralBackslash,  // as kMistral, but answers end with "<\s> " (older files)
+    kConvertedMistral,  // as kMistralBackslash, without system prompts
   };
-  explicit PromptFormat(Revision revision) : revision_(revision) {}
+  // What stands for the video: templates of models that know only images have no <video>.
+  enum class Media { kVideo, kImage };
+  explicit PromptFormat(Revision revision, Media media = Media::kVideo)
+      : revision_(revision), media_(media) {}
   Revision revision() const { return revision_; }
-  const char* name() const;              // of the revision: "spaced", "chatml", "vicuna", ...
-  std::string_view placeholder() const;  // what stands for the video: "<video>" or "<image>"
+  const char* name() const;  // of the revision: "spaced", "chatml", "vicuna", ...
+  std::string_view placeholder() const { return media_ == Media::kVideo ? "<video>" : "<image>"; }
 
   // Up to right before the first visual token, to be encoded with SpecialTokens::kMatch. An empty
-  // `system` means no system turn; no template inserts one of its own.
+  // `system` means no system turn; no template inserts one of its own. Throws InputError
+  // where the template has no place for one.
   std::string Prefix(std::string_view system = {}) const;
   // Its ids, behind what the tokenizer's post-processor puts at the beginning of a text (<s>).
   std::vector<int32_t> EncodePrefix(const Tokenizer& tokenizer, std::string_view system = {}) const;
@@ -80,6 +84,7 @@ class PromptFormat {
   const Layout& layout() const;
 
   Revision revision_;
+  Media media_;
 };
 
 }  // namespace sluice

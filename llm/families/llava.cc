@@ -237,7 +237,12 @@ void ReadRope(const ConfigObject& text, std::initializer_list<const char*> types
   if (!rope.Has("factor")) rope.Refuse("factor", "a number");
   scaling.factor = rope.Number({"factor"}, 1, 1, 1e6);
   scaling.kind = type == "linear" ? RopeScaling::Kind::kLinear : RopeScaling::Kind::kLlama3;
-  if (type == "linear") return;
+  if (type == "linear") {
+    // The file names the positions before the stretch; LLaVA-NeXT-Video is trained beyond them.
+    decoder.max_positions = static_cast<int64_t>(
+        std::min<double>(decoder.max_positions * scaling.factor, LlavaBounds::kPositions));
+    return;
+  }
   for (const char* key :
        {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}) {
     if (!rope.Has(key)) rope.Refuse(key, "a number");

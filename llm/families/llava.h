@@ -54,7 +54,7 @@ struct DecoderDefaults {
 Qwen2Config ReadDecoder(const ConfigObject& top, const ConfigObject& text,
                         const DecoderDefaults& defaults);
 // rope_theta and rope_scaling in the spellings of transformers 4.x and 5.x. `types`: the supported
-// ones among "default", "linear" and "llama3".
+// ones among "default", "linear" and "llama3". "linear" stretches the context by its factor.
 void ReadRope(const ConfigObject& text, std::initializer_list<const char*> types,
               Qwen2Config& decoder);
 // A tower's index into the embeddings followed by every layer's output, as a number of layers.

@@ -115,6 +115,12 @@ TEST(LlavaNextTest, FramesBecomeTheTokensOfTheirGeneration) {
   EXPECT_EQ(LoadF32(kMistral)->encoder().preprocess_config().fit, PictureFit::kStretch);
 }
 
+TEST(LlavaNextTest, OnlyLinearScalingStretchesTheContext) {
+  EXPECT_EQ(LoadF32(kVideo)->decoder().max_positions(), 10240);  // 2.5 x 4096
+  EXPECT_EQ(LoadF32(kMistral)->decoder().max_positions(), 4096);
+  EXPECT_EQ(LoadF32(kLlava15)->decoder().max_positions(), 4096);
+}
+
 TEST(LlavaNextTest, DefaultsAreThoseOfTheClasses) {
   CheckpointCopy copy(kVideo);
   copy.Remove("processor_config.json");

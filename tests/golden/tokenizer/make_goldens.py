@@ -441,19 +441,22 @@ MISTRAL = (
     "{{ ' ' + message['content'][0]['text'] + 'END '}}{% else %}"
     "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}")
 LLAVA = {
-    "chatml_image": (
+    "chatml": (
         "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{# Render all images first #}" + IMAGES +
         "{# Render all text next #}" + TEXTS_OF + "{{ content['text'] }}{% endfor %}{{'<|im_end|>' + '\n'}}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
     "vicuna": VICUNA.replace("VIDEOS", ""),
     "vicuna_video": VICUNA.replace("VIDEOS", "{# Render all video next #}" + VIDEOS),
-    "vicuna_converted": (
+    "converted_vicuna": (
         "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }}{% else %}"
         "{{ message['role'].upper() + ': '}}{% endif %}{# Render all images first #}" + IMAGES +
         "{# Render all video next #}" + VIDEOS + "{# Render all text next #}" + TEXTS_OF +
         "{{ content['text'] + ' '}}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"),
     "mistral": MISTRAL.replace("END", "</s>"),
     "mistral_backslash": MISTRAL.replace("END", "<\\s>"),
+    "converted_mistral": MISTRAL.replace("END", "<\\s>").replace(
+        "{% if message['role'] == 'system' %}"
+        "{{ '<<SYS>>\n' + message['content'][0]['text'] + '\n<</SYS>>\n\n' }}{% elif", "{% if"),
 }
 
 
@@ -467,6 +470,8 @@ def llava_prompts(metaspace):
     for system, turns, generate in CONVERSATIONS:
         row = {"system": system, "turns": turns, "generate": generate}
         for name, text in LLAVA.items():
+            if system and name == "converted_mistral":
+                continue  # raises
             kind = "video" if "<video>" in text else "image"
             messages = []
             if system:
