@@ -78,9 +78,8 @@ class PromptFormat {
                      bool generate = true) const;
   std::string Render(std::string_view system, std::string_view question) const;
 
-  struct Layout;  // private to prompt.cc
-
  private:
+  struct Layout;
   const Layout& layout() const;
 
   Revision revision_;
