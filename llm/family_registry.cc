@@ -1,5 +1,6 @@
 #include "llm/family_registry.h"
 
+#include "llm/families/llava_next.h"
 #include "llm/families/llava_onevision.h"
 
 namespace sluice {
@@ -7,6 +8,9 @@ namespace {
 
 constexpr ModelFamily kFamilies[] = {
     {"LlavaOnevisionForConditionalGeneration", "llava_onevision", LoadLlavaOnevision},
+    {"LlavaNextVideoForConditionalGeneration", "llava_next_video", LoadLlavaNextVideo},
+    {"LlavaNextForConditionalGeneration", "llava_next", LoadLlavaNext},
+    {"LlavaForConditionalGeneration", "llava", LoadLlava15},
 };
 
 }  // namespace

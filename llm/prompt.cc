@@ -1,5 +1,6 @@
 #include "llm/prompt.h"
 
+#include <algorithm>
 #include <optional>
 #include <system_error>
 #include <utility>
@@ -45,6 +46,72 @@ constexpr std::string_view kChatMlTemplate =
     "{% generation %}{{ content['text'] }}{% endgeneration %}{% endfor %}"
     "{% endif %}{{'<|im_end|>' + '\\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+
+// The default of transformers' converter for LLaVA-NeXT with the Yi decoder.
+constexpr std::string_view kYiTemplate =
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n'}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}{{'<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+
+// llava-hf/llava-1.5-*-hf and llava-v1.6-vicuna-*-hf, chat_template.json.
+constexpr std::string_view kVicunaTemplate =
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}"
+    "{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}";
+
+// The default of transformers' converter for LLaVA-NeXT-Video. It renders a system prompt twice.
+constexpr std::string_view kConvertedVicunaTemplate =
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ message['content'][0]['text'] }}{% else %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}";
+
+// llava-hf/llava-v1.6-mistral-7b-hf, chat_template.json; earlier revisions end an answer with
+// "<\s> ".
+constexpr std::string_view kMistralTemplate =
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ '<<SYS>>\\n' + message['content'][0]['text'] + '\\n<</SYS>>\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'][0]['text'] + '</s> '}}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}";
+constexpr std::string_view kMistralBackslashTemplate =
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ '<<SYS>>\\n' + message['content'][0]['text'] + '\\n<</SYS>>\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'][0]['text'] + '<\\\\s> '}}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}";
+
+// The default of transformers' converter for LLaVA-NeXT with the Mistral decoder.
+constexpr std::string_view kConvertedMistralTemplate =
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'][0]['text'] + '<\\\\s> '}}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}";
 
 bool IsSpace(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
@@ -209,6 +276,9 @@ class JinjaLexer {
         case 't':
           value += '\t';
           break;
+        case 's':  // no escape: both characters stay
+          value += "\\s";
+          break;
         case '\\':
         case '\'':
         case '"':
@@ -273,75 +343,253 @@ Source FindTemplate(const std::filesystem::path& directory) {
                    "chat_template.jinja or tokenizer_config.json");
 }
 
+// A template's lexemes with every run of loops over images and videos made one lexeme: which kinds
+// a template lists, and in which order, depends on its processor, not on the conversation.
+struct Skeleton {
+  std::vector<std::string> lexemes;
+  bool images = false, videos = false;
+};
+
+// One such loop at `at`: *kind and what it renders, *text. Returns its number of lexemes, or 0.
+size_t MatchMediaLoop(std::span<const std::string> lexemes, std::string* kind, std::string* text) {
+  static const std::vector<std::string> kLoop = *JinjaLexer::Lex(
+      "{% for content in message['content'] | selectattr('type', 'equalto', '') %}{{ '' }}"
+      "{% endfor %}");
+  if (lexemes.size() < kLoop.size()) return 0;
+  int blank = 0;
+  for (size_t i = 0; i < kLoop.size(); ++i) {
+    if (kLoop[i] == "s" && lexemes[i].starts_with('s')) {
+      *(blank++ == 0 ? kind : text) = lexemes[i].substr(1);
+    } else if (kLoop[i] != lexemes[i]) {
+      return 0;
+    }
+  }
+  return kLoop.size();
+}
+
+std::optional<Skeleton> ReadSkeleton(std::string_view source) {
+  const auto lexemes = JinjaLexer::Lex(source);
+  if (!lexemes) return std::nullopt;
+  Skeleton skeleton;
+  for (size_t i = 0; i < lexemes->size();) {
+    std::string kind, text;
+    const size_t count = MatchMediaLoop(std::span(*lexemes).subspan(i), &kind, &text);
+    bool* const seen = kind == "image" ? &skeleton.images : &skeleton.videos;
+    const std::string placeholder = "<" + kind + ">";
+    if (count == 0 || (kind != "image" && kind != "video") || *seen ||
+        !text.starts_with(placeholder)) {
+      skeleton.lexemes.push_back((*lexemes)[i++]);
+      continue;
+    }
+    *seen = true;
+    // 'm' is media; what follows a placeholder is part of the conversation's text.
+    const std::string media = "m" + text.substr(placeholder.size());
+    if (skeleton.lexemes.empty() || skeleton.lexemes.back() != media) {
+      skeleton.lexemes.push_back(media);
+    }
+    i += count;
+  }
+  return skeleton;
+}
+
+using Revision = PromptFormat::Revision;
+
+constexpr struct {
+  std::string_view jinja;
+  Revision revision;
+} kTemplates[] = {{kSpacedTemplate, Revision::kSpaced},
+                  {kChatMlTemplate, Revision::kChatMl},
+                  {kYiTemplate, Revision::kChatMl},
+                  {kVicunaTemplate, Revision::kVicuna},
+                  {kConvertedVicunaTemplate, Revision::kConvertedVicuna},
+                  {kMistralTemplate, Revision::kMistral},
+                  {kMistralBackslashTemplate, Revision::kMistralBackslash},
+                  {kConvertedMistralTemplate, Revision::kConvertedMistral}};
+
+}  // namespace
+
+// What a revision puts around the parts of a conversation.
+struct PromptFormat::Layout {
+  Revision revision;
+  const char* name;
+  int system_times;  // how often a system prompt is rendered; 0: it has no place
+  std::string_view system_begin, system_end;
+  std::string_view user_begin;        // before the video
+  std::string_view later_user_begin;  // of a turn without one
+  std::string_view video_end;
+  std::string_view user_end;
+  std::string_view ask;           // what an answer is generated behind
+  std::string_view answer_begin;  // what an answer of the past stands behind
+  std::string_view answer_end;
+};
+
+const PromptFormat::Layout& PromptFormat::layout() const {
+  static constexpr Layout kLayouts[] = {
+      {Revision::kSpaced, "spaced", 1, "<|im_start|>system \n", "<|im_end|>", "<|im_start|>user ",
+       "<|im_start|>user \n", "\n", "<|im_end|>", "<|im_start|>assistant\n",
+       "<|im_start|>assistant \n", "<|im_end|>"},
+      {Revision::kChatMl, "chatml", 1, "<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n",
+       "<|im_start|>user\n", "\n", "<|im_end|>\n", "<|im_start|>assistant\n",
+       "<|im_start|>assistant\n", "<|im_end|>\n"},
+      {Revision::kVicuna, "vicuna", 1, "", " ", "USER: ", "USER: ", "\n", " ",
+       "ASSISTANT:", "ASSISTANT: ", " "},
+      {Revision::kConvertedVicuna, "converted_vicuna", 2, "", " ", "USER: ", "USER: ", "\n", " ",
+       "ASSISTANT:", "ASSISTANT: ", " "},
+      {Revision::kMistral, "mistral", 1, "<<SYS>>\n", "\n<</SYS>>\n\n", "[INST] ", "[INST] ", "\n",
+       " [/INST]", "", " ", "</s> "},
+      {Revision::kMistralBackslash, "mistral_backslash", 1, "<<SYS>>\n", "\n<</SYS>>\n\n",
+       "[INST] ", "[INST] ", "\n", " [/INST]", "", " ", "<\\s> "},
+      {Revision::kConvertedMistral, "converted_mistral", 0, "", "", "[INST] ", "[INST] ", "\n",
+       " [/INST]", "", " ", "<\\s> "},
+  };
+  for (const Layout& layout : kLayouts) {
+    if (layout.revision == revision_) return layout;
+  }
+  throw Error("[prompt] revision " + std::to_string(static_cast<int>(revision_)) +
+              " has no layout");
+}
+
+namespace {
+
+// Ids of `text` as they come behind more text: a vocabulary may put a space before what begins a
+// text, which this one does not. A control character, which merges with nothing, stands in for what
+// comes before and is dropped.
+std::vector<int32_t> EncodeBehindText(const Tokenizer& tokenizer, const std::string& text) {
+  const std::string mark = "\x01";
+  const std::vector<int32_t> begin = tokenizer.Encode(mark, SpecialTokens::kAsText);
+  std::vector<int32_t> ids = tokenizer.Encode(mark + text, SpecialTokens::kAsText);
+  if (ids.size() < begin.size() || !std::equal(begin.begin(), begin.end(), ids.begin())) {
+    throw InputError(
+        "[prompt] the vocabulary must not merge U+0001 with what follows, it does in " +
+        Quoted(mark + text));
+  }
+  ids.erase(ids.begin(), ids.begin() + static_cast<int64_t>(begin.size()));
+  return ids;
+}
+
+// Ids of `text` as they come behind the control string `control`. Where a vocabulary begins only
+// the very first text with a space, this is not the first.
+std::vector<int32_t> EncodeBehindControl(const Tokenizer& tokenizer, std::string_view control,
+                                         const std::string& text) {
+  const std::optional<int32_t> id = tokenizer.TokenToId(control);
+  std::vector<int32_t> first = tokenizer.Encode("x");
+  if (id) first.insert(first.begin(), *id);
+  const bool like_first = !id || tokenizer.Encode(std::string(control) + "x") == first;
+  return like_first ? tokenizer.Encode(text, SpecialTokens::kAsText)
+                    : EncodeBehindText(tokenizer, text);
+}
+
+// Where the last control string of `text` ends, and where the first begins: all of them stand in
+// angle brackets.
+size_t ControlEnd(const Tokenizer& tokenizer, std::string_view text) {
+  for (size_t end = text.rfind('>'); end != std::string_view::npos && end > 0;
+       end = text.rfind('>', end - 1)) {
+    const size_t begin = text.rfind('<', end);
+    if (begin == std::string_view::npos) break;
+    if (tokenizer.TokenToId(text.substr(begin, end + 1 - begin))) return end + 1;
+  }
+  return 0;
+}
+size_t ControlBegin(const Tokenizer& tokenizer, std::string_view text) {
+  for (size_t begin = text.find('<'); begin != std::string_view::npos;
+       begin = text.find('<', begin + 1)) {
+    const size_t end = text.find('>', begin);
+    if (end == std::string_view::npos) break;
+    if (tokenizer.TokenToId(text.substr(begin, end + 1 - begin))) return begin;
+  }
+  return text.size();
+}
+
 }  // namespace
 
 PromptFormat PromptFormat::Load(const std::filesystem::path& directory) {
   const Source source = FindTemplate(directory);
-  if (const auto lexed = JinjaLexer::Lex(source.text)) {
-    if (lexed == JinjaLexer::Lex(kSpacedTemplate)) return PromptFormat(Revision::kSpaced);
-    if (lexed == JinjaLexer::Lex(kChatMlTemplate)) return PromptFormat(Revision::kChatMl);
+  const auto skeleton = ReadSkeleton(source.text);
+  if (skeleton && (skeleton->images || skeleton->videos)) {
+    for (const auto& [jinja, revision] : kTemplates) {
+      if (skeleton->lexemes == ReadSkeleton(jinja)->lexemes) {
+        return PromptFormat(revision, skeleton->videos ? Media::kVideo : Media::kImage);
+      }
+    }
   }
   throw InputError("[prompt] " + source.file.string() +
-                   ": the chat template must be one published for LLaVA-OneVision, is " +
+                   ": the chat template must be one published for LLaVA-OneVision, LLaVA-1.5, "
+                   "LLaVA-NeXT or LLaVA-NeXT-Video, is " +
                    Quoted(source.text));
 }
 
+const char* PromptFormat::name() const { return layout().name; }
+
 std::string PromptFormat::Prefix(std::string_view system) const {
-  const bool spaced = revision_ == Revision::kSpaced;
   std::string text;
   if (!system.empty()) {
-    text += spaced ? "<|im_start|>system \n" : "<|im_start|>system\n";
-    text += system;
-    text += spaced ? "<|im_end|>" : "<|im_end|>\n";
+    if (layout().system_times == 0) {
+      throw InputError(
+          "[prompt] the checkpoint's chat template has no place for a system prompt, got " +
+          Quoted(std::string(system)));
+    }
+    text += layout().system_begin;
+    for (int i = 0; i < layout().system_times; ++i) text += system;
+    text += layout().system_end;
   }
-  return text + (spaced ? "<|im_start|>user " : "<|im_start|>user\n");
+  return text += layout().user_begin;
+}
+
+std::vector<int32_t> PromptFormat::EncodePrefix(const Tokenizer& tokenizer,
+                                                std::string_view system) const {
+  return tokenizer.Encode(Prefix(system), SpecialTokens::kMatch, /*add_special=*/true);
 }
 
 std::string PromptFormat::BeforeQuestion(bool follow_up) const {
-  if (!follow_up) return "\n";
-  return revision_ == Revision::kSpaced ? "<|im_end|><|im_start|>user \n"
-                                        : "<|im_end|>\n<|im_start|>user\n";
+  if (!follow_up) return std::string(layout().video_end);
+  return std::string(layout().answer_end) + std::string(layout().later_user_begin);
 }
 
 std::string PromptFormat::AfterQuestion() const {
-  return revision_ == Revision::kSpaced ? "<|im_end|><|im_start|>assistant\n"
-                                        : "<|im_end|>\n<|im_start|>assistant\n";
+  return std::string(layout().user_end) + std::string(layout().ask);
 }
 
 std::vector<int32_t> PromptFormat::EncodeQuestion(const Tokenizer& tokenizer,
                                                   std::string_view question, bool follow_up) const {
-  // The text between the last control string and the question must not be cut from the question:
-  // "\n" and a question that begins with "\n" are one token together. No control string is in it,
-  // so that encoding it as text changes nothing.
-  const std::string before = BeforeQuestion(follow_up);
-  const size_t control_end = before.rfind('>') == std::string::npos ? 0 : before.rfind('>') + 1;
-  std::vector<int32_t> ids = tokenizer.Encode(before.substr(0, control_end));
+  // The template's text around the question must not be cut from it: "\n" and a question that
+  // begins with "\n" are one token together, and a Llama vocabulary begins every text with a space
+  // of its own. Only the control strings are encoded by themselves.
+  const std::string before = BeforeQuestion(follow_up), after = AfterQuestion();
+  const size_t lead_end = ControlEnd(tokenizer, before),
+               tail_begin = ControlBegin(tokenizer, after);
+  std::vector<int32_t> ids;
   const auto append = [&ids](const std::vector<int32_t>& more) {
     ids.insert(ids.end(), more.begin(), more.end());
   };
-  append(
-      tokenizer.Encode(before.substr(control_end) + std::string(question), SpecialTokens::kAsText));
-  append(tokenizer.Encode(AfterQuestion()));
+  if (lead_end > 0) append(tokenizer.Encode(before.substr(0, lead_end)));
+  const std::string text =
+      before.substr(lead_end) + std::string(question) + after.substr(0, tail_begin);
+  const bool behind_text = lead_end == 0 && follow_up;
+  append(behind_text ? EncodeBehindText(tokenizer, text)
+                     : EncodeBehindControl(tokenizer, placeholder(), text));
+  if (tail_begin < after.size()) append(tokenizer.Encode(after.substr(tail_begin)));
   return ids;
 }
 
 std::string PromptFormat::Render(std::string_view system, std::span<const Turn> turns,
                                  bool generate) const {
-  const bool spaced = revision_ == Revision::kSpaced;
-  const std::string end = spaced ? "<|im_end|>" : "<|im_end|>\n";
+  const Layout& layout = this->layout();
   std::string text = Prefix(system);
   for (size_t i = 0; i < turns.size(); ++i) {
     if (i == 0) {
-      text += "<video>\n";
+      text += placeholder();
+      text += layout.video_end;
     } else {
-      text += spaced ? "<|im_start|>user \n" : "<|im_start|>user\n";
+      text += layout.later_user_begin;
     }
-    text += turns[i].question + end;
+    text += turns[i].question;
+    text += layout.user_end;
     if (turns[i].answer.empty()) continue;
-    text += spaced ? "<|im_start|>assistant \n" : "<|im_start|>assistant\n";
-    text += turns[i].answer + end;
+    text += layout.answer_begin;
+    text += turns[i].answer;
+    text += layout.answer_end;
   }
-  if (generate) text += "<|im_start|>assistant\n";
+  if (generate) text += layout.ask;
   return text;
 }
 

@@ -139,7 +139,7 @@ std::vector<int32_t> DialogueIds(const Session& session, const Turn& turn) {
 }
 
 // What a question adds to the cache: the frames that are replayed with their prefix, if any, the
-// row that ends the video, and the dialogue. [S, E] f32.
+// row that ends the video, if the model wants one, and the dialogue. [S, E] f32.
 Tensor EmbedPrompt(ExecContext& ctx, const Session& session, const std::vector<int32_t>& ids) {
   const Vlm& vlm = *session.vlm;
   const int64_t width = vlm.decoder().hidden_size(), count = static_cast<int64_t>(ids.size());
@@ -147,12 +147,15 @@ Tensor EmbedPrompt(ExecContext& ctx, const Session& session, const std::vector<i
   const auto prefix = static_cast<int64_t>(replays ? session.prefix_ids.size() : 0);
   const std::span<const float> frames = session.pyramid.ReplayRows();
   const int64_t newline = prefix + static_cast<int64_t>(frames.size()) / width;
-  const TraceScope trace(&ctx.tracer(), "question", newline + 1 + count);
-  Tensor prompt(DType::kF32, {newline + 1 + count, width});
+  const int64_t text = newline + (vlm.newline_row().empty() ? 0 : 1);
+  const TraceScope trace(&ctx.tracer(), "question", text + count);
+  Tensor prompt(DType::kF32, {text + count, width});
   if (prefix > 0) vlm.decoder().Embed(ctx, session.prefix_ids, prompt.view().Slice(0, prefix));
   std::copy(frames.begin(), frames.end(), prompt.data<float>() + prefix * width);
-  std::copy_n(vlm.newline_row().data<float>(), width, prompt.data<float>() + newline * width);
-  vlm.decoder().Embed(ctx, ids, prompt.view().Slice(newline + 1, newline + 1 + count));
+  if (text > newline) {
+    std::copy_n(vlm.newline_row().data<float>(), width, prompt.data<float>() + newline * width);
+  }
+  vlm.decoder().Embed(ctx, ids, prompt.view().Slice(text, text + count));
   return prompt;
 }
 

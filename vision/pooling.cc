@@ -1,11 +1,45 @@
 #include "vision/pooling.h"
 
 #include <algorithm>
+#include <string>
 
 #include "runtime/error.h"
 #include "runtime/parallel.h"
 
 namespace sluice {
+
+void AveragePool(ExecContext& ctx, ConstTensorView x, int rows, int cols, int stride,
+                 TensorView y) {
+  const int64_t in_tokens = int64_t{rows} * cols, width = x.dim(1);
+  const int64_t out_rows = rows / stride, out_cols = cols / stride;
+  const int64_t frames = x.dim(0) / in_tokens;
+  if (x.dim(0) != frames * in_tokens || y.shape() != Shape{frames * out_rows * out_cols, width}) {
+    throw Error("[pool] grids of " + std::to_string(in_tokens) + " tokens become " +
+                std::to_string(out_rows * out_cols) + ", got " + x.shape().ToString() + " and " +
+                y.shape().ToString());
+  }
+  const float* in = x.data<float>();
+  float* out = y.data<float>();
+  const int64_t in_stride = x.stride0(), out_stride = y.stride0();
+  const float share = 1.0f / static_cast<float>(stride * stride);
+  ParallelFor(ctx, frames * out_rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) {
+      const float* grid = in + line / out_rows * in_tokens * in_stride;
+      for (int64_t c = 0; c < out_cols; ++c) {
+        float* to = out + (line * out_cols + c) * out_stride;
+        std::fill_n(to, width, 0.0f);
+        for (int64_t i = 0; i < stride; ++i) {
+          for (int64_t j = 0; j < stride; ++j) {
+            const int64_t row = line % out_rows * stride + i;
+            const float* from = grid + (row * cols + c * stride + j) * in_stride;
+            for (int64_t d = 0; d < width; ++d) to[d] += from[d];
+          }
+        }
+        for (int64_t d = 0; d < width; ++d) to[d] *= share;
+      }
+    }
+  });
+}
 
 std::vector<BilinearPool::Tap> BilinearPool::Taps(int in, int out) {
   // In f32, as the reference computes it.

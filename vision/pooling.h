@@ -1,5 +1,5 @@
-// Bilinear resize of a grid of tokens: torch's interpolate(mode="bilinear", align_corners=False)
-// without antialias.
+// Smaller grids of tokens: torch's interpolate(mode="bilinear", align_corners=False) without
+// antialias, and its AvgPool2d.
 #ifndef SLUICE_VISION_POOLING_H_
 #define SLUICE_VISION_POOLING_H_
 
@@ -10,6 +10,12 @@
 #include "runtime/tensor.h"
 
 namespace sluice {
+
+// The mean of every `stride` x `stride` square: y[r, c] = sum x[stride r + i, stride c + j] /
+// stride^2. Rows and columns that fill no square are dropped. x: [F * rows * cols, D] f32,
+// frame-major and row-major; y: [F * (rows / stride) * (cols / stride), D] f32. Throws Error on
+// other shapes.
+void AveragePool(ExecContext& ctx, ConstTensorView x, int rows, int cols, int stride, TensorView y);
 
 // Immutable; safe for many threads.
 class BilinearPool {

@@ -1,5 +1,6 @@
 #include "vision/preprocess.h"
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -12,6 +13,7 @@ namespace {
 
 // Far beyond any picture, small enough that products of a few such numbers fit 64 bits.
 constexpr int kMaxSide = 1 << 20;
+constexpr int kMaxCropSide = 2000;  // times kMaxSide is less than 2^31
 
 void CheckPicture(const char* place, size_t bytes, int width, int height) {
   if (width < 1 || height < 1 || width > kMaxSide || height > kMaxSide) {
@@ -25,6 +27,20 @@ void CheckPicture(const char* place, size_t bytes, int width, int height) {
                      std::to_string(height) + " has " + std::to_string(expected) +
                      " bytes of RGB, got " + std::to_string(bytes));
   }
+}
+
+BicubicResizer MakeResizer(const Frame& frame, const PreprocessConfig& config) {
+  if (config.fit == PictureFit::kStretch) {
+    return BicubicResizer(frame.width, frame.height, config.width, config.height);
+  }
+  const int64_t side = config.width, shorter = std::min(frame.width, frame.height);
+  const auto width = static_cast<int>(side * frame.width / shorter);
+  const auto height = static_cast<int>(side * frame.height / shorter);
+  return BicubicResizer(frame.width, frame.height, width, height,
+                        {.left = (width - config.width) / 2,
+                         .top = (height - config.height) / 2,
+                         .width = config.width,
+                         .height = config.height});
 }
 
 }  // namespace
@@ -48,6 +64,12 @@ void Preprocess(ExecContext& ctx, std::span<const FramePtr> frames, const Prepro
     throw Error("[preprocess] out must be contiguous " + expected.ToString() + " f32, got " +
                 out.shape().ToString() + " " + Name(out.dtype()));
   }
+  // Larger inputs would make the resized picture's longer side exceed 31 bits.
+  if (config.fit == PictureFit::kCenterCrop && (width != height || width > kMaxCropSide)) {
+    throw Error("[preprocess] a centre crop must be square with sides of at most " +
+                std::to_string(kMaxCropSide) + ", got " + std::to_string(width) + "x" +
+                std::to_string(height));
+  }
   float normalised[3][256];
   for (int c = 0; c < 3; ++c) {
     const float mean = config.mean[c] * 255.0f, deviation = config.std[c] * 255.0f;
@@ -59,7 +81,7 @@ void Preprocess(ExecContext& ctx, std::span<const FramePtr> frames, const Prepro
     const Frame& frame = *frames[f];
     CheckPicture("preprocess", frame.rgb.size(), frame.width, frame.height);
     if (!resizer || !resizer->Fits(frame.width, frame.height)) {
-      resizer.emplace(frame.width, frame.height, config.width, config.height);
+      resizer.emplace(MakeResizer(frame, config));
     }
     float* planes = out.data<float>() + f * 3 * height * width;
     resizer->Run(ctx, frame.rgb.data(), [&](int y, const uint8_t* rgbx) {

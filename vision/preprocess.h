@@ -14,9 +14,16 @@
 
 namespace sluice {
 
+// How a picture fills the tower's input.
+enum class PictureFit {
+  kStretch,     // resized to it; the aspect ratio is not kept
+  kCenterCrop,  // resized until its shorter side fills it, then the centre is cut out
+};
+
 struct PreprocessConfig {
   int width = 384;  // pixels of the tower's input
   int height = 384;
+  PictureFit fit = PictureFit::kStretch;           // kCenterCrop needs width == height
   std::array<float, 3> mean = {0.5f, 0.5f, 0.5f};  // of values in 0..1
   std::array<float, 3> std = {0.5f, 0.5f, 0.5f};
 };
@@ -29,7 +36,8 @@ struct PreprocessConfig {
 void ResizeBicubic(ExecContext& ctx, std::span<const uint8_t> in, int in_width, int in_height,
                    std::span<uint8_t> out, int out_width, int out_height);
 
-// Resizes (aspect ratio not kept) and normalises: (u8 - 255 mean) / (255 std) in f32.
+// Resizes and normalises: (u8 - 255 mean) / (255 std) in f32. With kCenterCrop the longer side
+// becomes floor(width * longer / shorter), of which floor(half the surplus) is cut off in front.
 // out: [frames.size(), 3, height, width] f32.
 void Preprocess(ExecContext& ctx, std::span<const FramePtr> frames, const PreprocessConfig& config,
                 TensorView out);

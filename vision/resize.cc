@@ -123,18 +123,18 @@ double Bicubic(double x) {
 
 }  // namespace
 
-ResizeTaps BicubicTaps(int in_size, int out_size) {
+ResizeTaps BicubicTaps(int in_size, int out_size, int first_out, int count_out) {
   const double scale = static_cast<double>(in_size) / out_size;
   const double filter_scale = std::max(scale, 1.0);
   const double support = 2.0 * filter_scale;
   ResizeTaps taps;
   taps.max_taps = std::min(static_cast<int>(std::ceil(support)) * 2 + 1, in_size);
-  taps.first.resize(out_size);
-  taps.count.resize(out_size);
-  taps.weights.resize(static_cast<size_t>(out_size) * taps.max_taps);
+  taps.first.resize(count_out);
+  taps.count.resize(count_out);
+  taps.weights.resize(static_cast<size_t>(count_out) * taps.max_taps);
   std::vector<double> weights(taps.max_taps);
-  for (int i = 0; i < out_size; ++i) {
-    const double center = (i + 0.5) * scale;
+  for (int i = 0; i < count_out; ++i) {
+    const double center = (first_out + i + 0.5) * scale;
     const int first = std::max(static_cast<int>(center - support + 0.5), 0);
     const int last = std::min(static_cast<int>(center + support + 0.5), in_size);
     const int count = last - first;
@@ -154,13 +154,14 @@ ResizeTaps BicubicTaps(int in_size, int out_size) {
   return taps;
 }
 
-BicubicResizer::BicubicResizer(int in_width, int in_height, int out_width, int out_height)
+BicubicResizer::BicubicResizer(int in_width, int in_height, int out_width, int out_height,
+                               Window window)
     : in_width_(in_width),
       in_height_(in_height),
-      out_width_(out_width),
-      out_height_(out_height),
-      columns_(BicubicTaps(in_width, out_width)),
-      rows_(BicubicTaps(in_height, out_height)) {}
+      out_width_(window.width),
+      out_height_(window.height),
+      columns_(BicubicTaps(in_width, out_width, window.left, window.width)),
+      rows_(BicubicTaps(in_height, out_height, window.top, window.height)) {}
 
 void BicubicResizer::Run(ExecContext& ctx, const uint8_t* rgb, const RowSink& sink) const {
   const int group = HWY_DYNAMIC_DISPATCH(RowsAtOnce)();

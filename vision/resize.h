@@ -18,17 +18,24 @@ struct ResizeTaps {
   int max_taps = 0;
   std::vector<int32_t> first, count, weights;
 };
-ResizeTaps BicubicTaps(int in_size, int out_size);
+// Of the outputs [first, first + count) of `out_size`.
+ResizeTaps BicubicTaps(int in_size, int out_size, int first, int count);
 
 // Holds the taps of one pair of sizes, so that the frames of a stream share them. Immutable; safe
 // for many threads.
 class BicubicResizer {
  public:
-  // REQUIRES: all sizes >= 1.
-  BicubicResizer(int in_width, int in_height, int out_width, int out_height);
+  // The part of the resized picture that is computed.
+  struct Window {
+    int left, top, width, height;
+  };
+  // REQUIRES: all sizes >= 1, the window lies inside of [out_height, out_width].
+  BicubicResizer(int in_width, int in_height, int out_width, int out_height, Window window);
+  BicubicResizer(int in_width, int in_height, int out_width, int out_height)
+      : BicubicResizer(in_width, in_height, out_width, out_height, {0, 0, out_width, out_height}) {}
 
-  // Receives finished rows, in no order, from several threads at once. rgbx: 4 * out_width bytes,
-  // the fourth of each pixel without meaning. Must not throw.
+  // Receives finished rows of the window, in no order, from several threads at once; y counts from
+  // its top. rgbx: 4 bytes a pixel, the fourth without meaning. Must not throw.
   using RowSink = std::function<void(int y, const uint8_t* rgbx)>;
   // rgb: [in_height, in_width, 3].
   void Run(ExecContext& ctx, const uint8_t* rgb, const RowSink& sink) const;
@@ -38,7 +45,7 @@ class BicubicResizer {
   }
 
  private:
-  int in_width_, in_height_, out_width_, out_height_;
+  int in_width_, in_height_, out_width_, out_height_;  // out: of the window
   ResizeTaps columns_, rows_;
 };
 

@@ -4,6 +4,7 @@
 
 #include "demos/cli/commands.h"
 #include "demos/cli/common.h"
+#include "llm/family_registry.h"
 #include "runtime/ops/attention.h"
 #include "runtime/ops/linear.h"
 
@@ -14,10 +15,6 @@ struct InfoFlags {
   ModelFlags model;
   bool json = false;
 };
-
-const char* RevisionName(PromptFormat::Revision revision) {
-  return revision == PromptFormat::Revision::kSpaced ? "spaced" : "chatml";
-}
 
 Json Describe(const Vlm& vlm) {
   const VlmInfo& info = vlm.info();
@@ -51,7 +48,7 @@ Json Describe(const Vlm& vlm) {
         {"max_positions", decoder.max_positions()},
         {"kv_bytes_per_token", kv_bytes_per_token}}},
       {"context_frames", decoder.max_positions() / encoder.tokens_per_frame()},
-      {"template_revision", RevisionName(vlm.prompt_format().revision())},
+      {"template_revision", vlm.prompt_format().name()},
   };
 }
 
@@ -93,6 +90,15 @@ void PrintSection(const char* title, const Json& section) {
   }
 }
 
+// By the "model_type" of config.json: the architecture.
+Json Families() {
+  Json families = Json::object();
+  for (const ModelFamily& family : ModelFamilies()) {
+    families[family.model_type] = family.architecture;
+  }
+  return families;
+}
+
 void Info(const InfoFlags& flags) {
   const Engine engine = OpenEngine(flags.model);
   const CpuInfo cpu = CpuInfo::Detect();
@@ -100,7 +106,8 @@ void Info(const InfoFlags& flags) {
   machine["threads"] = engine.num_threads();
   const Json report = {{"checkpoint", Describe(*engine.vlm())},
                        {"machine", machine},
-                       {"fast_paths", FastPaths(*engine.vlm(), cpu)}};
+                       {"fast_paths", FastPaths(*engine.vlm(), cpu)},
+                       {"families", Families()}};
   if (flags.json) {
     PrintJson(report);
     return;
@@ -108,6 +115,7 @@ void Info(const InfoFlags& flags) {
   PrintSection("checkpoint", report["checkpoint"]);
   PrintSection("machine", report["machine"]);
   PrintSection("fast paths", report["fast_paths"]);
+  PrintSection("families this build can load", report["families"]);
 }
 
 }  // namespace

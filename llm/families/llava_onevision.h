@@ -5,8 +5,7 @@
 
 #include <filesystem>
 #include <memory>
-#include <optional>
-#include <string>
+#include <vector>
 
 #include "llm/families/qwen2.h"
 #include "llm/vlm.h"
@@ -24,12 +23,6 @@ struct LlavaOnevisionConfig {
 
 // Both spellings (transformers 4.x and 5.x). Throws InputError naming file and field.
 LlavaOnevisionConfig ReadLlavaOnevisionConfig(const std::filesystem::path& directory);
-
-// The canonical name (`vision_tower.encoder...`, `multi_modal_projector...`, `image_newline`,
-// `language_model.layers...`, `lm_head.weight`) of a tensor in any of the four published layouts,
-// or nothing for tensors that are not needed.
-std::optional<std::string> CanonicalLlavaName(const LlavaOnevisionConfig& config,
-                                              const std::string& name);
 
 // Throws InputError in one line naming file, tensor or field, expected and found.
 std::shared_ptr<const Vlm> LoadLlavaOnevision(const std::filesystem::path& directory,

@@ -199,9 +199,7 @@ class Qwen2Decoder : public Decoder {
 };
 
 Qwen2Decoder::Qwen2Decoder(WeightStore& weights, const Qwen2Config& config)
-    : config_(config),
-      dtype_(weights.compute_type()),
-      inv_freq_(DType::kF32, {config.head_dim / 2}) {
+    : config_(config), dtype_(weights.compute_type()), inv_freq_(InverseFrequencies(config)) {
   const int64_t width = config.hidden_size, inner = config.intermediate_size;
   const int64_t q_rows = q_width(), kv_rows = kv_width();
   constexpr WeightUse kUse = WeightUse::kAnyRows;
@@ -219,26 +217,27 @@ Qwen2Decoder::Qwen2Decoder(WeightStore& weights, const Qwen2Config& config)
         "its text_config: the checkpoint is incomplete");
   }
   final_norm_ = weights.TakeF32("language_model.norm.weight", {width});
-  for (int i = 0; i < config.head_dim / 2; ++i) {
-    // In f32 with a correctly rounded power, as the reference: at position 32768 one unit in the
-    // last place is already an angle of 0.002.
-    const float exponent = static_cast<float>(2 * i) / static_cast<float>(config.head_dim);
-    inv_freq_.data<float>()[i] = 1.0f / static_cast<float>(std::pow(config.rope_theta, exponent));
-  }
   for (int i = 0; i < config.num_layers; ++i) {
     const std::string prefix = "language_model.layers." + std::to_string(i) + ".";
     const std::string attention = prefix + "self_attn.", mlp = prefix + "mlp.";
     Qwen2Layer layer;
     layer.attention_norm = weights.TakeF32(prefix + "input_layernorm.weight", {width});
     layer.mlp_norm = weights.TakeF32(prefix + "post_attention_layernorm.weight", {width});
-    const Tensor q_bias = weights.TakeF32(attention + "q_proj.bias", {q_rows});
-    const Tensor k_bias = weights.TakeF32(attention + "k_proj.bias", {kv_rows});
-    const Tensor v_bias = weights.TakeF32(attention + "v_proj.bias", {kv_rows});
-    layer.qkv =
-        LinearWeight::Stack({weights.TakeMatrix(attention + "q_proj.weight", {q_rows, width}),
-                             weights.TakeMatrix(attention + "k_proj.weight", {kv_rows, width}),
-                             weights.TakeMatrix(attention + "v_proj.weight", {kv_rows, width})},
-                            {&q_bias, &k_bias, &v_bias}, kUse);
+    const auto stack_qkv = [&](std::initializer_list<const Tensor*> biases) {
+      return LinearWeight::Stack(
+          {weights.TakeMatrix(attention + "q_proj.weight", {q_rows, width}),
+           weights.TakeMatrix(attention + "k_proj.weight", {kv_rows, width}),
+           weights.TakeMatrix(attention + "v_proj.weight", {kv_rows, width})},
+          biases, kUse);
+    };
+    if (config.qkv_bias) {
+      const Tensor q_bias = weights.TakeF32(attention + "q_proj.bias", {q_rows});
+      const Tensor k_bias = weights.TakeF32(attention + "k_proj.bias", {kv_rows});
+      const Tensor v_bias = weights.TakeF32(attention + "v_proj.bias", {kv_rows});
+      layer.qkv = stack_qkv({&q_bias, &k_bias, &v_bias});
+    } else {
+      layer.qkv = stack_qkv({});
+    }
     layer.out = weights.TakeLinear(attention + "o_proj", width, q_rows, false, kUse);
     layer.gate_up =
         LinearWeight::Stack({weights.TakeMatrix(mlp + "gate_proj.weight", {inner, width}),
@@ -640,7 +639,42 @@ int64_t Qwen2Decoder::WeightBytesPerToken() const {
   return bytes;
 }
 
+// One frequency of Llama 3.1's scaling, step by step in f32 as the reference.
+float ScaleLlama3(float frequency, const RopeScaling& scaling) {
+  const auto factor = static_cast<float>(scaling.factor);
+  const auto low = static_cast<float>(scaling.low_frequency);
+  const auto high = static_cast<float>(scaling.high_frequency);
+  const auto positions = static_cast<float>(scaling.original_positions);
+  const float wavelength = static_cast<float>(2 * M_PI) / frequency;
+  if (wavelength > positions / low) return frequency / factor;
+  if (wavelength < positions / high) return frequency;
+  const float share = (positions / wavelength - low) / (high - low);
+  return (1 - share) * frequency / factor + share * frequency;
+}
+
 }  // namespace
+
+Tensor InverseFrequencies(const Qwen2Config& config) {
+  Tensor frequencies(DType::kF32, {config.head_dim / 2});
+  for (int i = 0; i < config.head_dim / 2; ++i) {
+    // In f32 with a correctly rounded power, as the reference: at position 32768 one unit in the
+    // last place is already an angle of 0.002.
+    const float exponent = static_cast<float>(2 * i) / static_cast<float>(config.head_dim);
+    float frequency = 1.0f / static_cast<float>(std::pow(config.rope_theta, exponent));
+    switch (config.rope_scaling.kind) {
+      case RopeScaling::Kind::kNone:
+        break;
+      case RopeScaling::Kind::kLinear:
+        frequency /= static_cast<float>(config.rope_scaling.factor);
+        break;
+      case RopeScaling::Kind::kLlama3:
+        frequency = ScaleLlama3(frequency, config.rope_scaling);
+        break;
+    }
+    frequencies.data<float>()[i] = frequency;
+  }
+  return frequencies;
+}
 
 std::unique_ptr<Decoder> LoadQwen2Decoder(WeightStore& weights, const Qwen2Config& config) {
   return std::make_unique<Qwen2Decoder>(weights, config);

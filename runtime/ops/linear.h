@@ -70,7 +70,8 @@ enum class Activation {
   kNone,
   kGeluTanh,
   kGeluErf,
-  kSiluMul,  // the outputs are gate | up, and y = silu(gate) * up is [M, N / 2]
+  kQuickGelu,  // x / (1 + e^-1.702x), CLIP's
+  kSiluMul,    // the outputs are gate | up, and y = silu(gate) * up is [M, N / 2]
 };
 
 struct LinearOptions {

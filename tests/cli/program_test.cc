@@ -110,6 +110,8 @@ TEST_F(ProgramTest, InfoDescribesCheckpointAndMachine) {
   EXPECT_GT(info["checkpoint"]["parameters"], 0);
   EXPECT_GE(info["machine"]["physical_cores"], 1);
   EXPECT_TRUE(info["fast_paths"].contains("decode_linear"));
+  EXPECT_EQ(info["families"]["llava_onevision"], "LlavaOnevisionForConditionalGeneration");
+  EXPECT_EQ(info["families"]["llava_next_video"], "LlavaNextVideoForConditionalGeneration");
   const Outcome text = Sluice("info" + model_);
   EXPECT_EQ(text.exit_code, 0);
   EXPECT_THAT(text.out, HasSubstr("LlavaOnevisionForConditionalGeneration"));

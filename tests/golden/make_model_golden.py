@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Golden values of whole models, made with transformers (5.17, torch 2.11, fp32, eager attention, CPU).
 
-    python3 tests/golden/make_model_golden.py tiny OUT_DIR          # two random checkpoints with their goldens
+    python3 tests/golden/make_model_golden.py tiny OUT_DIR          # random checkpoints with their goldens
     python3 tests/golden/make_model_golden.py model DIR OUT_FILE    # goldens of an existing checkpoint
 
 A golden file is a safetensors file that holds the input frames (u8), the prompt ids, a sample of the rows of every
@@ -20,9 +20,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoTokenizer,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    MistralConfig,
     Qwen2Config,
     SiglipVisionConfig,
 )
@@ -43,6 +52,33 @@ SPACED_TEMPLATE = (
     "{% generation %}{{ '\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif %}{{'<|im_end|>'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# LLaVA-1.5 and the vicuna models of LLaVA-NeXT; LLaVA-NeXT-Video has videos behind the images.
+VICUNA_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}VIDEOS"
+    "{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+VICUNA_VIDEOS = (
+    "{# Render all video next #}{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}"
+    "{{ '<video>\n' }}{% endfor %}"
+)
+MISTRAL_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ '<<SYS>>\n' + message['content'][0]['text'] + '\n<</SYS>>\n\n' }}{% elif message['role'] == 'user' %}"
+    "{{ '[INST] ' }}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{# Render all text next #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'][0]['text'] + '</s> '}}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 QUESTION = "What is the cat doing, and where?"
 SAMPLED_ROWS = 12
 GREEDY_TOKENS = 64
@@ -66,6 +102,31 @@ def make_tokenizer(directory):
     tokenizer.train_from_iterator(text, trainer)
     assert tokenizer.get_vocab_size() <= 295
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"])
+    tokenizer.save(os.path.join(directory, "tokenizer.json"))
+    return tokenizer
+
+
+def make_llama_tokenizer(directory, added):
+    """Pieces like SentencePiece's: every text begins with a space, unknown characters are bytes."""
+    learnt = Tokenizer(models.BPE())
+    learnt.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    text = ["What is the cat doing? Where is the dog?", "USER: ASSISTANT: [INST] [/INST]", "the cat is in the house"] * 4
+    learnt.train_from_iterator(text, trainers.BpeTrainer(vocab_size=70, special_tokens=[], show_progress=False))
+    model = json.loads(learnt.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces += sorted(model["vocab"], key=model["vocab"].get)
+    tokenizer = Tokenizer(models.BPE(
+        vocab={piece: i for i, piece in enumerate(pieces)}, merges=[tuple(m) for m in model["merges"]],
+        unk_token="<unk>", fuse_unk=True, byte_fallback=True,
+    ))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
+    ])
+    tokenizer.add_special_tokens(pieces[:3] + added)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
     tokenizer.save(os.path.join(directory, "tokenizer.json"))
     return tokenizer
 
@@ -123,6 +184,45 @@ def make_tiny(directory, *, vision, text, tied, seed):
         json.dump({"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, file)
 
 
+def make_tiny_llava(directory, *, kind, vision, text, template, processor, seed):
+    """kind: LLaVA-1.5 (llava), LLaVA-NeXT (llava_next) or LLaVA-NeXT-Video (llava_next_video)."""
+    os.makedirs(directory, exist_ok=True)
+    video = kind == "llava_next_video"
+    tokenizer = make_llama_tokenizer(directory, ["<video>", "<image>"] if video else ["<image>", "<pad>"])
+    token_ids = {"image_token_index": tokenizer.token_to_id("<image>")}
+    if video:
+        token_ids["video_token_index"] = tokenizer.token_to_id("<video>")
+    decoder = MistralConfig if "sliding_window" in text else LlamaConfig
+    configs, model_class = {
+        "llava": (LlavaConfig, LlavaForConditionalGeneration),
+        "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
+        "llava_next_video": (LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration),
+    }[kind]
+    model = model_class(configs(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=decoder(vocab_size=tokenizer.get_vocab_size() + 5, rms_norm_eps=1e-5, **text),
+        **token_ids,
+    )).eval()
+    randomise(model, seed)
+    model.generation_config.eos_token_id = 2
+    model.to(torch.bfloat16).save_pretrained(directory)
+    side = {"height": vision["image_size"], "width": vision["image_size"]}
+    settings = {
+        "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "do_center_crop": True,
+        "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3, "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": vision["image_size"]}, "crop_size": side, **processor,
+    }
+    name = "preprocessor_config.json"
+    if video:  # as transformers 5.x writes it
+        name, settings = "processor_config.json", {"video_processor": settings}
+    with open(os.path.join(directory, name), "w") as file:
+        json.dump(settings, file, indent=1)
+    with open(os.path.join(directory, "chat_template.json"), "w") as file:
+        json.dump({"chat_template": template}, file)
+    with open(os.path.join(directory, "tokenizer_config.json"), "w") as file:
+        json.dump({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, file)
+
+
 def make_frames(count, width, height, seed):
     """Random blobs that move: smooth enough to resize sensibly, never constant."""
     rng = np.random.default_rng(seed)
@@ -132,12 +232,72 @@ def make_frames(count, width, height, seed):
     return np.clip(np.stack(frames).astype(np.int32) + noise, 0, 255).astype(np.uint8)
 
 
-def pixel_values(frames, size):
-    resized = [np.asarray(Image.fromarray(f).resize((size, size), Image.BICUBIC), dtype=np.float32) for f in frames]
-    return torch.from_numpy((np.stack(resized) - 127.5) / 127.5).permute(0, 3, 1, 2)[None].contiguous()
+def resize(image, width, height):
+    # One axis a call: Pillow may begin with the vertical one, the reference's processors begin with the horizontal one.
+    return image.resize((width, image.height), Image.BICUBIC).resize((width, height), Image.BICUBIC)
 
 
-def run(model, input_ids, pixels):
+def fit(image, size, crop):
+    if not crop:
+        return resize(image, size, size)
+    short = min(image.size)
+    image = resize(image, int(size * image.width / short), int(size * image.height / short))
+    left, top = int((image.width - size) / 2), int((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def pixel_values(frames, size, crop, mean, std):
+    fitted = [np.asarray(fit(Image.fromarray(f), size, crop), dtype=np.float32) for f in frames]
+    mean, std = (np.float32(x) * np.float32(255) for x in (mean, std))
+    return torch.from_numpy((np.stack(fitted) - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+class Family:
+    """How one model class takes a video of pixels [F, 3, S, S]."""
+
+    def __init__(self, model):
+        self.model, self.inner, self.config = model, model.model, model.config
+        self.kind = model.config.model_type
+        self.clip = self.kind != "llava_onevision"
+        self.video = self.kind in ("llava_onevision", "llava_next_video")
+        self.placeholder = "<video>" if self.video else "<image>"
+        self.placeholder_id = self.config.video_token_id if self.video else self.config.image_token_id
+        vision = self.config.vision_config
+        grid = vision.image_size // vision.patch_size
+        self.per_frame = {"llava_onevision": -(-grid // 2), "llava_next_video": grid // 2}.get(self.kind, grid) ** 2
+        self.newlines = 1 if self.kind in ("llava_onevision", "llava_next") else 0
+
+    def pixels(self, frames):
+        size = self.config.vision_config.image_size
+        if not self.clip:
+            return pixel_values(frames, size, False, [0.5] * 3, [0.5] * 3)
+        # A frame is LLaVA-NeXT's overview of a picture, which does not keep the aspect ratio.
+        return pixel_values(frames, size, self.kind != "llava_next", CLIP_MEAN, CLIP_STD)
+
+    def prompt(self, question):
+        if not self.clip:
+            return f"<|im_start|>user <video>\n{question}<|im_end|><|im_start|>assistant\n"
+        if self.config.text_config.model_type == "mistral":
+            return f"[INST] {self.placeholder}\n{question} [/INST]"
+        return f"USER: {self.placeholder}\n{question} ASSISTANT:"
+
+    def inputs(self, input_ids, pixels):
+        pixels = pixels.to(self.model.dtype)
+        if self.video:
+            return dict(input_ids=input_ids, pixel_values_videos=pixels[None])
+        if self.kind == "llava":
+            return dict(input_ids=input_ids, pixel_values=pixels)
+        # LLaVA-NeXT cuts every picture into crops. One without finer crops is the overview's rows and a newline; so is
+        # a video, a row of overviews.
+        hidden = self.inner.vision_tower(pixels, output_hidden_states=True).hidden_states
+        features = self.inner.multi_modal_projector(hidden[self.config.vision_feature_layer][:, 1:])
+        rows = torch.cat([features.flatten(0, 1), self.inner.image_newline[None]])
+        embeds = self.inner.get_input_embeddings()(input_ids)
+        embeds[input_ids == self.placeholder_id] = rows
+        return dict(inputs_embeds=embeds)
+
+
+def run(family, input_ids, pixels):
     """One forward pass with every intermediate result, as fp32 [rows, columns]."""
     dumps, handles = {}, []
 
@@ -148,55 +308,63 @@ def run(model, input_ids, pixels):
 
         return hook
 
-    inner = model.model
-    handles.append(inner.vision_tower.embeddings.register_forward_hook(keep("vision/embeddings")))
-    for i, layer in enumerate(inner.vision_tower.encoder.layers):
+    inner = family.inner
+    tower = inner.vision_tower
+    start, layers = tower.embeddings, list(tower.encoder.layers)
+    if family.clip:
+        start, layers = tower.pre_layrnorm, layers[: family.config.vision_feature_layer + 1]
+    handles.append(start.register_forward_hook(keep("vision/embeddings")))
+    for i, layer in enumerate(layers):
         handles.append(layer.register_forward_hook(keep(f"vision/layer.{i}")))
+    if family.kind == "llava_next_video":
+        handles.append(inner.vision_resampler.register_forward_hook(keep("vision/pooled")))
     handles.append(inner.multi_modal_projector.register_forward_hook(keep("vision/projector")))
     for i, layer in enumerate(inner.language_model.layers):
         handles.append(layer.register_forward_hook(keep(f"decoder/layer.{i}")))
     handles.append(inner.language_model.norm.register_forward_hook(keep("decoder/norm")))
+
     def keep_embeds(_module, args, kwargs):
         dumps["decoder/inputs"] = kwargs["inputs_embeds"].detach().float()[0]
 
     handles.append(inner.language_model.register_forward_pre_hook(keep_embeds, with_kwargs=True))
     with torch.no_grad():
-        logits = model(input_ids=input_ids, pixel_values_videos=pixels.to(model.dtype)).logits
+        logits = family.model(**family.inputs(input_ids, pixels)).logits
     for handle in handles:
         handle.remove()
     dumps["decoder/logits"] = logits[0].float()
-    inputs = dumps["decoder/inputs"]
-    video = (input_ids[0] == model.config.video_token_id).nonzero()[:, 0]
-    dumps["vision/pooled"] = inputs[video[:-1]]  # the last placeholder holds the newline row
+    if not family.clip:
+        inputs = dumps["decoder/inputs"]
+        video = (input_ids[0] == family.placeholder_id).nonzero()[:, 0]
+        dumps["vision/pooled"] = inputs[video[:-1]]  # the last placeholder holds the newline row
     return dumps
 
 
+def load(directory, **options):
+    return Family(AutoModelForImageTextToText.from_pretrained(directory, **options).eval())
+
+
 def make_golden(directory, out_file, frames, question):
-    load = dict(dtype=torch.float32, attn_implementation="eager")
-    model = LlavaOnevisionForConditionalGeneration.from_pretrained(directory, **load).eval()
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    vision = model.config.vision_config
-    grid = vision.image_size // vision.patch_size
-    per_frame = (-(-grid // 2)) ** 2
-    text = f"<|im_start|>user <video>\n{question}<|im_end|><|im_start|>assistant\n"
-    text = text.replace("<video>", "<video>" * (len(frames) * per_frame + 1))
-    input_ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    pixels = pixel_values(frames, vision.image_size)
-    reference = run(model, input_ids, pixels)
+    family = load(directory, dtype=torch.float32, attn_implementation="eager")
+    # The file itself: transformers rebuilds some tokenizers by the name of their class.
+    tokenizer = Tokenizer.from_file(os.path.join(directory, "tokenizer.json"))
+    count = len(frames) * family.per_frame + family.newlines
+    text = family.prompt(question).replace(family.placeholder, family.placeholder * count)
+    input_ids = torch.tensor([tokenizer.encode(text).ids])
+    pixels = family.pixels(frames)
+    reference = run(family, input_ids, pixels)
     with torch.no_grad():
-        out = model.generate(
-            input_ids=input_ids, pixel_values_videos=pixels, max_new_tokens=GREEDY_TOKENS, do_sample=False,
-            eos_token_id=model.generation_config.eos_token_id,
+        inputs = family.inputs(input_ids, pixels)
+        out = family.model.generate(
+            **inputs, max_new_tokens=GREEDY_TOKENS, do_sample=False,
+            eos_token_id=family.model.generation_config.eos_token_id,
             # Rows of the embedding beyond the tokenizer's ids have no token; we never choose them.
-            suppress_tokens=list(range(len(tokenizer), model.config.text_config.vocab_size)) or None,
+            suppress_tokens=list(range(tokenizer.get_vocab_size(), family.config.text_config.vocab_size)) or None,
         )
-    greedy = out[0, input_ids.shape[1]:]
+    greedy = out[0, input_ids.shape[1] if "input_ids" in inputs else 0:]
 
     noise = {name: 0.0 for name in reference}
     for attention in ("eager", "sdpa"):
-        low = LlavaOnevisionForConditionalGeneration.from_pretrained(
-            directory, dtype=torch.bfloat16, attn_implementation=attention
-        ).eval()
+        low = load(directory, dtype=torch.bfloat16, attn_implementation=attention)
         for name, value in run(low, input_ids, pixels).items():
             noise[name] = max(noise[name], ((value - reference[name]).norm() / reference[name].norm()).item())
 
@@ -211,7 +379,41 @@ def make_golden(directory, out_file, frames, question):
         metadata["rows." + name] = json.dumps(rows.tolist())
         metadata["bf16." + name] = f"{noise[name]:.6g}"
     save_file(tensors, out_file, metadata=metadata)
-    print(out_file, os.path.getsize(out_file), "bytes;", "greedy:", tokenizer.decode(greedy)[:60].encode())
+    print(out_file, os.path.getsize(out_file), "bytes;", "greedy:", tokenizer.decode(greedy.tolist())[:60].encode(),
+          "noise:", {name: round(value, 4) for name, value in noise.items()})
+
+
+def make_tiny_llavas(out):
+    vision = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=3, patch_size=12,
+                  projection_dim=16)
+    # A remainder of two pixels; linear scaling of the rotation.
+    make_tiny_llava(
+        os.path.join(out, "tiny_next_video"), kind="llava_next_video", seed=3, vision=dict(image_size=74, **vision),
+        template=VICUNA_TEMPLATE.replace("VIDEOS", VICUNA_VIDEOS), processor={},
+        text=dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3,
+                  max_position_embeddings=4096,
+                  rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}),
+    )
+    # Heads that are wider than the hidden size; no window.
+    make_tiny_llava(
+        os.path.join(out, "tiny_next_mistral"), kind="llava_next", seed=4, vision=dict(image_size=60, **vision),
+        template=MISTRAL_TEMPLATE, processor={"image_processor_type": "LlavaNextImageProcessor", "do_pad": True},
+        text=dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3, head_dim=24,
+                  num_key_value_heads=1, max_position_embeddings=4096, sliding_window=None,
+                  rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    )
+    # Llama 3's scaling of the rotation with wavelengths of all three kinds.
+    make_tiny_llava(
+        os.path.join(out, "tiny_llava15"), kind="llava", seed=5, vision=dict(image_size=60, **vision),
+        template=VICUNA_TEMPLATE.replace("VIDEOS", ""), processor={"image_processor_type": "CLIPImageProcessor"},
+        text=dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, max_position_embeddings=4096,
+                  rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 128}),
+    )
+    for name, frames in [("tiny_next_video", make_frames(4, 97, 61, 6)), ("tiny_next_mistral", make_frames(3, 70, 48, 7)),
+                         ("tiny_llava15", make_frames(3, 41, 80, 8))]:
+        make_golden(os.path.join(out, name), os.path.join(out, name + ".golden.safetensors"), frames, QUESTION)
 
 
 def main():
@@ -235,6 +437,7 @@ def main():
                     make_frames(4, 97, 61, 3), QUESTION)
         make_golden(os.path.join(out, "tiny_untied"), os.path.join(out, "tiny_untied.golden.safetensors"),
                     make_frames(3, 64, 120, 4), QUESTION)
+        make_tiny_llavas(out)
     elif sys.argv[1:2] == ["model"] and len(sys.argv) == 4:
         make_golden(sys.argv[2], sys.argv[3], make_frames(4, 120, 68, 5), "What is visible?")
     else:

@@ -99,6 +99,8 @@ class ModelGoldenTest : public testing::TestWithParam<GoldenCase> {
     }
   }
 
+  int NewlineRows() const { return vlm_->newline_row().empty() ? 0 : 1; }
+
   // The prompt's embeddings with the visual rows in place: [S, E] f32.
   Tensor PromptEmbeddings(ExecContext& ctx, bool compare) {
     const PreprocessConfig& config = vlm_->encoder().preprocess_config();
@@ -120,19 +122,20 @@ class ModelGoldenTest : public testing::TestWithParam<GoldenCase> {
     const VisualTokens visual = vlm_->encoder().Encode(ctx, pixels, frames_, {.probe = probe});
 
     const std::vector<int32_t> ids = GoldenIds("input_ids");
-    const int32_t video = *vlm_->tokenizer().TokenToId("<video>");
+    const int32_t video = *vlm_->tokenizer().TokenToId(vlm_->prompt_format().placeholder());
     const int64_t width = vlm_->decoder().hidden_size();
     Tensor embeddings(DType::kF32, {static_cast<int64_t>(ids.size()), width});
     vlm_->decoder().Embed(ctx, ids, embeddings);
     int64_t next = 0;
     for (size_t i = 0; i < ids.size(); ++i) {
       if (ids[i] != video) continue;
+      EXPECT_LT(next, visual.size() + NewlineRows());
       const float* row = next < visual.size() ? visual.features.data<float>() + next * width
                                               : vlm_->newline_row().data<float>();
       std::copy(row, row + width, embeddings.data<float>() + i * width);
       ++next;
     }
-    EXPECT_EQ(next, visual.size() + 1);
+    EXPECT_EQ(next, visual.size() + NewlineRows());
     return embeddings;
   }
 
@@ -145,13 +148,27 @@ class ModelGoldenTest : public testing::TestWithParam<GoldenCase> {
 TEST_P(ModelGoldenTest, EncodesThePromptToTheReferenceIds) {
   const PromptFormat& format = vlm_->prompt_format();
   std::string text = format.Render({}, golden_->metadata().at("question"));
-  const size_t at = text.find("<video>");
+  const std::string placeholder(format.placeholder());
+  const size_t at = text.find(placeholder);
   ASSERT_NE(at, std::string::npos);
-  const int count = frames_.size() * vlm_->encoder().tokens_per_frame() + 1;
+  const int count = frames_.size() * vlm_->encoder().tokens_per_frame() + NewlineRows();
   std::string placeholders;
-  for (int i = 0; i < count; ++i) placeholders += "<video>";
-  text.replace(at, std::string("<video>").size(), placeholders);
-  EXPECT_EQ(vlm_->tokenizer().Encode(text), GoldenIds("input_ids"));
+  for (int i = 0; i < count; ++i) placeholders += placeholder;
+  text.replace(at, placeholder.size(), placeholders);
+  EXPECT_EQ(vlm_->tokenizer().Encode(text, SpecialTokens::kMatch, /*add_special=*/true),
+            GoldenIds("input_ids"));
+}
+
+// What a session feeds: the prefix, the visual rows, the question.
+TEST_P(ModelGoldenTest, PartsOfAStreamGiveTheReferenceIds) {
+  const PromptFormat& format = vlm_->prompt_format();
+  std::vector<int32_t> ids = format.EncodePrefix(vlm_->tokenizer());
+  const int count = frames_.size() * vlm_->encoder().tokens_per_frame() + NewlineRows();
+  ids.insert(ids.end(), count, *vlm_->tokenizer().TokenToId(format.placeholder()));
+  const std::vector<int32_t> question = format.EncodeQuestion(
+      vlm_->tokenizer(), golden_->metadata().at("question"), /*follow_up=*/false);
+  ids.insert(ids.end(), question.begin(), question.end());
+  EXPECT_EQ(ids, GoldenIds("input_ids"));
 }
 
 TEST_P(ModelGoldenTest, EveryLayerMatchesTheReference) {
@@ -191,7 +208,8 @@ TEST_P(ModelGoldenTest, GreedyTokensEqualTheReference) {
 std::vector<GoldenCase> Cases() {
   std::vector<GoldenCase> cases;
   for (DType dtype : {DType::kF32, DType::kBF16}) {
-    for (const char* name : {"tiny_tied", "tiny_untied"}) {
+    for (const char* name :
+         {"tiny_tied", "tiny_untied", "tiny_next_video", "tiny_next_mistral", "tiny_llava15"}) {
       cases.push_back({name, kSource / "tests/golden" / name,
                        kSource / "tests/golden" / (std::string(name) + ".golden.safetensors"),
                        dtype});

@@ -142,7 +142,9 @@ TEST_P(StreamTest, ALongStreamEndsInAClearErrorWhenTheContextIsFull) {
   EXPECT_NO_THROW(Ask(*ctx_, *session, "What was it?", nullptr));
 }
 
-INSTANTIATE_TEST_SUITE_P(Models, StreamTest, testing::Values("tiny_tied", "tiny_untied"),
+INSTANTIATE_TEST_SUITE_P(Models, StreamTest,
+                         testing::Values("tiny_tied", "tiny_untied", "tiny_next_video",
+                                         "tiny_next_mistral", "tiny_llava15"),
                          [](const auto& info) { return std::string(info.param); });
 
 }  // namespace

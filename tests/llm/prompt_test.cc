@@ -206,5 +206,124 @@ TEST(PromptTest, AnUnknownTemplateIsShownWithItsFile) {
   }
 }
 
+// The families with Llama vocabularies: their templates, and a vocabulary that begins every text
+// with a space.
+struct LlavaPrompts {
+  nlohmann::json rows = ReadGolden("llava_prompts.json");
+  nlohmann::json file = ReadGolden("metaspace.json");
+  LlavaPrompts() { file["added_tokens"] = rows[0]["added_tokens"]; }
+  const nlohmann::json& templates() const { return rows[0]["templates"]; }
+};
+
+PromptFormat FormatOf(const std::string& text) {
+  const TemporaryFolder folder;
+  folder.Write("chat_template.jinja", text);
+  return PromptFormat::Load(folder.path());
+}
+
+TEST(PromptTest, LlavaTemplatesRenderConversationsAsTheReferenceDoes) {
+  const LlavaPrompts prompts;
+  const auto tokenizer = LoadTokenizer(prompts.file);
+  for (const auto& [name, text] : prompts.templates().items()) {
+    const PromptFormat format = FormatOf(text);
+    EXPECT_EQ(format.name(), name == "vicuna_video" ? "vicuna" : name);
+    for (size_t i = 1; i < prompts.rows.size(); ++i) {
+      const nlohmann::json& row = prompts.rows[i];
+      if (!row.contains(name)) {  // the reference raises
+        EXPECT_THROW(format.Prefix(row["system"].get<std::string>()), InputError);
+        continue;
+      }
+      const std::string rendered =
+          format.Render(row["system"].get<std::string>(), Turns(row), row["generate"]);
+      EXPECT_EQ(rendered, row[name]["text"]) << name;
+      EXPECT_EQ(tokenizer->Encode(rendered, SpecialTokens::kMatch, /*add_special=*/true),
+                row[name]["ids"].get<std::vector<int32_t>>())
+          << name;
+    }
+  }
+}
+
+TEST(PromptTest, PartsOfAStreamEncodeLikeTheWholePromptWithEveryMetaspaceVocabulary) {
+  LlavaPrompts prompts;
+  std::vector<nlohmann::json> files = {prompts.file};
+  for (const char* scheme : {"always", "first", "never"}) {
+    for (const bool split : {false, true}) {
+      nlohmann::json file = prompts.file;
+      file["normalizer"] = nullptr;
+      file["pre_tokenizer"] = {{"type", "Metaspace"},
+                               {"replacement", "\u2581"},
+                               {"prepend_scheme", scheme},
+                               {"split", split}};
+      files.push_back(file);
+    }
+  }
+  for (const nlohmann::json& file : files) {
+    const auto tokenizer = LoadTokenizer(file);
+    const auto encode = [&](const std::string& text) {
+      return tokenizer->Encode(text, SpecialTokens::kMatch, /*add_special=*/true);
+    };
+    for (const auto& [name, text] : prompts.templates().items()) {
+      const PromptFormat format = FormatOf(text);
+      for (const std::string question :
+           {"What is this?", "", " leading", "\n\nleading lines", " \n both", "trailing \n", "x"}) {
+        const std::string system = name == "converted_mistral" ? "" : "Be brief.";
+        std::vector<int32_t> ids = format.EncodePrefix(*tokenizer, system);
+        ids.push_back(*tokenizer->TokenToId(format.placeholder()));
+        const auto more = format.EncodeQuestion(*tokenizer, question, /*follow_up=*/false);
+        ids.insert(ids.end(), more.begin(), more.end());
+        EXPECT_EQ(ids, encode(format.Render(system, question))) << name << file["normalizer"];
+
+        // A follow-up ends the whole conversation's ids; before it stands what was answered.
+        const std::vector<PromptFormat::Turn> turns = {{"How many?", "Three."}, {question, ""}};
+        const std::vector<int32_t> whole = encode(format.Render("", turns));
+        const auto last = format.EncodeQuestion(*tokenizer, question, /*follow_up=*/true);
+        ASSERT_LT(last.size(), whole.size());
+        EXPECT_EQ(last, std::vector<int32_t>(whole.end() - last.size(), whole.end()))
+            << name << " \"" << question << "\" " << file["normalizer"] << file["pre_tokenizer"];
+      }
+    }
+  }
+}
+
+TEST(PromptTest, LoopsOverImagesAndVideosMayStandInAnyOrder) {
+  const LlavaPrompts prompts;
+  const std::string loop =
+      "{% for content in message['content'] | selectattr('type', 'equalto', 'KIND') %}"
+      "{{ '<KIND>\n' }}{% endfor %}";
+  const std::string images = Replaced(loop, "KIND", "image"),
+                    videos = Replaced(loop, "KIND", "video");
+  const std::string text = prompts.templates()["mistral"];
+  EXPECT_EQ(FormatOf(text).placeholder(), "<image>");
+  EXPECT_EQ(FormatOf(Replaced(text, images, images + videos)).placeholder(), "<video>");
+  EXPECT_EQ(FormatOf(Replaced(text, images, videos + images)).placeholder(), "<video>");
+  EXPECT_EQ(FormatOf(Replaced(text, images, videos)).placeholder(), "<video>");
+  // None of them, one twice, one behind the text, or one that ends otherwise is another template.
+  const std::string later = "{{' [/INST]' }}";
+  for (const auto& [from, to] :
+       std::vector<std::pair<std::string, std::string>>{{images, ""},
+                                                        {images, images + images},
+                                                        {later, videos + later},
+                                                        {"<image>\n", "<image>"},
+                                                        {"'<image>\n'", "'<img>\n'"}}) {
+    ASSERT_NE(Replaced(text, from, to), text);
+    EXPECT_THROW(FormatOf(Replaced(text, from, to)), InputError) << from << " to " << to;
+  }
+}
+
+TEST(PromptTest, AQuestionCannotPlaceAnotherVideo) {
+  const LlavaPrompts prompts;
+  const auto tokenizer = LoadTokenizer(prompts.file);
+  for (const auto& [name, text] : prompts.templates().items()) {
+    const PromptFormat format = FormatOf(text);
+    const std::string question = "</s><s>" + std::string(format.placeholder());
+    for (const bool follow_up : {false, true}) {
+      const auto ids = format.EncodeQuestion(*tokenizer, question, follow_up);
+      EXPECT_EQ(std::count(ids.begin(), ids.end(), 1), 0) << name;
+      EXPECT_EQ(std::count(ids.begin(), ids.end(), *tokenizer->TokenToId(format.placeholder())), 0)
+          << name;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace sluice

@@ -107,7 +107,8 @@ TEST_F(LinearAmxTest, EqualsTheReferenceOverOutputsAndInputsThatDoNotFillTiles) 
 
 TEST_F(LinearAmxTest, EqualsTheReferenceWithEveryActivationAndResult) {
   for (DType y : {DType::kF32, DType::kBF16}) {
-    for (Activation activation : {Activation::kNone, Activation::kGeluTanh, Activation::kGeluErf}) {
+    for (Activation activation :
+         {Activation::kNone, Activation::kGeluTanh, Activation::kGeluErf, Activation::kQuickGelu}) {
       for (bool bias : {false, true}) {
         Check({.m = 50,
                .n = 80,

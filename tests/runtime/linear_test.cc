@@ -35,6 +35,7 @@ double Activate(double v, Activation activation) {
     return 0.5 * v * (1 + std::tanh(std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
   }
   if (activation == Activation::kGeluErf) return 0.5 * v * std::erfc(-v / std::sqrt(2.0));
+  if (activation == Activation::kQuickGelu) return v / (1 + std::exp(-1.702 * v));
   return v;
 }
 
@@ -104,7 +105,8 @@ TEST_P(LinearTest, AgreesWithAPlainLoopOverAwkwardShapes) {
 
 TEST_P(LinearTest, FusesActivationsBehindTheBias) {
   for (const LinearCase& c : {LinearCase{1, 70, 48}, {4, 129, 96}, {9, 70, 48}, {50, 96, 128}}) {
-    for (Activation activation : {Activation::kGeluTanh, Activation::kGeluErf}) {
+    for (Activation activation :
+         {Activation::kGeluTanh, Activation::kGeluErf, Activation::kQuickGelu}) {
       // A deviation of 3 reaches the tails, where e^x must not overflow.
       const Tensor w = RandomTensor(dtype(), {c.n, c.k}, 1, 3 / std::sqrt(float(c.k)));
       const Tensor x = RandomTensor(dtype(), {c.m, c.k}, 2);

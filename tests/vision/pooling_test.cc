@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <random>
+#include <tuple>
 
 #include "runtime/error.h"
 
@@ -69,6 +70,32 @@ TEST(PoolingTest, GridsOfAnotherSizeAreRefused) {
   const Tensor x = Random({26, 4}, 1);
   Tensor y(DType::kF32, {9, 4});
   EXPECT_THROW(BilinearPool(5, 5, 3, 3).Run(ctx, x, y), Error);
+}
+
+TEST(AveragePoolTest, TokensAreTheMeansOfWholeSquares) {
+  ExecContext ctx({.num_threads = 2});
+  for (const auto& [rows, cols, stride] :
+       {std::tuple{24, 24, 2}, {5, 5, 2}, {6, 9, 3}, {7, 4, 3}, {2, 2, 2}, {3, 3, 1}}) {
+    const int frames = 3, width = 17, out_rows = rows / stride, out_cols = cols / stride;
+    const Tensor x = Random({frames * rows * cols, width}, rows * 100 + cols);
+    Tensor y(DType::kF32, {frames * out_rows * out_cols, width});
+    AveragePool(ctx, x, rows, cols, stride, y);
+    for (int64_t i = 0; i < y.shape().NumElements(); ++i) {
+      const int64_t d = i % width, c = i / width % out_cols, r = i / width / out_cols % out_rows;
+      const int64_t f = i / width / out_cols / out_rows;
+      double sum = 0;
+      for (int64_t j = 0; j < stride * stride; ++j) {
+        const int64_t row = r * stride + j / stride, col = c * stride + j % stride;
+        sum += x.data<float>()[((f * rows + row) * cols + col) * width + d];
+      }
+      // Nine additions in f32 of values near 1.
+      ASSERT_NEAR(y.data<float>()[i], sum / (stride * stride), 1e-6)
+          << rows << "x" << cols << " by " << stride << " at " << f << "," << r << "," << c;
+    }
+  }
+  Tensor y(DType::kF32, {9, 4});
+  EXPECT_THROW(AveragePool(ctx, Random({25, 4}, 1), 5, 5, 2, y), Error);
+  EXPECT_THROW(AveragePool(ctx, Random({35, 4}, 1), 6, 6, 2, y), Error);
 }
 
 }  // namespace

@@ -156,6 +156,54 @@ TEST(PreprocessTest, NormalisesWithTheFusedFormulaBitForBit) {
   }
 }
 
+TEST(PreprocessTest, CentreCropsAreCutOutOfTheWholeResizedPicture) {
+  ExecContext ctx({.num_threads = 2});
+  PreprocessConfig config;
+  config.width = config.height = 21;
+  config.fit = PictureFit::kCenterCrop;
+  config.mean = {0.48145466f, 0.4578275f, 0.40821073f};
+  config.std = {0.26862954f, 0.26130258f, 0.27577711f};
+  const struct {
+    Size in, resized;
+    int left, top;
+  } cases[] = {{{64, 48}, {28, 21}, 3, 0},     {{33, 50}, {21, 31}, 0, 5},
+               {{37, 36}, {21, 21}, 0, 0},     {{100, 5}, {420, 21}, 199, 0},
+               {{21, 22}, {21, 22}, 0, 0},     {{9, 9}, {21, 21}, 0, 0},
+               {{1, 400}, {21, 8400}, 0, 4189}};
+  std::vector<FramePtr> frames;
+  for (const auto& c : cases) {
+    auto frame = std::make_shared<Frame>();
+    frame->width = c.in.width;
+    frame->height = c.in.height;
+    frame->rgb = RandomPicture(c.in, c.in.width);
+    frames.push_back(frame);
+  }
+  Tensor out(DType::kF32, {static_cast<int64_t>(frames.size()), 3, 21, 21});
+  Preprocess(ctx, frames, config, out);
+  for (size_t f = 0; f < frames.size(); ++f) {
+    const auto& c = cases[f];
+    const std::vector<uint8_t> whole = Resize(ctx, frames[f]->rgb, c.in, c.resized);
+    for (int i = 0; i < 3 * 21 * 21; ++i) {
+      const int channel = i / (21 * 21), y = c.top + i / 21 % 21, x = c.left + i % 21;
+      const float value = whole[size_t{3} * (y * c.resized.width + x) + channel];
+      ASSERT_EQ(out.data<float>()[f * 3 * 21 * 21 + i],
+                (value - config.mean[channel] * 255.0f) / (config.std[channel] * 255.0f))
+          << c.in.width << "x" << c.in.height << " at " << i;
+    }
+  }
+  // What would be resized to 21 x 22 million pixels is never made.
+  auto line = std::make_shared<Frame>();
+  line->width = 1;
+  line->height = 1 << 20;
+  line->rgb = RandomPicture({1, 1 << 20}, 3);
+  const std::vector<FramePtr> lines = {line};
+  Preprocess(ctx, lines, config, out.view().Slice(0, 1));
+
+  Tensor flat(DType::kF32, {1, 3, 20, 21});
+  config.height = 20;
+  EXPECT_THROW(Preprocess(ctx, lines, config, flat), Error);
+}
+
 TEST(PreprocessTest, SizesThatDoNotFitTheBytesAreRefused) {
   ExecContext ctx({.num_threads = 1});
   std::vector<uint8_t> in(3 * 4 * 5), out(3 * 2 * 2);

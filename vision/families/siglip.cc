@@ -60,6 +60,7 @@ class SiglipEncoder : public VisionEncoder {
 
   VisualTokens Encode(ExecContext& ctx, ConstTensorView pixels, std::span<const FramePtr> frames,
                       const EncodeHooks& hooks) const override;
+  bool can_reuse() const override { return true; }
   const PreprocessConfig& preprocess_config() const override { return config_.preprocess; }
   int tokens_per_frame() const override { return pool_.out_rows() * pool_.out_cols(); }
   int patches_per_frame() const override { return grid_ * grid_; }

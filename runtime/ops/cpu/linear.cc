@@ -16,6 +16,8 @@ double Activate(double value, Activation activation) {
              (1 + std::tanh(kSqrt2OverPi * (value + 0.044715 * value * value * value)));
     case Activation::kGeluErf:
       return 0.5 * value * (1 + std::erf(value * kSqrtHalf));
+    case Activation::kQuickGelu:
+      return value / (1 + std::exp(-1.702 * value));
     case Activation::kSiluMul:  // of two values; Linear does it after the product
       break;
   }

@@ -87,6 +87,8 @@ SLUICE_AMX_INLINE __m512 Activate(__m512 x) {
     const __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f * kScale),
                                          _mm512_set1_ps(kScale));
     return Sigmoid<kPrecise>(x, _mm512_mul_ps(x, cubic));
+  } else if constexpr (kActivation == Activation::kQuickGelu) {
+    return Sigmoid<kPrecise>(x, _mm512_mul_ps(x, _mm512_set1_ps(-1.702f * 1.44269504f)));
   } else if constexpr (kActivation == Activation::kGeluErf) {
     // x (1 + erf(x / sqrt 2)) / 2, erf after Abramowitz and Stegun 7.1.26 (1.5e-7).
     const __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678f));
@@ -420,6 +422,9 @@ Run ChooseRun(Result result, Activation activation) {
     case Activation::kGeluErf:
       return narrow ? RunShare<Result::kBF16, Activation::kGeluErf>
                     : RunShare<Result::kF32, Activation::kGeluErf>;
+    case Activation::kQuickGelu:
+      return narrow ? RunShare<Result::kBF16, Activation::kQuickGelu>
+                    : RunShare<Result::kF32, Activation::kQuickGelu>;
     case Activation::kSiluMul:
       return narrow ? RunShare<Result::kBF16, Activation::kSiluMul>
                     : RunShare<Result::kF32, Activation::kSiluMul>;

@@ -26,6 +26,8 @@ Product MakeProduct(const dnnl::engine& engine, const ProductKey& key) {
     post.append_eltwise(1.f, dnnl::algorithm::eltwise_gelu_tanh, 0.f, 0.f);
   } else if (key.activation == Activation::kGeluErf) {
     post.append_eltwise(1.f, dnnl::algorithm::eltwise_gelu_erf, 0.f, 0.f);
+  } else if (key.activation == Activation::kQuickGelu) {
+    post.append_eltwise(1.f, dnnl::algorithm::eltwise_swish, 1.702f, 0.f);
   }
   if (key.accumulate) post.append_sum(1.f);
   dnnl::primitive_attr attributes;

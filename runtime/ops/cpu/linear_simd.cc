@@ -199,6 +199,9 @@ HWY_INLINE void FinishRun(const float* sums, const float* bias, const LinearOpti
       // e^88 is the last finite one; x / (1 + e^88) is 0 in f32 as it is beyond.
       const VF e = hn::Exp(d, hn::Min(u, hn::Set(d, 88.f)));
       v = hn::Div(v, hn::Add(e, hn::Set(d, 1.f)));
+    } else if (options.activation == Activation::kQuickGelu) {
+      const VF e = hn::Exp(d, hn::Min(hn::Mul(v, hn::Set(d, -1.702f)), hn::Set(d, 88.f)));
+      v = hn::Div(v, hn::Add(e, hn::Set(d, 1.f)));
     } else if (options.activation == Activation::kGeluErf) {
       // Rare with few rows, so the library's erf will do.
       HWY_ALIGN float part[hn::MaxLanes(DF())];

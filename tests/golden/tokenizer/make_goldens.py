@@ -9,6 +9,8 @@ Writes next to itself:
   goldens.json                      answers on them and on variants (JSON merge patches)
   exhaustive.json                   hashes over all Unicode scalar values
   chat_template_*                   the two published templates, and conversations.json as rendered
+  llava_prompts.json                the templates of the LLaVA families with Llama vocabularies, and
+                                    conversations as rendered
 Random texts come from a generator that the test repeats, so that only hashes are kept.
 """
 import copy
@@ -422,6 +424,69 @@ def conversations(tokenizer):
     return out
 
 
+IMAGES = TURNS.replace("KIND", "image") + "{{ '<image>\n' }}{% endfor %}"
+VIDEOS = TURNS.replace("KIND", "video") + "{{ '<video>\n' }}{% endfor %}"
+TEXTS_OF = TURNS.replace("KIND", "text")
+VICUNA = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}" + IMAGES + "VIDEOS{# Render all text next #}{% if message['role'] != 'assistant' %}" +
+    TEXTS_OF + "{{ content['text'] + ' '}}{% endfor %}{% else %}" + TEXTS_OF +
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+MISTRAL = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ '<<SYS>>\n' + message['content'][0]['text'] + '\n<</SYS>>\n\n' }}{% elif message['role'] == 'user' %}"
+    "{{ '[INST] ' }}{# Render all images first #}" + IMAGES + "{# Render all text next #}" + TEXTS_OF +
+    "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'][0]['text'] + 'END '}}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}")
+LLAVA = {
+    "chatml": (
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{# Render all images first #}" + IMAGES +
+        "{# Render all text next #}" + TEXTS_OF + "{{ content['text'] }}{% endfor %}{{'<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
+    "vicuna": VICUNA.replace("VIDEOS", ""),
+    "vicuna_video": VICUNA.replace("VIDEOS", "{# Render all video next #}" + VIDEOS),
+    "converted_vicuna": (
+        "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }}{% else %}"
+        "{{ message['role'].upper() + ': '}}{% endif %}{# Render all images first #}" + IMAGES +
+        "{# Render all video next #}" + VIDEOS + "{# Render all text next #}" + TEXTS_OF +
+        "{{ content['text'] + ' '}}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"),
+    "mistral": MISTRAL.replace("END", "</s>"),
+    "mistral_backslash": MISTRAL.replace("END", "<\\s>"),
+    "converted_mistral": MISTRAL.replace("END", "<\\s>").replace(
+        "{% if message['role'] == 'system' %}"
+        "{{ '<<SYS>>\n' + message['content'][0]['text'] + '\n<</SYS>>\n\n' }}{% elif", "{% if"),
+}
+
+
+def llava_prompts(metaspace):
+    """The first row holds the templates and the tokens added to metaspace.json."""
+    first = len(metaspace["model"]["vocab"])
+    contents = ["<image>", "<video>", "<|im_start|>", "<|im_end|>"]
+    tokens = metaspace["added_tokens"] + [added(first + i, content) for i, content in enumerate(contents)]
+    tokenizer = Tokenizer.from_str(json.dumps({**metaspace, "added_tokens": tokens}))
+    out = [{"templates": LLAVA, "added_tokens": tokens}]
+    for system, turns, generate in CONVERSATIONS:
+        row = {"system": system, "turns": turns, "generate": generate}
+        for name, text in LLAVA.items():
+            if system and name == "converted_mistral":
+                continue  # raises
+            kind = "video" if "<video>" in text else "image"
+            messages = []
+            if system:
+                messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
+            for i, (question, answer) in enumerate(turns):
+                content = [{"type": kind}] if i == 0 else []
+                messages.append({"role": "user", "content": content + [{"type": "text", "text": question}]})
+                if answer:
+                    messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            rendered, _ = render_jinja_template([messages], chat_template=text, add_generation_prompt=generate)
+            row[name] = {"text": rendered[0], "ids": encode(tokenizer, rendered[0], frame=True)}
+        out.append(row)
+    return out
+
+
 def write(name, value, lines=False):
     with open(HERE / name, "w", encoding="utf-8") as out:
         if lines:  # one variant a line keeps differences readable
@@ -443,6 +508,7 @@ def main():
     write("goldens.json", [{"made_by": f"tokenizers {tokenizers.__version__}, "
                                        f"transformers {transformers.__version__}",
                             "texts": TEXTS, "alphabet": ALPHABET}] + groups, lines=True)
+    write("llava_prompts.json", llava_prompts(files["metaspace"]), lines=True)
     write("conversations.json", conversations(Tokenizer.from_str(json.dumps(files["byte_level"]))),
           lines=True)
     (HERE / "chat_template_spaced.json").write_text(

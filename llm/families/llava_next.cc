@@ -1,0 +1,224 @@
+#include "llm/families/llava_next.h"
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
+
+#include "llm/config_object.h"
+#include "llm/families/llava.h"
+#include "runtime/error.h"
+
+namespace sluice {
+namespace {
+
+constexpr int64_t kMaxImageSize = 2000;  // what Preprocess can crop
+
+// What a file without that part means differs from the defaults of the part's own class, which fill
+// the gaps of a part that is there.
+struct VisionDefaults {
+  int64_t hidden, inner, layers, heads, image, patch;
+};
+constexpr VisionDefaults kClipDefaults = {768, 3072, 12, 12, 224, 32};
+constexpr VisionDefaults kLlavaDefaults = {1024, 4096, 24, 16, 336, 14};
+constexpr DecoderDefaults kLlamaDefaults = {.hidden = 4096,
+                                            .inner = 11008,
+                                            .layers = 32,
+                                            .heads = 32,
+                                            .kv_heads = 0,
+                                            .vocabulary = 32000,
+                                            .positions = 2048};
+constexpr DecoderDefaults kMistralDefaults = {.hidden = 4096,
+                                              .inner = 14336,
+                                              .layers = 32,
+                                              .heads = 32,
+                                              .kv_heads = 8,
+                                              .vocabulary = 32000,
+                                              .positions = 131072};
+constexpr int32_t kClassEos = 2;  // both decoders'
+constexpr std::array<float, 3> kClipMean = {0.48145466f, 0.4578275f, 0.40821073f};
+constexpr std::array<float, 3> kClipStd = {0.26862954f, 0.26130258f, 0.27577711f};
+
+struct Names {
+  const char* architecture;
+  const char* model_type;
+};
+Names NamesOf(LlavaGeneration generation) {
+  switch (generation) {
+    case LlavaGeneration::k15:
+      return {"LlavaForConditionalGeneration", "llava"};
+    case LlavaGeneration::kNext:
+      return {"LlavaNextForConditionalGeneration", "llava_next"};
+    case LlavaGeneration::kNextVideo:
+      break;
+  }
+  return {"LlavaNextVideoForConditionalGeneration", "llava_next_video"};
+}
+
+void ReadVision(const ConfigObject& top, LlavaGeneration generation, LlavaNextConfig& config) {
+  const ConfigObject vision = top.Object("vision_config");
+  const VisionDefaults& defaults = top.Has("vision_config") ? kClipDefaults : kLlavaDefaults;
+  ExpectOneOf(vision, "model_type", "clip_vision_model", {"clip_vision_model"});
+  ExpectOneOf(vision, "hidden_act", "quick_gelu", {"quick_gelu"});
+  ExpectOneOf(top, "projector_hidden_act", "gelu", {"gelu"});
+  // "full" keeps the class token, which has no place in a frame's grid.
+  ExpectOneOf(top, "vision_feature_select_strategy", "default", {"default"});
+  vision.Int({"num_channels"}, 3, 3, 3);
+
+  ClipConfig& clip = config.vision;
+  clip.hidden_size = vision.Int({"hidden_size"}, defaults.hidden, 1, LlavaBounds::kWidth);
+  clip.intermediate_size =
+      vision.Int({"intermediate_size"}, defaults.inner, 1, LlavaBounds::kInner);
+  clip.num_heads = vision.Int({"num_attention_heads"}, defaults.heads, 1, LlavaBounds::kHeads);
+  clip.image_size = vision.Int({"image_size"}, defaults.image, 1, kMaxImageSize);
+  clip.patch_size = vision.Int({"patch_size"}, defaults.patch, 1, clip.image_size);
+  clip.layer_norm_eps = vision.Number({"layer_norm_eps"}, 1e-5, 1e-30, 1);
+  clip.projector_bias = top.Bool({"multimodal_projector_bias"}, true);
+  if (clip.hidden_size % clip.num_heads != 0) {
+    vision.Refuse("num_attention_heads",
+                  "a divisor of hidden_size " + std::to_string(clip.hidden_size));
+  }
+  config.vision_layers =
+      vision.Int({"num_hidden_layers"}, defaults.layers, 1, LlavaBounds::kLayers);
+  clip.layers_to_run = ReadFeatureLayer(top, -2, config.vision_layers);
+  if (generation == LlavaGeneration::kNextVideo) {
+    ExpectOneOf(top, "spatial_pool_mode", "average", {"average"});
+    clip.pool_stride = top.Int({"spatial_pool_stride"}, 2, 1, clip.image_size / clip.patch_size);
+  }
+}
+
+void ReadText(const ConfigObject& top, LlavaGeneration generation, LlavaNextConfig& config) {
+  const ConfigObject text = top.Object("text_config");
+  ExpectOneOf(text, "model_type", "llama", {"llama", "mistral"});
+  const bool mistral = text.String({"model_type"}, "llama") == "mistral";
+  config.text = ReadDecoder(top, text, mistral ? kMistralDefaults : kLlamaDefaults);
+  config.text.qkv_bias = false;
+  ReadRope(text, {"default", "linear", "llama3"}, config.text);
+  for (const char* key : {"attention_bias", "mlp_bias"}) {
+    if (text.Bool({key}, false)) text.Refuse(key, "false");
+  }
+  // Of Mistral's class a missing window is one of 4096 positions, null is none.
+  if (mistral ? !text.IsNull("sliding_window") : text.Has("sliding_window")) {
+    text.Refuse("sliding_window", "null: full attention (sliding windows are not supported)");
+  }
+  config.vision.output_size = config.text.hidden_size;
+  config.eos_ids = ReadTokenIds(text, "eos_token_id");
+  if (!text.Has("eos_token_id")) config.eos_ids = {kClassEos};
+  const bool video = generation == LlavaGeneration::kNextVideo;
+  const int64_t most = config.text.vocab_size - 1;
+  top.Int({"image_token_index", "image_token_id"}, std::min<int64_t>(video ? 32001 : 32000, most),
+          0, most);
+  if (video) {
+    top.Int({"video_token_index", "video_token_id"}, std::min<int64_t>(32000, most), 0, most);
+  }
+}
+
+// The side that `key` asks for in one of its spellings: a number, {"shortest_edge": n} or
+// {"height": n, "width": n}. *keeps_aspect: not of the last.
+void CheckSide(const ConfigObject& settings, const char* key, int image_size,
+               bool* keeps_aspect = nullptr) {
+  const nlohmann::json side = image_size;
+  const nlohmann::json* value = settings.Find({key});
+  const auto field = [&](const char* name) {
+    return value->is_object() ? value->value(name, nlohmann::json()) : nlohmann::json();
+  };
+  bool fits = image_size == 224, square = false;  // the classes' default
+  if (value) {
+    square = field("height") == side && field("width") == side;
+    fits = square || *value == side || field("shortest_edge") == side;
+  }
+  if (!fits) settings.Refuse(key, "the tower's image_size " + std::to_string(image_size));
+  if (keeps_aspect) *keeps_aspect = !square;
+}
+
+// As transformers 5.x looks for the settings of the processor that makes this model's frames.
+std::optional<ConfigObject> FindSettings(const std::filesystem::path& directory,
+                                         LlavaGeneration generation) {
+  const bool video = generation == LlavaGeneration::kNextVideo;
+  const char* part = video ? "video_processor" : "image_processor";
+  if (auto processor = ConfigObject::ReadIfThere(directory / "processor_config.json");
+      processor && processor->Has(part)) {
+    return processor->Object(part);
+  }
+  std::optional<ConfigObject> settings;
+  if (video) settings = ConfigObject::ReadIfThere(directory / "video_preprocessor_config.json");
+  if (!settings) settings = ConfigObject::ReadIfThere(directory / "preprocessor_config.json");
+  return settings;
+}
+
+PreprocessConfig ReadPreprocessing(const std::filesystem::path& directory,
+                                   LlavaGeneration generation, int image_size) {
+  const bool overview = generation == LlavaGeneration::kNext;
+  PreprocessConfig preprocess;
+  preprocess.width = preprocess.height = image_size;
+  preprocess.fit = overview ? PictureFit::kStretch : PictureFit::kCenterCrop;
+  preprocess.mean = kClipMean;
+  preprocess.std = kClipStd;
+  const std::optional<ConfigObject> settings = FindSettings(directory, generation);
+  if (!settings) return preprocess;
+  CheckPixelSettings(*settings);
+  if (!settings->Bool({"do_center_crop"}, true)) settings->Refuse("do_center_crop", "true");
+  // Of LLaVA-NeXT's processor this pads lists of crops, not pictures.
+  if (!overview && settings->Bool({"do_pad"}, false)) settings->Refuse("do_pad", "false");
+  bool keeps_aspect = true;
+  CheckSide(*settings, "size", image_size, &keeps_aspect);
+  CheckSide(*settings, "crop_size", image_size);
+  if (!keeps_aspect) preprocess.fit = PictureFit::kStretch;
+  preprocess.mean = ReadChannels(*settings, "image_mean", kClipMean, -10, 10);
+  preprocess.std = ReadChannels(*settings, "image_std", kClipStd, 1e-6, 100);
+  return preprocess;
+}
+
+std::shared_ptr<const Vlm> Load(const std::filesystem::path& directory, const VlmOptions& options,
+                                LlavaGeneration generation) {
+  const LlavaNextConfig config = ReadLlavaNextConfig(directory, generation);
+  LlavaParts parts;
+  parts.architecture = NamesOf(generation).architecture;
+  parts.text = config.text;
+  parts.eos_ids = config.eos_ids;
+  parts.has_newline = generation == LlavaGeneration::kNext;
+  parts.canonical = [&](const std::string& name) {
+    auto canonical = CanonicalTensorName(config.vision.layers_to_run, config.vision_layers, name);
+    // LLaVA-NeXT-Video has one for images.
+    if (canonical == "image_newline" && !parts.has_newline) canonical.reset();
+    return canonical;
+  };
+  parts.load_encoder = [&](WeightStore& weights) {
+    return LoadClipEncoder(weights, config.vision);
+  };
+  return LoadLlava(directory, options, parts);
+}
+
+}  // namespace
+
+LlavaNextConfig ReadLlavaNextConfig(const std::filesystem::path& directory,
+                                    LlavaGeneration generation) {
+  const ConfigObject top = ConfigObject::Read(directory / "config.json");
+  const char* model_type = NamesOf(generation).model_type;
+  ExpectOneOf(top, "model_type", model_type, {model_type});
+  if (top.Has("quantization_config")) {
+    top.Refuse("quantization_config", "absent (quantised checkpoints are not supported)");
+  }
+  LlavaNextConfig config;
+  ReadVision(top, generation, config);
+  ReadText(top, generation, config);
+  config.vision.preprocess = ReadPreprocessing(directory, generation, config.vision.image_size);
+  return config;
+}
+
+std::shared_ptr<const Vlm> LoadLlava15(const std::filesystem::path& directory,
+                                       const VlmOptions& options) {
+  return Load(directory, options, LlavaGeneration::k15);
+}
+
+std::shared_ptr<const Vlm> LoadLlavaNext(const std::filesystem::path& directory,
+                                         const VlmOptions& options) {
+  return Load(directory, options, LlavaGeneration::kNext);
+}
+
+std::shared_ptr<const Vlm> LoadLlavaNextVideo(const std::filesystem::path& directory,
+                                              const VlmOptions& options) {
+  return Load(directory, options, LlavaGeneration::kNextVideo);
+}
+
+}  // namespace sluice
