@@ -16,11 +16,13 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
       ->capture_default_str()
       ->check(CLI::IsMember({"exact", "stc", "fast"}))
       ->group(kGroup);
-  command.add_flag("--cacher", flags.cacher, "Reuse patch features of earlier frames (STC-Cacher)")
-      ->group(kGroup);
+  auto* reuse =
+      command
+          .add_flag("--cacher", flags.cacher, "Reuse patch features of earlier frames (STC-Cacher)")
+          ->group(kGroup);
   StcCacherOptions& cacher = flags.cacher_options;
   const auto cacher_option = [&](const char* name, auto& value, const char* help) {
-    command.add_option(name, value, help)->capture_default_str()->group(kGroup);
+    command.add_option(name, value, help)->capture_default_str()->needs(reuse)->group(kGroup);
   };
   cacher_option("--cacher-interval", cacher.interval, "One frame of so many is computed whole");
   cacher_option("--cacher-ratio", cacher.ratio, "Share of patches of the others computed afresh");
@@ -30,6 +32,7 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
   command
       .add_flag("--cacher-shared", cacher.shared_selection,
                 "The first layer chooses the patches for all layers")
+      ->needs(reuse)
       ->group(kGroup);
   std::string known;
   for (const CompressorEntry& entry : TokenCompressors()) {
@@ -46,11 +49,9 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
       command
           .add_option("--pyramid-drop", flags.pyramid_drop,
                       "Let visual tokens leave between decoder layers: question (a question sees "
-                      "only what it "
-                      "ranks "
-                      "high), replay (the paper's way, on the last frames), query-free or probe "
-                      "(on arrival); "
-                      "MODE=LAMBDA keeps that share at each boundary (default: off, lambda 0.5)")
+                      "only what it ranks high), replay (the paper's way, on the last frames), "
+                      "query-free or probe (on arrival); MODE=LAMBDA keeps that share at each "
+                      "boundary (default: off, lambda 0.5)")
           ->group(kGroup);
   const auto add = [&](const char* name, auto& value, const char* help) {
     return command.add_option(name, value, help)->needs(drop)->group(kGroup);

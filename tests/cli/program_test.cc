@@ -252,6 +252,7 @@ TEST_F(ProgramTest, MethodsRefuseSettingsThatMeanNothing) {
   ExpectRefused("ask --source test --question x --compress stc-pruner=1.5", "[stc-pruner]");
   ExpectRefused("ask --source test --question x --compress nonsense", "there are duplicate-frames");
   ExpectRefused("eval --preset faster", "--preset");
+  ExpectRefused("eval --cacher-interval 4", "--cacher");
 }
 
 TEST_F(ProgramTest, BenchMeasuresEveryStageAgainstThePeak) {
