@@ -1,9 +1,9 @@
 #include "compression/duplicate_frame_filter.h"
 
-#include <algorithm>
 #include <cmath>
 #include <utility>
 
+#include "compression/frame_runs.h"
 #include "runtime/error.h"
 
 namespace sluice {
@@ -54,37 +54,16 @@ VisualTokens DuplicateFrameFilter::Compress(ExecContext&, VisualTokens tokens) {
   const int64_t count = tokens.size();
   if (count == 0) return tokens;
   const int64_t width = tokens.features.dim(1);
-  float* features = tokens.features.data<float>();
-
-  int64_t kept = 0;  // rows [0, kept) are what stays, moved up in place
-  for (int64_t begin = 0, end = 0; begin < count; begin = end) {
-    const auto next =
-        std::find_if(tokens.origins.begin() + begin, tokens.origins.end(),
-                     [&](const TokenOrigin& o) { return o.frame != tokens.origins[begin].frame; });
-    end = next - tokens.origins.begin();
+  const float* features = tokens.features.data<float>();
+  std::vector<int64_t> kept;
+  for (const auto& [begin, end] : FrameRuns(tokens)) {
     if (Duplicates(tokens, begin, end)) continue;
     last_kept_.features.assign(features + begin * width, features + end * width);
-    last_kept_.origins.assign(tokens.origins.begin() + begin, next);
-    std::copy(features + begin * width, features + end * width, features + kept * width);
-    std::copy(tokens.origins.begin() + begin, next, tokens.origins.begin() + kept);
-    if (!tokens.scores.empty()) {
-      std::copy(tokens.scores.begin() + begin, tokens.scores.begin() + end,
-                tokens.scores.begin() + kept);
-    }
-    kept += end - begin;
+    last_kept_.origins.assign(tokens.origins.begin() + begin, tokens.origins.begin() + end);
+    for (int64_t i = begin; i < end; ++i) kept.push_back(i);
   }
-  if (kept == count) return tokens;
-
-  VisualTokens fewer;
-  fewer.features = Tensor(DType::kF32, {kept, width});
-  std::copy(features, features + kept * width, fewer.features.data<float>());
-  fewer.origins.assign(tokens.origins.begin(), tokens.origins.begin() + kept);
-  if (!tokens.scores.empty()) {
-    fewer.scores.assign(tokens.scores.begin(), tokens.scores.begin() + kept);
-  }
-  fewer.grid_rows = tokens.grid_rows;
-  fewer.grid_cols = tokens.grid_cols;
-  return fewer;
+  if (static_cast<int64_t>(kept.size()) == count) return tokens;
+  return KeepTokens(tokens, kept);
 }
 
 void DuplicateFrameFilter::Undo() { last_kept_ = before_compress_; }
