@@ -2,12 +2,13 @@
 saves: `vision_tower.*`, `language_model.model.*`), bf16 in shards below 15 MB, with everything a
 processor needs beside it. Nothing here needs transformers."""
 
+import glob
 import json
 import os
 import shutil
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 SHARD_BYTES = 14_900_000
@@ -76,6 +77,46 @@ def to_hugging_face(w, shape):
         out[b + "input_layernorm.weight"] = w[a + "norm1"]
         out[b + "post_attention_layernorm.weight"] = w[a + "norm2"]
     return out
+
+
+def from_hugging_face(directory, shape):
+    """Float32 weights of model.py by name, read from a checkpoint that `export` wrote."""
+    tensors = {}
+    for file in sorted(glob.glob(os.path.join(directory, "*.safetensors"))):
+        tensors |= load_file(file)
+    if not tensors:
+        raise FileNotFoundError(f"[export] {directory}: no *.safetensors there")
+    tensors = {name: t.float() for name, t in tensors.items()}
+
+    def fused(name, parts, kind="weight"):
+        return torch.cat([tensors[f"{name}{part}_proj.{kind}"] for part in parts])
+
+    tower, text = "vision_tower.", "language_model.model."
+    w = {"newline": tensors["image_newline"], "embed": tensors[text + "embed_tokens.weight"],
+         "text.norm": tensors[text + "norm.weight"],
+         "tower.patch.w": tensors[tower + "embeddings.patch_embedding.weight"].flatten(1),
+         "tower.patch.b": tensors[tower + "embeddings.patch_embedding.bias"],
+         "tower.pos": tensors[tower + "embeddings.position_embedding.weight"]}
+    for i in range(shape.vision_layers):
+        a, b = f"tower.{i}.", f"{tower}encoder.layers.{i}."
+        for kind in ("weight", "bias"):
+            w[a + "qkv." + kind[0]] = fused(b + "self_attn.", "qkv", kind)
+            for ours, theirs in (("out", "self_attn.out_proj"), ("ln1", "layer_norm1"),
+                                 ("ln2", "layer_norm2"), ("fc1", "mlp.fc1"), ("fc2", "mlp.fc2")):
+                w[f"{a}{ours}.{kind[0]}"] = tensors[f"{b}{theirs}.{kind}"]
+    for k in "12":
+        for kind in ("weight", "bias"):
+            w[f"proj.{k}.{kind[0]}"] = tensors[f"multi_modal_projector.linear_{k}.{kind}"]
+    for i in range(shape.layers):
+        a, b = f"text.{i}.", f"{text}layers.{i}."
+        w |= {a + "qkv.w": fused(b + "self_attn.", "qkv"),
+              a + "qkv.b": fused(b + "self_attn.", "qkv", "bias"),
+              a + "o.w": tensors[b + "self_attn.o_proj.weight"],
+              a + "gu.w": fused(b + "mlp.", ("gate", "up")),
+              a + "down.w": tensors[b + "mlp.down_proj.weight"],
+              a + "norm1": tensors[b + "input_layernorm.weight"],
+              a + "norm2": tensors[b + "post_attention_layernorm.weight"]}
+    return w
 
 
 def config(shape, ids):

@@ -15,6 +15,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+import methods
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -130,15 +132,40 @@ def _tower_mid(x, a, out_w, out_b, ln2_w, ln2_b, fc1_w, fc1_b, fc2_w, fc2_b, ln1
     return x, F.linear(_ln(x, ln1_w, ln1_b, 1e-6), qkv_w, qkv_b)
 
 
-def _tower_last(x, a, out_w, out_b, ln2_w, ln2_b, fc1_w, fc1_b, fc2_w, fc2_b, p1_w, p1_b, p2_w,
-                p2_b):
+def _tower_last(x, a, out_w, out_b, ln2_w, ln2_b, fc1_w, fc1_b, fc2_w, fc2_b, *projector):
     x = _tower_mlp(x, a, out_w, out_b, ln2_w, ln2_b, fc1_w, fc1_b, fc2_w, fc2_b)
+    return x, _project(x, *projector)
+
+
+def _project(x, p1_w, p1_b, p2_w, p2_b):
     y = F.linear(F.gelu(F.linear(x, p1_w, p1_b)), p2_w, p2_b)
     # For an even grid, bilinear interpolation to half the size without anti-aliasing is the mean
     # of each 2x2 block.
     n, half = x.shape[0], math.isqrt(x.shape[1]) // 2
     blocks = y.view(n, half, 2, half, 2, y.shape[-1]).float()
-    return x, blocks.mean((2, 4)).to(y.dtype).view(n, half * half, y.shape[-1])
+    return blocks.mean((2, 4)).to(y.dtype).view(n, half * half, y.shape[-1])
+
+
+# With a cache: x and a are [G, n, P, V], the first of each n frames is the reference of the others,
+# and where `fresh` [G, n, P, 1] is false, what the layer adds to a patch is what it adds there.
+
+
+def _tower_mlp_reusing(x, a, fresh, *mlp):
+    added = _tower_mlp(x, a, *mlp) - x
+    return x + torch.where(fresh, added, added[:, :1])
+
+
+def _tower_mid_reusing(x, a, fresh, out_w, out_b, ln2_w, ln2_b, fc1_w, fc1_b, fc2_w, fc2_b, ln1_w,
+                       ln1_b, qkv_w, qkv_b):
+    x = _tower_mlp_reusing(x, a, fresh, out_w, out_b, ln2_w, ln2_b, fc1_w, fc1_b, fc2_w, fc2_b)
+    return x, F.linear(_ln(x, ln1_w, ln1_b, 1e-6), qkv_w, qkv_b)
+
+
+def _tower_last_reusing(x, a, fresh, out_w, out_b, ln2_w, ln2_b, fc1_w, fc1_b, fc2_w, fc2_b,
+                        *projector):
+    x = _tower_mlp_reusing(x, a, fresh, out_w, out_b, ln2_w, ln2_b, fc1_w, fc1_b, fc2_w, fc2_b)
+    x = x.flatten(0, 1)
+    return x, _project(x, *projector)
 
 
 def _qkv_rope(x, norm, qkv_w, qkv_b, cos, sin):
@@ -180,6 +207,8 @@ class Pieces:
         self.tower_first = dynamic(_tower_first, compiled, 1)
         self.tower_mid = dynamic(_tower_mid, compiled, 2)
         self.tower_last = dynamic(_tower_last, compiled, 2)
+        self.tower_mid_reusing = dynamic(_tower_mid_reusing, compiled, 3)
+        self.tower_last_reusing = dynamic(_tower_last_reusing, compiled, 3)
         self.text_first = dynamic(_text_first, compiled, 1, extra=(4, 5))
         self.text_mid = dynamic(_text_mid, compiled, 2, extra=(9, 10))
         self.text_last = dynamic(_text_last, compiled, 2)
@@ -242,26 +271,37 @@ class Model:
         angle = torch.arange(max_positions, device=device).float()[:, None] / shape.rope_theta**half
         self.cos, self.sin = angle.cos(), angle.sin()  # [max_positions, head_dim / 2] f32
 
-    def tower(self, w, patches):
+    def tower(self, w, patches, reuse=None):
         """patches [N, P, 3*patch*patch] in the order (channel, y, x) -> features [N, P, V] as the
-        projector gets them, and the projected and pooled rows [N, pooled*pooled, D]."""
+        projector gets them, and the projected and pooled rows [N, pooled*pooled, D].
+        `reuse` (methods.Reuse): as STC-Cacher computes them; N must be so many whole intervals."""
         assert self.shape.grid == 2 * self.shape.pooled, "odd grids need the general interpolation"
         s, piece = self.shape, self.pieces
         n, p = patches.shape[:2]
+        mid, last, fresh = piece.tower_mid, piece.tower_last, None
+        if reuse:
+            patches = patches.view(n // reuse.interval, reuse.interval, p, -1)
+            mid, last = piece.tower_mid_reusing, piece.tower_last_reusing
         first = [w[k] for k in ("tower.patch.w", "tower.patch.b", "tower.pos", "tower.0.ln1.w",
                                 "tower.0.ln1.b", "tower.0.qkv.w", "tower.0.qkv.b")]
         x, qkv = piece.tower_first(patches, *first)
         for i in range(s.vision_layers):
-            heads = qkv.view(n, p, 3, s.vision_heads, -1).permute(2, 0, 3, 1, 4)
-            a = self.see(*heads.unbind(0))
+            parts = qkv.unflatten(-1, (3, s.vision_width)).unbind(-2)
+            if reuse:
+                q, k, v = parts
+                if i == 0 or not reuse.shared:
+                    fresh = methods.fresh_patches(k, reuse.ratio)
+                parts = q, k, torch.where(fresh, v, v[:, :1])
+            a = self.see(*(t.reshape(n, p, s.vision_heads, -1).transpose(1, 2) for t in parts))
+            state = (x, a.view(x.shape), fresh) if reuse else (x, a)
             mlp = [w[f"tower.{i}.{k}"] for k in ("out.w", "out.b", "ln2.w", "ln2.b", "fc1.w",
                                                  "fc1.b", "fc2.w", "fc2.b")]
             if i + 1 < s.vision_layers:
                 after = [w[f"tower.{i + 1}.{k}"] for k in ("ln1.w", "ln1.b", "qkv.w", "qkv.b")]
-                x, qkv = piece.tower_mid(x, a, *mlp, *after)
+                x, qkv = mid(*state, *mlp, *after)
             else:
                 after = [w[k] for k in ("proj.1.w", "proj.1.b", "proj.2.w", "proj.2.b")]
-                return piece.tower_last(x, a, *mlp, *after)
+                return last(*state, *mlp, *after)
 
     def splice(self, w, visual, prefix, tokens):
         """visual [B, M, D], prefix [P] ids, tokens [B, L] ids -> [B, P + M + 1 + L, D]: the prefix,
@@ -270,18 +310,27 @@ class Model:
         return torch.cat([F.embedding(prefix, w["embed"]).expand(b, -1, -1), visual,
                           w["newline"].expand(b, 1, -1), F.embedding(tokens, w["embed"])], 1)
 
-    def decode(self, w, x, tap=None):
-        """x [B, S, D] -> normalised last hidden states [B, S, D], and those before layer `tap`."""
+    def decode(self, w, x, tap=None, ranking=None):
+        """x [B, S, D] -> normalised last hidden states [B, S, D], and those before layer `tap`.
+        `ranking` (methods.Ranking): text sees fewer visual rows with every stage."""
         s, piece = self.shape, self.pieces
         b, length, d = x.shape
         cos = self.cos[:length].repeat(b, 1)
         sin = self.sin[:length].repeat(b, 1)
-        x, tapped = x.reshape(b * length, d), None
+        x, tapped, seen = x.reshape(b * length, d), None, None
+        if ranking:
+            seen = torch.arange(ranking.end - ranking.begin, device=x.device).expand(b, -1)
         q, k, v = piece.text_first(x, *(w[f"text.0.{n}"] for n in ("norm1", "qkv.w", "qkv.b")),
                                    cos, sin)
         for i in range(s.layers):
             q, k, v = (t.reshape(b, length, -1, s.head_dim).transpose(1, 2) for t in (q, k, v))
-            a = self.think(q, k, v).view(b * length, -1)
+            if ranking and i in ranking.boundaries:
+                seen = ranking.keep(q, k, seen)
+            if seen is None or seen.shape[1] == ranking.end - ranking.begin:
+                a = self.think(q, k, v)
+            else:
+                a = self.think_through(q, k, v, ranking, seen)
+            a = a.reshape(b * length, -1)
             mlp = [w[f"text.{i}.{n}"] for n in ("o.w", "norm2", "gu.w", "down.w")]
             if i + 1 < s.layers:
                 after = [w[f"text.{i + 1}.{n}"] for n in ("norm1", "qkv.w", "qkv.b")]
@@ -291,3 +340,14 @@ class Model:
             else:
                 x = piece.text_last(x, a, *mlp, w["text.norm"])
         return x.view(b, length, d), tapped
+
+    def think_through(self, q, k, v, ranking, seen):
+        """Attention where what stands behind the visual rows sees only those in `seen` [B, n]."""
+        def view(t):
+            visual = methods.take(t[:, :, ranking.begin:ranking.end],
+                                  seen[:, None].expand(-1, t.shape[1], -1))
+            return torch.cat([t[:, :, :ranking.begin], visual, t[:, :, ranking.end:]], 2)
+
+        before = self.think(*(t[:, :, :ranking.end] for t in (q, k, v)))
+        behind = self.think(view(q), view(k), view(v))[:, ranking.begin + seen.shape[1]:]
+        return torch.cat([before, behind], 1)

@@ -20,6 +20,7 @@ from PIL import Image
 
 import export
 import make_tokenizer
+import methods
 import model
 import optim
 import render
@@ -167,6 +168,116 @@ class RecipeTest(unittest.TestCase):
         for name, t in optimiser.weights().items():
             torch.testing.assert_close(t, weights[name], rtol=0, atol=0)
         self.assertEqual(optimiser.skipped.item(), 1)
+
+    SMALL = model.Shape(image=64, vision_width=64, vision_layers=3, vision_heads=2, vision_mlp=96,
+                        width=64, layers=4, heads=2, head_dim=32, mlp=96)
+
+    def random_weights(self, shape):
+        g = torch.Generator().manual_seed(5)
+        return {k: t + 0.1 * torch.randn(t.shape, generator=g)
+                for k, t in model.init_weights(shape, 0).items()}
+
+    def test_a_tower_that_computes_all_afresh_is_the_plain_one(self):
+        weights, net = self.random_weights(self.SMALL), model.Model(self.SMALL)
+        patches = torch.randn(8, 16, 768)
+        for got, want in zip(net.tower(weights, patches, methods.Reuse(4, 1.0)),
+                             net.tower(weights, patches)):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+    def test_a_cached_tower_takes_over_what_a_layer_adds(self):
+        """One frame after another, one layer after another, as the runtime does it."""
+        shape, g = self.SMALL, torch.Generator().manual_seed(2)
+        w, net = self.random_weights(shape), model.Model(shape)
+        patches = torch.randn(2, 16, 768, generator=g)
+        patches[1, 3:] = patches[0, 3:] + 0.1 * torch.randn(13, 768, generator=g)
+        got = net.tower(w, patches, methods.Reuse(2, 0.25))[0]
+        x = patches @ w["tower.patch.w"].T + w["tower.patch.b"] + w["tower.pos"]
+        reference, out = [], []
+        for frame in range(2):
+            h = x[frame]
+            for i in range(shape.vision_layers):
+                p = {k: w[f"tower.{i}.{k}"] for k in (
+                    "ln1.w", "ln1.b", "qkv.w", "qkv.b", "out.w", "out.b", "ln2.w", "ln2.b",
+                    "fc1.w", "fc1.b", "fc2.w", "fc2.b")}
+                q, k, v = (model._ln(h, p["ln1.w"], p["ln1.b"], 1e-6) @ p["qkv.w"].T
+                           + p["qkv.b"]).chunk(3, -1)
+                fresh = torch.ones(16, dtype=torch.bool)
+                if frame:
+                    cosine = torch.cosine_similarity(k, reference[i][0], dim=-1)
+                    fresh = torch.zeros(16, dtype=torch.bool)
+                    fresh[cosine.argsort()[:4]] = True
+                    v = torch.where(fresh[:, None], v, reference[i][1])
+                heads = [t.view(16, 2, 32).transpose(0, 1) for t in (q, k, v)]
+                a = torch.softmax(heads[0] @ heads[1].mT / 32**0.5, -1) @ heads[2]
+                mlp = [p[n] for n in ("out.w", "out.b", "ln2.w", "ln2.b", "fc1.w", "fc1.b",
+                                      "fc2.w", "fc2.b")]
+                added = model._tower_mlp(h, a.transpose(0, 1).flatten(1), *mlp) - h
+                if frame:
+                    added = torch.where(fresh[:, None], added, reference[i][2])
+                else:
+                    reference.append((k, v, added))
+                h = h + added
+            out.append(h)
+        torch.testing.assert_close(got, torch.stack(out), rtol=1e-4, atol=1e-4)
+
+    def test_text_sees_only_the_rows_that_rank_high(self):
+        shape, g = self.SMALL, torch.Generator().manual_seed(3)
+        net = model.Model(shape)
+        q, k, v = (torch.randn(3, h, 30, 32, generator=g) for h in (2, 1, 1))
+        ranking = methods.Ranking((1,), 0.5, 2, 22, torch.tensor([[3], [4], [7]]),
+                                  torch.ones(3, 1))
+        seen = ranking.keep(q, k, torch.arange(20).expand(3, -1))
+        self.assertEqual(seen.shape, (3, 10))
+        got = net.think_through(q, k, v, ranking, seen)
+        for b in range(3):
+            at = 22 + int(ranking.asking[b])
+            share = torch.softmax(q[b, :, at] @ k[b, 0, 2:22].T / 32**0.5, -1).sum(0)
+            self.assertEqual(seen[b].tolist(), sorted(share.argsort(descending=True)[:10].tolist()))
+            allowed = torch.ones(30, 30).tril().bool()
+            hidden = torch.ones(20).scatter(0, seen[b], 0).bool()
+            allowed[22:, 2:22] &= ~hidden
+            want = torch.nn.functional.scaled_dot_product_attention(
+                q[b], k[b].expand(2, -1, -1), v[b].expand(2, -1, -1), attn_mask=allowed)
+            torch.testing.assert_close(got[b], want.transpose(0, 1).flatten(1), rtol=1e-4,
+                                       atol=1e-5)
+
+    def test_merging_keeps_the_sum_and_puts_equals_together(self):
+        rows = torch.randn(4, 49, 24, generator=torch.Generator().manual_seed(4))
+        rows[:, 9] = rows[:, 2]
+        merged, places = methods.merge(rows, 48)
+        self.assertEqual(sorted(set(range(49)) - set(places[0].tolist())), [2])
+        torch.testing.assert_close(merged[0, places[0].tolist().index(9)], rows[0, 9])
+        merged, places = methods.merge(rows, 16)
+        self.assertEqual(merged.shape, (4, 16, 24))
+        self.assertTrue((places.diff(dim=-1) > 0).all())
+
+    def test_the_pruner_keeps_what_its_definition_says(self):
+        rows = torch.randn(2, 5, 12, 32, generator=torch.Generator().manual_seed(6)).double()
+        got = methods.pruner_keeps(rows, 4)
+        for clip in range(2):
+            total = torch.zeros(32).double()
+            for frame in range(5):
+                x = rows[clip, frame]
+                total += x.mean(0)
+                calm = x.var(0, correction=0).argsort()[:16]
+                y = x[:, calm] / x[:, calm].norm(dim=1, keepdim=True)
+                redundancy = torch.zeros(12).double()
+                for anchor in (total[calm] / total[calm].norm(), y.mean(0)):
+                    for token in range(12):
+                        distance = ((y[token] - anchor)**2).sum()
+                        redundancy[token] += sum(torch.exp(-distance / (2 * 2.0**j))
+                                                 for j in (-3, -2, -1, 0, 1))
+                self.assertEqual(got[clip, frame].tolist(),
+                                 sorted(redundancy.argsort()[:4].tolist()))
+
+    def test_a_run_goes_on_from_what_was_exported(self):
+        weights = self.random_weights(self.SMALL)
+        where = os.path.join(self.folder.name, "begun")
+        export.export(where, weights, self.SMALL, self.tokenizer, torch.float32)
+        again = export.from_hugging_face(where, self.SMALL)
+        self.assertEqual(again.keys(), weights.keys())
+        for name, t in weights.items():
+            torch.testing.assert_close(again[name], t, rtol=0, atol=0)
 
     def test_exported_checkpoint_gives_the_reference_s_logits(self):
         from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 import export
+import methods
 import model
 import optim
 import render
@@ -36,6 +37,8 @@ import targets
 KINDS = ["visible", "count", "total", "color", "size", "where", "side", "direction", "moving",
          "exists", "first", "last", "left", "happened", "camera", "caption"]
 TAP = 4  # the decoder layer before which motion is asked of the picture's tokens
+BOUNDARIES = (2, 4, 6)  # of PyramidDrop's stages
+MOST_TURNS = 24  # of a dialogue, that rank
 # (frames, clips, questions a clip): about as many frames as a step has, because a size far from
 # those of training may make the compiler start anew.
 QUICK_PLAN = [(8, 250, 6), (16, 150, 6), (32, 75, 8)]
@@ -116,6 +119,10 @@ class Trainer:
         self.dtype = torch.bfloat16 if device != "cpu" else torch.float32
         self.model = model.Model(shape, compiled=options.compile, device=device)
         weights = model.init_weights(shape, options.seed, device)
+        if options.start:
+            begun = export.from_hugging_face(options.start, shape)
+            assert begun.keys() == weights.keys(), weights.keys() ^ begun.keys()
+            weights = {name: begun[name].to(device) for name in weights}
         parts = optim.matrix_parts(weights, shape)
         self.model_names = list(weights)
         weights |= targets.head_weights(shape, options.seed + 1, device)
@@ -163,6 +170,51 @@ class Trainer:
         keep = max(cells // 2, int(ratio * frames * cells))
         return score.flatten(1).topk(keep, 1).indices.sort(1).values
 
+    def reuse(self, frames):
+        """What the tower takes over from reference frames in this step, if anything."""
+        if self.random.random() >= 0.35:
+            return None
+        interval = int(self.random.choice([2, 4]))
+        if frames % interval:
+            interval = 2 if frames % 2 == 0 else 1
+        if interval == 1:
+            return None
+        ratio = 0.25 if self.random.random() < 0.6 else self.random.uniform(0.15, 0.5)
+        return methods.Reuse(interval, ratio, shared=self.random.random() < 0.5)
+
+    def fewer(self, visual, clips, frames, shown, motion):
+        """Visual rows [N, G, D] and their motion [N, G] -> [clips, K, D] and [clips, K]: all of
+        them, or what is left when a method of selection, or chance, has passed."""
+        cells, d = visual.shape[1:]
+        fate = self.random.random()
+        keep = cells // 3 if self.random.random() < 0.6 else int(
+            self.random.integers(cells // 5, cells * 4 // 5))
+        if fate < 0.2:  # STC-Pruner
+            at = methods.pruner_keeps(visual.detach().view(clips, frames, cells, d), keep)
+            visual = methods.take(visual, at.view(-1, keep))
+            motion = motion.gather(1, at.view(-1, keep))
+        elif fate < 0.35:  # merging
+            visual, at = methods.merge(visual, keep)
+            motion = motion.gather(1, at)
+        rows, motion = visual.reshape(clips, -1, d), motion.reshape(clips, -1)
+        if 0.35 <= fate < 0.5:
+            at = self.kept(clips, frames, shown, self.random.uniform(0.25, 0.95))
+            rows, motion = methods.take(rows, at), motion.gather(1, at)
+        return rows, motion
+
+    def ranking(self, batch, begin, end, ratio):
+        """PyramidDrop for all questions of a dialogue together: the rows that are asked of answers'
+        first tokens rank, each as much as the others."""
+        row, turn = batch["answer_row"].long(), batch["answer_turn"].long().clamp(max=MOST_TURNS - 1)
+        rows = batch["tokens"].shape[0]
+        none = batch["tokens"].shape[1]
+        first = torch.full((rows * MOST_TURNS,), none, device=self.device)
+        first.scatter_reduce_(0, row * MOST_TURNS + turn, batch["answer_at"].long(), "amin")
+        asking = first.view(rows, MOST_TURNS)
+        # Text row 0 is the newline row's place + 1.
+        return methods.Ranking(BOUNDARIES, ratio, begin, end, asking.clamp(max=none - 1) + 1,
+                               (asking < none).float())
+
     def language_loss(self, w, hidden, base, batch):
         """Weighted mean cross entropy of the answers' tokens. hidden [R, S, D]."""
         rows, length, d = hidden.shape
@@ -190,23 +242,21 @@ class Trainer:
             pooled_wanted = targets.patch_targets(draws, heads[:, 5], shape.pooled)
             motion = targets.motion_targets(draws, heads, shape.pooled, frames)
         self.mark("targets")
-        features, visual = self.model.tower(w, patches)
+        features, visual = self.model.tower(w, patches, self.reuse(frames))
         loss_patch, said_patch = self.patch_loss(features, w["head.patch.w"], w["head.patch.b"],
                                                  *wanted)
         loss_pooled, said_pooled = self.patch_loss(visual, w["head.pooled.w"], w["head.pooled.b"],
                                                    *pooled_wanted)
         self.mark("tower")
-        cells, d = visual.shape[1:]
-        rows = visual.reshape(clips, frames * cells, d)
-        motion = motion.view(clips, frames * cells)
-        if self.random.random() < 0.3:
-            shown = (pooled_wanted[0] != targets.BACKGROUND).float()
-            kept = self.kept(clips, frames, shown, self.random.uniform(0.25, 0.95))
-            rows = torch.gather(rows, 1, kept[..., None].expand(-1, -1, d))
-            motion = torch.gather(motion, 1, kept)
+        d = visual.shape[-1]
+        shown = (pooled_wanted[0] != targets.BACKGROUND).float()
+        rows, motion = self.fewer(visual, clips, frames, shown, motion)
         x = self.model.splice(w, rows, self.prefix, batch["tokens"].long())
         begin, end = self.prefix.shape[1], self.prefix.shape[1] + rows.shape[1]
-        hidden, tapped = self.model.decode(w, x, tap=TAP)
+        ranking = None
+        if self.random.random() < 0.15:
+            ranking = self.ranking(batch, begin, end, self.random.uniform(0.5, 0.8))
+        hidden, tapped = self.model.decode(w, x, TAP, ranking)
         loss_motion, said_motion = self.motion_loss(
             tapped[:, begin:end].reshape(-1, d), w["head.motion.w"], w["head.motion.b"],
             motion.reshape(-1), self.motion_weights)
@@ -233,13 +283,15 @@ class Trainer:
 
     # ---- evaluation ----
 
-    def evaluate(self, batches, keep=None):
+    def evaluate(self, batches, keep=None, reuse=None, prune=None, merge=None, rank=None):
         """Exact match of greedy answers, each question asked first about the whole clip.
 
         Scored under teacher forcing: greedy decoding gives exactly the expected answer if and only
         if every token of it, <|im_end|> included, is the most likely one after those before it.
         Gradients stay enabled, so that the compiled training graphs serve here too.
-        `keep`: only that share of the visual tokens, drawn at random.
+        `keep`: only that share of the visual tokens, drawn at random. `reuse`: methods.Reuse.
+        `prune`, `merge`: so many tokens of a frame, by STC-Pruner or merging. `rank`: PyramidDrop
+        keeps that share at every boundary, ranked by the one question of a row.
         """
         right, asked = collections.Counter(), collections.Counter()
         lengths = {}
@@ -249,13 +301,18 @@ class Trainer:
             batch = {k: torch.from_numpy(a).to(self.device) for k, a in arrays.items()}
             with torch.no_grad():
                 patches = self.patches(batch, frames, spoiled=False)
-            _, visual = self.model.tower(w, patches)
-            visual = visual.detach().reshape(clips, -1, visual.shape[-1])
+            _, visual = self.model.tower(w, patches, reuse)
+            visual = visual.detach()
+            if prune:
+                at = methods.pruner_keeps(visual.view(clips, frames, *visual.shape[1:]), prune)
+                visual = methods.take(visual, at.flatten(0, 1))
+            if merge:
+                visual, _ = methods.merge(visual, merge)
+            visual = visual.reshape(clips, -1, visual.shape[-1])
             if keep:
                 total = visual.shape[1]
                 at = torch.rand(clips, total, device=self.device).topk(int(total * keep), 1)
-                at = at.indices.sort(1).values[..., None].expand(-1, -1, visual.shape[-1])
-                visual = torch.gather(visual, 1, at)
+                visual = methods.take(visual, at.indices.sort(1).values)
             base = self.prefix.shape[1] + visual.shape[1] + 1
             rows = arrays["tokens"].shape[0]
             good = torch.ones(rows, device=self.device)
@@ -264,7 +321,14 @@ class Trainer:
                 mine = torch.from_numpy(np.nonzero(mine)[0]).to(self.device)
                 x = self.model.splice(w, visual, self.prefix,
                                       batch["tokens"][row:row + clips].long())
-                hidden, _ = self.model.decode(w, x)
+                ranking = None
+                if rank:
+                    begin = self.prefix.shape[1]
+                    part = {k: batch[k][mine] for k in ("answer_row", "answer_at", "answer_turn")}
+                    part["answer_row"] = part["answer_row"] - row
+                    part["tokens"] = batch["tokens"][row:row + clips]
+                    ranking = self.ranking(part, begin, begin + visual.shape[1], rank)
+                hidden, _ = self.model.decode(w, x, ranking=ranking)
                 at = batch["answer_row"][mine].long()
                 picked = hidden.detach()[at - row, base + batch["answer_at"][mine].long()]
                 said = F.linear(picked, w["embed"].detach()).argmax(-1)
@@ -396,8 +460,8 @@ def rate(progress, warm=0.015, hold=0.45):
     return max(0.0, (1 - progress) / (1 - hold))
 
 
-def dense_weight(progress):
-    return max(0.1, 1 - progress / 0.65)
+def dense_weight(progress, started):
+    return 0.1 if started else max(0.1, 1 - progress / 0.65)
 
 
 class Log:
@@ -457,7 +521,7 @@ def train(options, shape, renderer_of, log):
             r = rate(progress) * damp
             numbers = trainer.step(batch, frames, clips,
                                    (options.muon_rate * r, options.adam_rate * r),
-                                   dense_weight(progress))
+                                   dense_weight(progress, bool(options.start)))
             hand_back()
             step += 1
             steps_logged += 1
@@ -538,9 +602,13 @@ def train(options, shape, renderer_of, log):
     trainer.export(average=best)
     log(event="export", step=step, which="average" if best else "last",
         seconds=round(time.monotonic() - began, 1))
-    for keep in (0.5, 0.33):
-        result = trainer.evaluate([b for b in final if b[0] == final[2][0]], keep)
-        log(event="evaluation", step=step, which=f"keep {keep}", **result)
+    third = shape.pooled**2 // 3
+    two, four = methods.Reuse(2, 0.25), methods.Reuse(4, 0.25)
+    for which in ({}, {"keep": 0.33}, {"reuse": two}, {"reuse": four}, {"prune": third},
+                  {"merge": third}, {"reuse": two, "prune": third}, {"reuse": four, "merge": third},
+                  {"rank": 0.5}):
+        result = trainer.evaluate([b for b in final if b[0] == final[2][0]], **which)
+        log(event="evaluation", step=step, which=str(which), **result)
     log(event="finished", seconds=round(time.monotonic() - began, 1), graphs=compiled_graphs())
 
 
@@ -558,6 +626,7 @@ def parse(arguments=None):
     parser.add_argument("--minutes", type=float, required=True, help="all in all, compiling too")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1, help="of the weights")
+    parser.add_argument("--start", help="a checkpoint of an earlier run to go on from")
     parser.add_argument("--base", type=int, default=1, help="of the training clips")
     parser.add_argument("--muon-rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=0.002)
