@@ -170,11 +170,14 @@ class Qwen2Decoder : public Decoder {
   void RunStaged(ExecContext& ctx, const SequenceStep& step, const DecoderProbe& probe) const;
   TensorView PassBoundary(ExecContext& ctx, int layer, bool single_chunk, StagedRows& staged) const;
   std::vector<float> Attention(ExecContext& ctx, int layer, const StagedRows& staged,
-                               std::span<const int32_t> cached_rows, ConstTensorView qkv,
-                               std::span<const float> query) const;
+                               std::span<const int32_t> cached_rows, ConstTensorView keys,
+                               ConstTensorView queries) const;
   TensorView RunLayer(ExecContext& ctx, int layer, std::vector<Segment>& segments,
-                      TensorView hidden, TensorView projected, const DecoderProbe& probe) const;
-  void ProjectQkv(ExecContext& ctx, int layer, ConstTensorView hidden, TensorView qkv) const;
+                      TensorView hidden, ConstTensorView keys, const DecoderProbe& probe) const;
+  void Project(ExecContext& ctx, int layer, ConstTensorView hidden, const LinearWeight& weight,
+               TensorView y) const;
+  void ProjectAround(ExecContext& ctx, int layer, ConstTensorView hidden, ConstTensorView keys,
+                     TensorView qkv) const;
   void Rotate(ExecContext& ctx, int layer, std::span<const Segment> segments, TensorView qkv) const;
   void StoreKeysAndValues(ExecContext& ctx, int layer, std::span<const Segment> segments,
                           ConstTensorView qkv) const;
@@ -358,12 +361,17 @@ void Qwen2Decoder::RunStaged(ExecContext& ctx, const SequenceStep& step,
   TensorView last;  // the rows of the last chunk after the last layer
   for (int i = 0; i < config_.num_layers; ++i) {
     Workspace::Scope layer_scope(workspace);
-    TensorView qkv;
+    TensorView keys;
     if (stage < boundaries.size() && boundaries[stage] == i) {
       ++stage;
-      qkv = PassBoundary(ctx, i, probe != nullptr, staged);
+      keys = PassBoundary(ctx, i, probe != nullptr, staged);
     }
-    if (staged.cached) cache.KeepRows(ctx, i, CachedRows(staged, i));
+    if (staged.cached) {
+      const std::vector<int32_t> seen = CachedRows(staged, i);
+      TraceScope trace(&ctx.tracer(), "decoder/view", static_cast<int64_t>(seen.size()));
+      trace.AddWork(0, 4.0 * SizeOf(dtype_) * kv_width() * static_cast<double>(seen.size()));
+      cache.KeepRows(ctx, i, seen);
+    }
     cache.ReserveRows(i, staged.fresh);
     const auto rows = static_cast<int64_t>(staged.fresh.size());
     const int64_t chunk_rows = ChunkRows(rows, probe != nullptr);
@@ -372,7 +380,7 @@ void Qwen2Decoder::RunStaged(ExecContext& ctx, const SequenceStep& step,
       const int64_t wanted = end == rows && !step.logits.empty() ? 1 : 0;
       segments = {{&step, 0, rows - begin, 0, end - begin, wanted}};
       last = RunLayer(ctx, i, segments, staged.hidden.Slice(begin, end),
-                      qkv.empty() ? TensorView() : qkv.Slice(begin, end), probe);
+                      keys.empty() ? ConstTensorView() : keys.Slice(begin, end), probe);
     }
   }
   cache.Advance(length);
@@ -383,21 +391,15 @@ void Qwen2Decoder::RunStaged(ExecContext& ctx, const SequenceStep& step,
   if (last.dim(0) > 0) WriteLogits(ctx, segments, last, probe);
 }
 
-// Asks the policy before `layer` and lets the rows go that it does not keep. Returns what the layer
-// projects from the others, not yet rotated: ranking needs the keys of all rows, and the product
-// makes queries and values beside them. For those that leave that is the only waste, 3 % of the
-// work of a sequence in a small model and half a percent in a large one.
+// Asks the policy before `layer` and lets the rows go that it does not keep. Returns the keys of
+// the others, not yet rotated, if ranking needed them: of rows that leave nothing else is
+// projected.
 TensorView Qwen2Decoder::PassBoundary(ExecContext& ctx, int layer, bool single_chunk,
                                       StagedRows& staged) const {
   Workspace& workspace = ctx.workspace();
   const SequenceStep& step = *staged.step;
+  const LinearWeight& qkv = layers_[layer].qkv;
   const auto rows = static_cast<int64_t>(staged.fresh.size());
-  const TensorView qkv = workspace.Allocate(dtype_, {rows, q_width() + 2 * kv_width()});
-  const int64_t chunk_rows = ChunkRows(rows, single_chunk);
-  for (int64_t begin = 0; begin < rows; begin += chunk_rows) {
-    const int64_t end = std::min(begin + chunk_rows, rows);
-    ProjectQkv(ctx, layer, staged.hidden.Slice(begin, end), qkv.Slice(begin, end));
-  }
   const std::vector<int32_t> cached_rows = CachedRows(staged, layer);
   const auto cached = static_cast<int64_t>(cached_rows.size());
   std::vector<int32_t> tokens;
@@ -405,19 +407,52 @@ TensorView Qwen2Decoder::PassBoundary(ExecContext& ctx, int layer, bool single_c
   for (const int32_t row : cached_rows) tokens.push_back(step.cache->TokenOf(layer, row));
   tokens.insert(tokens.end(), staged.fresh.begin(), staged.fresh.end());
 
+  TensorView keys;
+  const auto project_keys = [&] {
+    if (!keys.empty()) return;
+    keys = workspace.Allocate(dtype_, {rows, kv_width()});
+    const LinearWeight weight = qkv.Outputs(q_width(), q_width() + kv_width());
+    const int64_t chunk_rows = ChunkRows(rows, single_chunk);
+    for (int64_t begin = 0; begin < rows; begin += chunk_rows) {
+      const int64_t end = std::min(begin + chunk_rows, rows);
+      Project(ctx, layer, staged.hidden.Slice(begin, end), weight, keys.Slice(begin, end));
+    }
+  };
+  const auto last_queries = [&](TensorView y) {
+    Project(ctx, layer, staged.hidden.Slice(rows - y.dim(0), rows), qkv.Outputs(0, q_width()), y);
+  };
   LayerBoundary boundary;
   boundary.layer = layer;
   boundary.tokens = tokens;
   boundary.cached = cached;
   boundary.last_query = [&] {
-    const Tensor query = ConvertTo(qkv.Slice(rows - 1, rows).Columns(0, q_width()), DType::kF32);
-    return std::vector<float>(query.data<float>(), query.data<float>() + q_width());
+    const Tensor query(dtype_, {1, q_width()});
+    last_queries(query);
+    const Tensor wide = ConvertTo(query, DType::kF32);
+    return std::vector<float>(wide.data<float>(), wide.data<float>() + q_width());
   };
-  boundary.attention = [&](std::span<const float> query) {
-    return Attention(ctx, layer, staged, cached_rows, qkv, query);
+  boundary.attention = [&](int64_t queries) {
+    if (queries < 1 || queries > rows) {
+      throw Error("[qwen2] a layer policy may ask how 1 to " + std::to_string(rows) +
+                  " rows attend, got " + std::to_string(queries));
+    }
+    project_keys();
+    Workspace::Scope scope(workspace);
+    const TensorView q = workspace.Allocate(dtype_, {queries, q_width()});
+    last_queries(q);
+    return Attention(ctx, layer, staged, cached_rows, keys, q);
+  };
+  boundary.attention_of = [&](std::span<const float> query) {
+    if (static_cast<int64_t>(query.size()) != q_width()) {
+      throw Error("[qwen2] a query must have " + std::to_string(q_width()) + " values, got " +
+                  std::to_string(query.size()));
+    }
+    project_keys();
+    return Attention(ctx, layer, staged, cached_rows, keys,
+                     ConstTensorView(query.data(), DType::kF32, {1, q_width()}));
   };
   const std::optional<std::vector<int32_t>> kept = step.policy->Keep(boundary);
-  if (!kept) return qkv;
+  if (!kept) return keys;
 
   std::vector<int32_t> kept_cached, kept_fresh;  // tokens; rows of the step
   for (size_t i = 0; i < kept->size(); ++i) {
@@ -436,61 +471,60 @@ TensorView Qwen2Decoder::PassBoundary(ExecContext& ctx, int layer, bool single_c
     throw Error("[qwen2] a layer policy must keep a row of the step, the last if its logits count");
   }
   if (static_cast<int64_t>(kept_cached.size()) < cached) staged.cached = std::move(kept_cached);
-  if (static_cast<int64_t>(kept_fresh.size()) == rows) return qkv;
+  if (static_cast<int64_t>(kept_fresh.size()) == rows) return keys;
   staged.hidden = KeepRowsOf(staged.hidden, kept_fresh);
   for (size_t i = 0; i < kept_fresh.size(); ++i) staged.fresh[i] = staged.fresh[kept_fresh[i]];
   staged.fresh.resize(kept_fresh.size());
-  return KeepRowsOf(qkv, kept_fresh);
+  return keys.empty() ? keys : KeepRowsOf(keys, kept_fresh);
 }
 
+// How `queries`, not yet rotated, attend, in the mean: they stand where the last rows of the step
+// do.
 std::vector<float> Qwen2Decoder::Attention(ExecContext& ctx, int layer, const StagedRows& staged,
                                            std::span<const int32_t> cached_rows,
-                                           ConstTensorView qkv,
-                                           std::span<const float> query) const {
+                                           ConstTensorView keys, ConstTensorView queries) const {
   Workspace& workspace = ctx.workspace();
   Workspace::Scope scope(workspace);
-  const int64_t rows = qkv.dim(0), keys = q_width();
-  if (!query.empty() && static_cast<int64_t>(query.size()) != q_width()) {
-    throw Error("[qwen2] a query must have " + std::to_string(q_width()) + " values, got " +
-                std::to_string(query.size()));
-  }
+  const int64_t rows = keys.dim(0), count = queries.dim(0);
+  const auto cached = static_cast<int64_t>(cached_rows.size());
   // As they stand in this layer before anything leaves.
   const bool by_rows = staged.step->cache->positions() == KvPositions::kRows;
   std::vector<int32_t> positions = staged.fresh;
-  if (by_rows) {
-    std::iota(positions.begin(), positions.end(), static_cast<int32_t>(cached_rows.size()));
-  }
-  const TensorView q = workspace.Allocate(dtype_, {1, q_width()});
+  if (by_rows) std::iota(positions.begin(), positions.end(), static_cast<int32_t>(cached));
+  const TensorView q = workspace.Allocate(dtype_, {count, q_width()});
   const TensorView k = workspace.Allocate(dtype_, {rows, kv_width()});
-  if (query.empty()) {
-    ConvertInto(qkv.Slice(rows - 1, rows).Columns(0, q_width()), q);
-  } else {
-    ConvertInto(ConstTensorView(query.data(), DType::kF32, {1, q_width()}), q);
-  }
-  ConvertInto(qkv.Columns(keys, keys + kv_width()), k);
-  Rope(ctx, q, config_.head_dim, std::span(positions).last(1), inv_freq_);
+  ConvertInto(queries, q);
+  ConvertInto(keys, k);
+  Rope(ctx, q, config_.head_dim, std::span(positions).last(count), inv_freq_);
   Rope(ctx, k, config_.head_dim, positions, inv_freq_);
-  const auto count = rows + static_cast<int64_t>(cached_rows.size());
   TraceScope trace(&ctx.tracer(), "decoder/rank", count);
-  trace.AddWork(2.0 * count * q_width(), static_cast<double>(count * kv_width() * SizeOf(dtype_)));
-  std::vector<float> weights(count);
-  MeanAttentionRow(ctx, q, config_.num_heads,
-                   1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
-                   staged.step->cache->layer(layer), cached_rows, k, weights);
-  return weights;
+  std::vector<float> mean(cached + rows, 0), weights;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t seen = rows - count + i + 1;
+    weights.resize(cached + seen);
+    MeanAttentionRow(ctx, q.Slice(i, i + 1), config_.num_heads,
+                     1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
+                     staged.step->cache->layer(layer), cached_rows, k.Slice(0, seen), weights);
+    for (size_t j = 0; j < weights.size(); ++j) mean[j] += weights[j] / static_cast<float>(count);
+    trace.AddWork(2.0 * (cached + seen) * q_width(),
+                  static_cast<double>((cached + seen) * kv_width() * SizeOf(dtype_)));
+  }
+  return mean;
 }
 
-// Runs one layer over a chunk's rows and returns those that are left of `hidden`. projected: what
-// ProjectQkv gives, if that is there already.
+// Runs one layer over a chunk's rows and returns those that are left of `hidden`. keys: of these
+// rows, not yet rotated, if they are there already.
 TensorView Qwen2Decoder::RunLayer(ExecContext& ctx, int layer, std::vector<Segment>& segments,
-                                  TensorView hidden, TensorView projected,
+                                  TensorView hidden, ConstTensorView keys,
                                   const DecoderProbe& probe) const {
   Workspace::Scope scope(ctx.workspace());
   const std::string name = "layer." + std::to_string(layer);
-  TensorView qkv = projected;
-  if (qkv.empty()) {
-    qkv = ctx.workspace().Allocate(dtype_, {hidden.dim(0), q_width() + 2 * kv_width()});
-    ProjectQkv(ctx, layer, hidden, qkv);
+  const TensorView qkv =
+      ctx.workspace().Allocate(dtype_, {hidden.dim(0), q_width() + 2 * kv_width()});
+  if (keys.empty()) {
+    Project(ctx, layer, hidden, layers_[layer].qkv, qkv);
+  } else {
+    ProjectAround(ctx, layer, hidden, keys, qkv);
   }
   Rotate(ctx, layer, segments, qkv);
   if (probe) {
@@ -519,12 +553,27 @@ void Qwen2Decoder::Normalise(ExecContext& ctx, const Tensor& weight, ConstTensor
   RmsNorm(ctx, hidden, weight, config_.rms_norm_eps, y);
 }
 
-void Qwen2Decoder::ProjectQkv(ExecContext& ctx, int layer, ConstTensorView hidden,
-                              TensorView qkv) const {
+// weight: of a layer's qkv, all or some of its outputs.
+void Qwen2Decoder::Project(ExecContext& ctx, int layer, ConstTensorView hidden,
+                           const LinearWeight& weight, TensorView y) const {
   Workspace::Scope scope(ctx.workspace());
   const TensorView narrow = ctx.workspace().Allocate(dtype_, hidden.shape());
   Normalise(ctx, layers_[layer].attention_norm, hidden, narrow);
-  TracedLinear(ctx, "decoder/qkv", narrow, layers_[layer].qkv, qkv);
+  TracedLinear(ctx, "decoder/qkv", narrow, weight, y);
+}
+
+// Queries and values on both sides of `keys`.
+void Qwen2Decoder::ProjectAround(ExecContext& ctx, int layer, ConstTensorView hidden,
+                                 ConstTensorView keys, TensorView qkv) const {
+  const int64_t values = q_width() + kv_width();
+  ConvertInto(keys, qkv.Columns(q_width(), values));
+  for (const auto& [begin, end] :
+       {std::pair(int64_t{0}, q_width()), std::pair(values, qkv.dim(1))}) {
+    Workspace::Scope scope(ctx.workspace());
+    const TensorView part = ctx.workspace().Allocate(dtype_, {hidden.dim(0), end - begin});
+    Project(ctx, layer, hidden, layers_[layer].qkv.Outputs(begin, end), part);
+    ConvertInto(part, qkv.Columns(begin, end));
+  }
 }
 
 void Qwen2Decoder::Rotate(ExecContext& ctx, int layer, std::span<const Segment> segments,
