@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "llm/config_object.h"
-#include "llm/families/qwen2.h"
+#include "llm/families/llama_decoder.h"
 #include "llm/vlm.h"
 #include "runtime/weight_store.h"
 
@@ -51,12 +51,12 @@ struct DecoderDefaults {
 };
 // Sizes of the decoder described by `text`, the "text_config" of `top`; its rotation and biases are
 // left as they are.
-Qwen2Config ReadDecoder(const ConfigObject& top, const ConfigObject& text,
+LlamaConfig ReadDecoder(const ConfigObject& top, const ConfigObject& text,
                         const DecoderDefaults& defaults);
 // rope_theta and rope_scaling in the spellings of transformers 4.x and 5.x. `types`: the supported
 // ones among "default", "linear" and "llama3". "linear" stretches the context by its factor.
 void ReadRope(const ConfigObject& text, std::initializer_list<const char*> types,
-              Qwen2Config& decoder);
+              LlamaConfig& decoder);
 // A tower's index into the embeddings followed by every layer's output, as a number of layers.
 int ReadFeatureLayer(const ConfigObject& top, int64_t fallback, int vision_layers);
 
@@ -70,7 +70,7 @@ std::optional<std::string> CanonicalTensorName(int layers_to_run, int vision_lay
 // What makes one family's checkpoint a model.
 struct LlavaParts {
   const char* architecture = nullptr;
-  Qwen2Config text;
+  LlamaConfig text;
   std::vector<int32_t> eos_ids;  // for files without a generation_config.json
   std::function<std::optional<std::string>(const std::string&)> canonical;  // see WeightStore
   std::function<std::unique_ptr<VisionEncoder>(WeightStore&)> load_encoder;

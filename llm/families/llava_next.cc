@@ -92,6 +92,7 @@ void ReadText(const ConfigObject& top, LlavaGeneration generation, LlavaNextConf
   ExpectOneOf(text, "model_type", "llama", {"llama", "mistral"});
   const bool mistral = text.String({"model_type"}, "llama") == "mistral";
   config.text = ReadDecoder(top, text, mistral ? kMistralDefaults : kLlamaDefaults);
+  config.text.family = mistral ? "mistral" : "llama";
   config.text.qkv_bias = false;
   ReadRope(text, {"default", "linear", "llama3"}, config.text);
   for (const char* key : {"attention_bias", "mlp_bias"}) {

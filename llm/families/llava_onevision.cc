@@ -83,6 +83,7 @@ void ReadText(const ConfigObject& top, LlavaOnevisionConfig& config) {
   const ConfigObject text = top.Object("text_config");
   ExpectOneOf(text, "model_type", "qwen2", {"qwen2"});
   config.text = ReadDecoder(top, text, kQwen2Defaults);
+  config.text.family = "qwen2";
   ReadRope(text, {"default"}, config.text);
   RefuseSlidingWindows(text, config.text.num_layers);
   config.vision.output_size = config.text.hidden_size;

@@ -28,8 +28,8 @@ using Matrix = std::vector<std::vector<double>>;
 // Eight layers with biases, for the reference below.
 struct TinyModel : RandomDecoder {
   explicit TinyModel(int kv_heads) : RandomDecoder(Config(kv_heads)), kv_heads(kv_heads) {}
-  static Qwen2Config Config(int kv_heads) {
-    Qwen2Config config;
+  static LlamaConfig Config(int kv_heads) {
+    LlamaConfig config;
     config.hidden_size = kWidth;
     config.intermediate_size = kInner;
     config.num_layers = kLayers;

@@ -31,7 +31,7 @@ Work Traced(const Tracer& tracer) {
 // What a prefill of visual rows and the token that asks costs. The last layer is whole, as the
 // paper counts, or as the decoder runs it where nobody looks: only its last row behind the keys
 // and values.
-Work Formula(const Qwen2Config& c, const PyramidPlan& plan, int64_t visual, bool whole) {
+Work Formula(const LlamaConfig& c, const PyramidPlan& plan, int64_t visual, bool whole) {
   const double width = c.hidden_size, q = double{1} * c.num_heads * c.head_dim,
                kv = double{1} * c.num_kv_heads * c.head_dim;
   const double qkv = 2 * width * (q + 2 * kv), rest = 2 * width * (q + 3.0 * c.intermediate_size);
@@ -50,8 +50,8 @@ Work Formula(const Qwen2Config& c, const PyramidPlan& plan, int64_t visual, bool
   return work;
 }
 
-Qwen2Config Vicuna7B() {
-  Qwen2Config config;
+LlamaConfig Vicuna7B() {
+  LlamaConfig config;
   config.hidden_size = 4096;
   config.intermediate_size = 11008;
   config.num_layers = kLayers;
@@ -64,15 +64,15 @@ Qwen2Config Vicuna7B() {
   return config;
 }
 
-Qwen2Config Mistral7B() {
-  Qwen2Config config = Vicuna7B();
+LlamaConfig Mistral7B() {
+  LlamaConfig config = Vicuna7B();
   config.intermediate_size = 14336;
   config.num_kv_heads = 8;
   return config;
 }
 
 // The same layers, 32 times narrower: the shares of the products stay.
-Qwen2Config Narrow(Qwen2Config config) {
+LlamaConfig Narrow(LlamaConfig config) {
   config.hidden_size /= 32;
   config.intermediate_size /= 32;
   config.head_dim /= 32;
@@ -111,7 +111,7 @@ Work Prefill(const RandomDecoder& model, const PyramidPlan& plan, bool whole) {
 
 class PyramidWorkTest : public testing::TestWithParam<bool> {
  protected:
-  const Qwen2Config config_ = GetParam() ? Mistral7B() : Vicuna7B();
+  const LlamaConfig config_ = GetParam() ? Mistral7B() : Vicuna7B();
 };
 
 TEST_P(PyramidWorkTest, TheDecoderDoesWhatTheFormulaSays) {

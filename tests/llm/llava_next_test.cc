@@ -272,6 +272,27 @@ TEST(LlavaNextTest, ConfigurationErrorsNameFieldExpectedAndFound) {
   EXPECT_THAT(LoadError(copy.directory()), AllOf(HasSubstr("sliding_window"), HasSubstr("null")));
 }
 
+TEST(LlavaNextTest, ErrorsOfTheDecoderNameItsFamily) {
+  for (const auto& [directory, family] :
+       {std::pair(kVideo, "[llama]"), std::pair(kLlava15, "[llama]"),
+        std::pair(kMistral, "[mistral]"), std::pair(kGoldens / "tiny_untied", "[qwen2]")}) {
+    CheckpointCopy copy(directory);
+    copy.tensors().erase("language_model.lm_head.weight");
+    copy.Write();
+    EXPECT_THAT(LoadError(copy.directory()), AllOf(HasSubstr(family), HasSubstr("lm_head")));
+    const auto vlm = LoadF32(directory);
+    ExecContext ctx({.num_threads = 1});
+    const Tensor rows(DType::kF32, {1, vlm->decoder().hidden_size() + 1});
+    KvCache cache(std::make_shared<KvBlockPool>(vlm->decoder().kv_geometry(), 0));
+    SequenceStep step{&cache, rows, {}};
+    EXPECT_THAT(
+        [&] {
+          vlm->decoder().Step(ctx, {&step, 1});
+        },
+        testing::ThrowsMessage<Error>(HasSubstr(family)));
+  }
+}
+
 TEST(LlavaNextTest, MissingTensorsAreNamed) {
   for (const char* name :
        {"vision_tower.embeddings.class_embedding", "vision_tower.pre_layrnorm.bias",

@@ -13,7 +13,7 @@
 #include <random>
 #include <string>
 
-#include "llm/families/qwen2.h"
+#include "llm/families/llama_decoder.h"
 #include "runtime/safetensors.h"
 #include "runtime/weight_store.h"
 
@@ -21,7 +21,7 @@ namespace sluice {
 
 struct RandomDecoder {
   // Computes in f32. REQUIRES: config.tie_word_embeddings.
-  explicit RandomDecoder(const Qwen2Config& config) {
+  explicit RandomDecoder(const LlamaConfig& config) {
     const int64_t width = config.hidden_size, inner = config.intermediate_size;
     const int64_t q = int64_t{config.num_heads} * config.head_dim;
     const int64_t kv = int64_t{config.num_kv_heads} * config.head_dim;
@@ -54,7 +54,7 @@ struct RandomDecoder {
     WeightStore weights(
         checkpoint, [](const std::string& name) { return std::optional<std::string>(name); },
         DType::kF32);
-    decoder = LoadQwen2Decoder(weights, config);
+    decoder = LoadLlamaDecoder(weights, config);
     std::filesystem::remove_all(directory);
   }
 
