@@ -115,13 +115,47 @@ TEST_F(PyramidSessionTest, QuestionsThroughAViewDoNotDisturbEachOther) {
   }
 }
 
-TEST_F(PyramidSessionTest, SharesOfOneAnswerAsWithoutTheMethod) {
-  const auto plain = Shown(Options(PyramidMode::kOff), 10);
-  const std::vector<int32_t> want = Answer(*plain, "What is there?");
-  for (const PyramidMode mode : {PyramidMode::kQuestion, PyramidMode::kReplay,
-                                 PyramidMode::kQueryFree, PyramidMode::kProbe}) {
-    const auto session = Shown(Options(mode, 1), 10);
-    EXPECT_EQ(Answer(*session, "What is there?"), want) << Name(mode);
+// Of every family.
+TEST(PyramidFamiliesTest, SharesOfOneRememberAndAnswerAsWithoutTheMethodBitForBit) {
+  for (const char* name :
+       {"tiny_tied", "tiny_untied", "tiny_llava15", "tiny_next_mistral", "tiny_next_video"}) {
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+      EngineOptions engine_options;
+      engine_options.model = std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden" / name;
+      engine_options.vlm.compute_type = dtype;
+      engine_options.num_threads = 1;
+      const Engine engine(engine_options);
+      const auto ctx = engine.NewContext();
+      const Decoder& decoder = engine.vlm()->decoder();
+      const std::vector<FramePtr> frames = NoiseFrames(6);
+      // Logits of a row behind what the session remembers, and its answer.
+      const auto run = [&](PyramidMode mode) {
+        SessionOptions options = Options(mode, 1);
+        options.pyramid.stages = 2;
+        const auto session = engine.NewSession(options);
+        Ingest(*ctx, *session, std::span(frames).first(4));
+        Ingest(*ctx, *session, std::span(frames).subspan(4));
+        const std::vector<int32_t> answer = Ask(*ctx, *session, "What is there?", nullptr).ids;
+        std::vector<float> result(answer.begin(), answer.end());
+        if (session->pyramid.replays()) return result;
+        const Tensor row(DType::kF32, {1, decoder.hidden_size()});
+        decoder.Embed(*ctx, std::vector<int32_t>{5}, row);
+        const Tensor logits(DType::kF32, {1, decoder.vocab_size()});
+        SequenceStep step{&session->cache, row, logits, session->pyramid.ForQuestion(0)};
+        decoder.Step(*ctx, {&step, 1});
+        result.insert(result.end(), logits.data<float>(),
+                      logits.data<float>() + decoder.vocab_size());
+        return result;
+      };
+      const std::vector<float> want = run(PyramidMode::kOff);
+      for (const PyramidMode mode :
+           {PyramidMode::kQuestion, PyramidMode::kQueryFree, PyramidMode::kProbe}) {
+        EXPECT_EQ(run(mode), want) << name << " " << Name(dtype) << " " << Name(mode);
+      }
+      const std::vector<float> replayed = run(PyramidMode::kReplay);
+      EXPECT_EQ(replayed, std::vector<float>(want.begin(), want.begin() + replayed.size()))
+          << name << " " << Name(dtype);
+    }
   }
 }
 
