@@ -57,6 +57,54 @@ void CheckShares(std::span<const double> shares) {
   }
 }
 
+bool DropsOnArrival(PyramidMode mode) {
+  return mode == PyramidMode::kQueryFree || mode == PyramidMode::kProbe;
+}
+
+// From so many layers on the published split is the default.
+constexpr int kDeep = 16;
+
+std::vector<int> DefaultBoundaries(PyramidMode mode, int stages, int num_layers) {
+  const bool even = num_layers >= kDeep || mode == PyramidMode::kProbe;
+  std::vector<int> boundaries;
+  for (int s = 1; s < stages; ++s) {
+    const int at_ends = s == 1 ? 1 : num_layers - stages + s;
+    boundaries.push_back(even ? s * (num_layers / stages) : at_ends);
+  }
+  return boundaries;
+}
+
+// That the options are ones the mode can follow.
+void CheckMode(const PyramidOptions& options) {
+  const PyramidMode mode = options.mode;
+  const std::string place = std::string("[pyramid-drop] mode ") + Name(mode);
+  if (mode == PyramidMode::kQuestion && options.positions == KvPositions::kRows) {
+    throw InputError(place +
+                     " looks at keys that stay where they are, got compact positions: leave them "
+                     "out, or use mode replay, query-free or probe");
+  }
+  if (DropsOnArrival(mode) &&
+      options.quota.value_or(PyramidQuota::kFrame) != PyramidQuota::kFrame) {
+    throw InputError(place + " chooses among the rows of each frame as it comes, got quota " +
+                     Name(*options.quota) +
+                     ": leave the quota out, or use mode question or replay");
+  }
+  if (DropsOnArrival(mode) && options.rank) {
+    throw InputError(place + " chooses before there is a question, got rank " +
+                     Name(*options.rank) + ": leave the rank out, or use mode question or replay");
+  }
+  const bool instructed = options.instruction.find_first_not_of(" \t\r\n") != std::string::npos;
+  if (mode == PyramidMode::kProbe && !instructed) {
+    throw InputError(place +
+                     " ranks by a standing instruction, got none: give one, or use mode "
+                     "query-free");
+  }
+  if (mode != PyramidMode::kProbe && instructed) {
+    throw InputError(place +
+                     " knows no standing instruction, got one: leave it out, or use mode probe");
+  }
+}
+
 }  // namespace
 
 const char* Name(PyramidMode mode) {
@@ -86,6 +134,8 @@ const char* Name(PyramidQuota quota) {
   }
   return "?";
 }
+
+const char* Name(PyramidRank rank) { return rank == PyramidRank::kLast ? "last" : "mean"; }
 
 PyramidOptions ParsePyramid(std::string_view spec) {
   PyramidOptions options;
@@ -132,15 +182,11 @@ PyramidPlan PyramidPlan::Make(const PyramidOptions& options, int num_layers) {
   plan.boundaries = options.boundaries;
   plan.shares = options.shares;
   plan.frame_share = options.frame_share;
-  const bool arriving =
-      options.mode == PyramidMode::kQueryFree || options.mode == PyramidMode::kProbe;
-  plan.quota = options.quota.value_or(arriving ? PyramidQuota::kFrame : PyramidQuota::kHybrid);
+  plan.quota = options.quota.value_or(DropsOnArrival(options.mode) ? PyramidQuota::kFrame
+                                                                   : PyramidQuota::kHybrid);
   const auto count = static_cast<size_t>(options.stages - 1);
-  if (plan.boundaries.empty()) {
-    for (int s = 1; s < options.stages; ++s) {
-      plan.boundaries.push_back(s * (num_layers / options.stages));
-    }
-  }
+  if (plan.boundaries.empty())
+    plan.boundaries = DefaultBoundaries(options.mode, options.stages, num_layers);
   if (plan.shares.empty()) {
     double share = 1;
     for (size_t s = 0; s < count; ++s) plan.shares.push_back(share *= options.lambda);
@@ -286,7 +332,7 @@ std::vector<float> PyramidDrop::Scores(const LayerBoundary& boundary,
     return scores;
   }
   const std::vector<float> weights =
-      boundary.attention(queries_.empty() ? std::span<const float>() : queries_[stage]);
+      queries_.empty() ? boundary.attention(last_rows_) : boundary.attention_of(queries_[stage]);
   for (const int32_t i : candidates) scores.push_back(weights[i]);
   return scores;
 }
@@ -296,17 +342,7 @@ PyramidStream::PyramidStream(const PyramidOptions& options, int num_layers, int 
     : options_(options) {
   if (options_.mode == PyramidMode::kOff) return;
   plan_ = PyramidPlan::Make(options_, num_layers);
-  if (options_.mode == PyramidMode::kQuestion && positions() == KvPositions::kRows) {
-    throw InputError(
-        "[pyramid-drop] mode question looks at keys that stay where they are: compact positions "
-        "need mode replay, query-free or probe");
-  }
-  if (options_.mode == PyramidMode::kProbe &&
-      options_.instruction.find_first_not_of(" \t\r\n") == std::string::npos) {
-    throw InputError(
-        "[pyramid-drop] mode probe ranks by a standing instruction, got none: give one, or use "
-        "mode query-free");
-  }
+  CheckMode(options_);
   if (options_.mode == PyramidMode::kReplay) {
     if (options_.replay_frames < 1) {
       throw InputError("[pyramid-drop] mode replay needs at least 1 frame, got " +
@@ -367,7 +403,7 @@ void PyramidStream::Arrived(const VisualTokens& tokens, int64_t first) {
                     tokens.features.data<float>() + tokens.size() * width);
 }
 
-PyramidDrop* PyramidStream::ForQuestion(int64_t text) {
+PyramidDrop* PyramidStream::ForQuestion(int64_t text, int64_t question) {
   step_.reset();
   if (replays()) {
     frames_.assign(text, PyramidDrop::kText);
@@ -376,6 +412,7 @@ PyramidDrop* PyramidStream::ForQuestion(int64_t text) {
     return nullptr;
   }
   step_.emplace(plan_, frames_, 0);
+  if (rank() == PyramidRank::kMean) step_->RankByLastRows(question);
   return &*step_;
 }
 

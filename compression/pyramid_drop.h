@@ -1,6 +1,6 @@
 // PyramidDrop (Xing et al. 2024, arXiv 2410.17247): shallow layers need every visual token, deep
 // layers few. The decoder's layers form stages; between two stages only a share of the visual rows
-// goes on, those to which the last row of the prompt attends most. Text is never dropped.
+// goes on, those to which the question attends most. Text is never dropped.
 // Training-free. Deep layers then compute, cache and read less.
 //
 // The paper knows the question before the frames. A stream does not, so there are four ways:
@@ -9,16 +9,17 @@
 //               it sees only the rows it ranks highest. Nothing is lost for the next question.
 //               Saves time in answering, none in prefill.
 //   replay      The embeddings of the last frames are kept, and prefilled together with each
-//               question, exactly as in the paper. Costs a prefill of the window a question.
+//               question, as in the paper. Costs a prefill of the window a question.
 //   query-free  Rows leave when they arrive, ranked without a question: by the scores a compressor
 //               gave them, else by novelty. Saves prefill and memory; what left cannot be seen by
 //               deep layers any more.
 //   probe       The same, ranked by a standing instruction: the queries that its last token has in
 //               the ranking layers when nothing but the instruction was read.
 //
-// Where this differs from the released code: rows of several frames have quotas (PyramidQuota), no
-// stage keeps less than one row, ties go to the earlier row, grouped queries are supported, and
-// positions may stay those of the tokens.
+// Where this differs from the released code: all rows of a question rank by default instead of the
+// prompt's last (PyramidRank), shallow models have boundaries of their own, rows of several frames
+// have quotas (PyramidQuota), no stage keeps less than one row, ties go to the earlier row, grouped
+// queries are supported, and positions may stay those of the tokens.
 #ifndef SLUICE_COMPRESSION_PYRAMID_DROP_H_
 #define SLUICE_COMPRESSION_PYRAMID_DROP_H_
 
@@ -49,18 +50,30 @@ enum class PyramidQuota {
 };
 const char* Name(PyramidQuota quota);  // "global", "frame", "hybrid"
 
+// Whose attention ranks rows when a question comes.
+enum class PyramidRank {
+  kLast,  // of the prompt's last token, as the paper
+  kMean,  // of the question's tokens and what its template puts around them, in the mean
+};
+const char* Name(PyramidRank rank);  // "last", "mean"
+
 struct PyramidOptions {
   PyramidMode mode = PyramidMode::kOff;
   int stages = 4;
   double lambda = 0.5;  // the share of a stage's rows that enters the next, in (0, 1]
   // Instead of lambda's powers: the share of all rows in the second stage, the third and so on.
   std::vector<double> shares;
-  // Instead of s * floor(L / stages): the first layer of the second stage, the third and so on.
+  // The first layer of the second stage, the third and so on. Default: s * floor(L / stages), as
+  // the paper; in models of fewer than 16 layers the second and the last ones, 1, L - 2, L - 1
+  // (ours): for about the same work halving the rows early and then leaving the middle layers alone
+  // costs fewer right answers than thinning them step by step (docs/RESULTS.md). Not so in mode
+  // probe, whose single query says little in the second layer.
   std::vector<int> boundaries;
-  // Default: hybrid where a question ranks, frame where rows leave on arrival (so that it does not
-  // matter how frames are batched).
+  // Default: hybrid where a question ranks. Where rows leave on arrival it can only be frame: what
+  // stays must not depend on which frames came together.
   std::optional<PyramidQuota> quota;
-  double frame_share = 0.5;  // of a hybrid quota, in [0, 1]
+  double frame_share = 0.5;         // of a hybrid quota, in [0, 1]
+  std::optional<PyramidRank> rank;  // default: mean; only where a question ranks
   // Default: those of rows (the paper's, "compact") where rows leave, those of tokens ("preserve")
   // for mode question, which knows no other: its keys were rotated when the frames came.
   std::optional<KvPositions> positions;
@@ -115,9 +128,11 @@ class PyramidDrop final : public LayerPolicy {
   // well. Ranks visual rows from token `first` on; what stands before it always goes on.
   PyramidDrop(const PyramidPlan& plan, std::span<const int32_t> frames, int64_t first)
       : plan_(plan), frames_(frames), first_(first) {}
-  // Ranks by these instead of by the attention of the step's last row: one a token from `first` on.
+  // Ranks by the attention of the step's last so many rows, in the mean; 1 if not told.
+  void RankByLastRows(int64_t rows) { last_rows_ = rows; }
+  // Ranks by these instead: one a token from `first` on.
   void RankByScores(std::span<const float> scores) { scores_ = scores; }
-  // Ranks by the attention of these: one query [H D] a boundary.
+  // Ranks by the attention of these instead: one query [H D] a boundary.
   void RankByQueries(std::span<const std::vector<float>> queries) { queries_ = queries; }
 
   std::span<const int> boundaries() const override { return plan_.boundaries; }
@@ -133,6 +148,7 @@ class PyramidDrop final : public LayerPolicy {
   const PyramidPlan& plan_;
   std::span<const int32_t> frames_;
   const int64_t first_;
+  int64_t last_rows_ = 1;
   std::span<const float> scores_;
   std::span<const std::vector<float>> queries_;
   std::vector<PyramidFrameTotal> totals_;  // at the first boundary, ascending by frame
@@ -159,14 +175,16 @@ class QueryRecorder final : public LayerPolicy {
 class PyramidStream {
  public:
   // tokens_per_frame and context_limit bound what replay may ask for. Throws InputError as
-  // PyramidPlan::Make, and on options that the mode does not know.
+  // PyramidPlan::Make, and on options that the mode cannot follow.
   PyramidStream(const PyramidOptions& options, int num_layers, int tokens_per_frame,
                 int64_t context_limit);
 
   PyramidMode mode() const { return options_.mode; }
   bool replays() const { return options_.mode == PyramidMode::kReplay; }
+  bool ranks_by_question() const { return replays() || options_.mode == PyramidMode::kQuestion; }
   const PyramidPlan& plan() const { return plan_; }
   KvPositions positions() const;
+  PyramidRank rank() const { return options_.rank.value_or(PyramidRank::kMean); }
 
   // For mode probe: the instruction whose queries are wanted, until SetQueries.
   const std::string* wanted_instruction() const;
@@ -177,9 +195,10 @@ class PyramidStream {
   PyramidDrop* ForFrames(const VisualTokens& tokens, int64_t first);
   // They have arrived.
   void Arrived(const VisualTokens& tokens, int64_t first);
-  // What a question's prompt goes through; null where nothing leaves then. In mode replay the
-  // prompt holds `text` rows of text, then ReplayRows. Valid until the next call.
-  PyramidDrop* ForQuestion(int64_t text);
+  // What a question's prompt goes through; null where nothing leaves then. Its last `question` rows
+  // are the question. In mode replay it begins with `text` rows of text, then ReplayRows. Valid
+  // until the next call.
+  PyramidDrop* ForQuestion(int64_t text, int64_t question = 1);
   // The window's embeddings, [rows, E] values.
   std::span<const float> ReplayRows() const { return window_rows_; }
 

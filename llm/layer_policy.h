@@ -25,10 +25,12 @@ struct LayerBoundary {
 
   // The query of the step's last row in this layer before its rotation, [H D].
   std::function<std::vector<float>()> last_query;
-  // How a query attends to `tokens`, one value each: the mean over heads of softmax(q K^T D^-0.5)
-  // over all of them, text included. `query` stands at the last row's position; empty: the last
-  // row's own. Costs 2 H D operations a row, and the keys are read once.
-  std::function<std::vector<float>(std::span<const float> query)> attention;
+  // How the step's last `queries` rows attend to `tokens`, one value each: the mean over heads of
+  // softmax(q K^T D^-0.5) over all tokens up to a row's own, text included, and the mean of that
+  // over the rows. A query costs 2 H D operations a token, and reads the keys once.
+  std::function<std::vector<float>(int64_t queries)> attention;
+  // The same of one query [H D] from elsewhere that stands at the last row's position.
+  std::function<std::vector<float>(std::span<const float> query)> attention_of;
 };
 
 class LayerPolicy {

@@ -80,28 +80,21 @@ constexpr std::string_view kConvertedVicunaTemplate =
     "{{ content['text'] + ' '}}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}";
 
-// llava-hf/llava-v1.6-mistral-7b-hf, chat_template.json; earlier revisions end an answer with
-// "<\s> ".
-constexpr std::string_view kMistralTemplate =
-    "{% for message in messages %}{% if message['role'] == 'system' %}"
-    "{{ '<<SYS>>\\n' + message['content'][0]['text'] + '\\n<</SYS>>\\n\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ '[INST] ' }}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
-    "{{ '<image>\\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
-    "{{ ' ' + message['content'][0]['text'] + '</s> '}}{% else %}"
-    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}";
-constexpr std::string_view kMistralBackslashTemplate =
-    "{% for message in messages %}{% if message['role'] == 'system' %}"
-    "{{ '<<SYS>>\\n' + message['content'][0]['text'] + '\\n<</SYS>>\\n\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ '[INST] ' }}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
-    "{{ '<image>\\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
-    "{{ ' ' + message['content'][0]['text'] + '<\\\\s> '}}{% else %}"
-    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}";
+// llava-hf/llava-v1.6-mistral-7b-hf, chat_template.json. answer_end: "</s> "; in earlier revisions
+// "<\\s> ", as Jinja escapes it.
+std::string MistralTemplate(std::string_view answer_end) {
+  return "{% for message in messages %}{% if message['role'] == 'system' %}"
+         "{{ '<<SYS>>\\n' + message['content'][0]['text'] + '\\n<</SYS>>\\n\\n' }}"
+         "{% elif message['role'] == 'user' %}{{ '[INST] ' }}"
+         "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+         "{{ '<image>\\n' }}{% endfor %}"
+         "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+         "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+         "{{ ' ' + message['content'][0]['text'] + '" +
+         std::string(answer_end) +
+         "'}}{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}"
+         "{% endif %}{% endfor %}";
+}
 
 // The default of transformers' converter for LLaVA-NeXT with the Mistral decoder.
 constexpr std::string_view kConvertedMistralTemplate =
@@ -394,17 +387,16 @@ std::optional<Skeleton> ReadSkeleton(std::string_view source) {
 
 using Revision = PromptFormat::Revision;
 
-constexpr struct {
-  std::string_view jinja;
-  Revision revision;
-} kTemplates[] = {{kSpacedTemplate, Revision::kSpaced},
-                  {kChatMlTemplate, Revision::kChatMl},
-                  {kYiTemplate, Revision::kChatMl},
-                  {kVicunaTemplate, Revision::kVicuna},
-                  {kConvertedVicunaTemplate, Revision::kConvertedVicuna},
-                  {kMistralTemplate, Revision::kMistral},
-                  {kMistralBackslashTemplate, Revision::kMistralBackslash},
-                  {kConvertedMistralTemplate, Revision::kConvertedMistral}};
+std::vector<std::pair<std::string, Revision>> KnownTemplates() {
+  return {{std::string(kSpacedTemplate), Revision::kSpaced},
+          {std::string(kChatMlTemplate), Revision::kChatMl},
+          {std::string(kYiTemplate), Revision::kChatMl},
+          {std::string(kVicunaTemplate), Revision::kVicuna},
+          {std::string(kConvertedVicunaTemplate), Revision::kConvertedVicuna},
+          {MistralTemplate("</s> "), Revision::kMistral},
+          {MistralTemplate("<\\\\s> "), Revision::kMistralBackslash},
+          {std::string(kConvertedMistralTemplate), Revision::kConvertedMistral}};
+}
 
 }  // namespace
 
@@ -506,7 +498,7 @@ PromptFormat PromptFormat::Load(const std::filesystem::path& directory) {
   const Source source = FindTemplate(directory);
   const auto skeleton = ReadSkeleton(source.text);
   if (skeleton && (skeleton->images || skeleton->videos)) {
-    for (const auto& [jinja, revision] : kTemplates) {
+    for (const auto& [jinja, revision] : KnownTemplates()) {
       if (skeleton->lexemes == ReadSkeleton(jinja)->lexemes) {
         return PromptFormat(revision, skeleton->videos ? Media::kVideo : Media::kImage);
       }

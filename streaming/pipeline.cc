@@ -218,8 +218,8 @@ Generated Ask(ExecContext& ctx, Session& session, const std::string& question,
   KvCache& cache = session.pyramid.replays() ? window : session.cache;
   const Tensor prompt = EmbedPrompt(ctx, session, ids);
   const GenerateOptions options = FitToContext(session, prompt.dim(0));
-  LayerPolicy* policy =
-      session.pyramid.ForQuestion(static_cast<int64_t>(session.prefix_ids.size()));
+  LayerPolicy* policy = session.pyramid.ForQuestion(static_cast<int64_t>(session.prefix_ids.size()),
+                                                    static_cast<int64_t>(turn.question_ids.size()));
   std::vector<int32_t> text_ids = session.prefix_ids;
   Extend(text_ids, ids);
   Generated answer = Generate(ctx, vlm, cache, prompt, text_ids, options, sink, policy);

@@ -65,6 +65,9 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
       ->check(CLI::IsMember({"global", "frame", "hybrid"}));
   add("--pyramid-frame-share", flags.pyramid_frame_share,
       "Part of a hybrid quota that each frame is sure of (default: 0.5)");
+  add("--pyramid-rank", flags.pyramid_rank,
+      "A question ranks by its prompt's last token (last) or by all of its own (mean)")
+      ->check(CLI::IsMember({"last", "mean"}));
   add("--pyramid-positions", flags.pyramid_positions,
       "Count positions anew in each stage (compact) or keep them (preserve)")
       ->check(CLI::IsMember({"compact", "preserve"}));
@@ -95,6 +98,9 @@ void ApplyMethods(const MethodFlags& flags, SessionOptions& options) {
     if (flags.pyramid_quota == Name(quota)) pyramid.quota = quota;
   }
   if (flags.pyramid_frame_share) pyramid.frame_share = *flags.pyramid_frame_share;
+  for (const PyramidRank rank : {PyramidRank::kLast, PyramidRank::kMean}) {
+    if (flags.pyramid_rank == Name(rank)) pyramid.rank = rank;
+  }
   if (!flags.pyramid_positions.empty()) {
     pyramid.positions =
         flags.pyramid_positions == "compact" ? KvPositions::kRows : KvPositions::kTokens;
@@ -112,6 +118,7 @@ Json ToJson(const PyramidOptions& options, const PyramidStream& stream) {
                {"quota", Name(plan.quota)},
                {"positions", stream.positions() == KvPositions::kRows ? "compact" : "preserve"}};
   if (plan.quota == PyramidQuota::kHybrid) json["frame_share"] = plan.frame_share;
+  if (stream.ranks_by_question()) json["rank"] = Name(stream.rank());
   if (stream.replays()) json["replay_frames"] = options.replay_frames;
   if (stream.mode() == PyramidMode::kProbe) json["instruction"] = options.instruction;
   return json;

@@ -22,7 +22,7 @@ struct MethodFlags {
   std::string pyramid_drop;  // MODE or MODE=LAMBDA; empty: off
   std::optional<int> pyramid_stages, pyramid_replay_frames;
   std::vector<int> pyramid_boundaries;
-  std::string pyramid_quota, pyramid_positions, pyramid_instruction;
+  std::string pyramid_quota, pyramid_rank, pyramid_positions, pyramid_instruction;
   std::optional<double> pyramid_frame_share;
 };
 void AddMethodFlags(CLI::App& command, MethodFlags& flags);

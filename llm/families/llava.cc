@@ -126,7 +126,7 @@ void Llava::LoadWeights(const std::filesystem::path& directory, const LlavaParts
     newline_ = weights.TakeF32("image_newline", {parts.text.hidden_size});
   }
   encoder_ = parts.load_encoder(weights);
-  decoder_ = LoadQwen2Decoder(weights, parts.text);
+  decoder_ = LoadLlamaDecoder(weights, parts.text);
   weights.CheckAllTaken();
 }
 
@@ -183,10 +183,10 @@ void CheckPixelSettings(const ConfigObject& settings) {
   }
 }
 
-Qwen2Config ReadDecoder(const ConfigObject& top, const ConfigObject& text,
+LlamaConfig ReadDecoder(const ConfigObject& top, const ConfigObject& text,
                         const DecoderDefaults& defaults) {
   ExpectOneOf(text, "hidden_act", "silu", {"silu", "swish"});
-  Qwen2Config decoder;
+  LlamaConfig decoder;
   decoder.hidden_size = text.Int({"hidden_size"}, defaults.hidden, 1, LlavaBounds::kWidth);
   decoder.intermediate_size =
       text.Int({"intermediate_size"}, defaults.inner, 1, LlavaBounds::kInner);
@@ -222,7 +222,7 @@ Qwen2Config ReadDecoder(const ConfigObject& top, const ConfigObject& text,
 }
 
 void ReadRope(const ConfigObject& text, std::initializer_list<const char*> types,
-              Qwen2Config& decoder) {
+              LlamaConfig& decoder) {
   // 5.x: rope_parameters, possibly once more by kind of layer; 4.x: rope_theta and rope_scaling.
   ConfigObject rope = text.Object(text.Has("rope_parameters") ? "rope_parameters" : "rope_scaling");
   if (rope.Has("full_attention")) rope = rope.Object("full_attention");

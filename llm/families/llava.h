@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "llm/config_object.h"
-#include "llm/families/qwen2.h"
+#include "llm/families/llama_decoder.h"
 #include "llm/vlm.h"
 #include "runtime/weight_store.h"
 
@@ -51,14 +51,48 @@ struct DecoderDefaults {
 };
 // Sizes of the decoder described by `text`, the "text_config" of `top`; its rotation and biases are
 // left as they are.
-Qwen2Config ReadDecoder(const ConfigObject& top, const ConfigObject& text,
+LlamaConfig ReadDecoder(const ConfigObject& top, const ConfigObject& text,
                         const DecoderDefaults& defaults);
 // rope_theta and rope_scaling in the spellings of transformers 4.x and 5.x. `types`: the supported
 // ones among "default", "linear" and "llama3". "linear" stretches the context by its factor.
 void ReadRope(const ConfigObject& text, std::initializer_list<const char*> types,
-              Qwen2Config& decoder);
+              LlamaConfig& decoder);
+// What a tower's class assumes where its file says nothing.
+struct TowerDefaults {
+  int64_t hidden, inner, layers, heads, image, patch;
+};
+// What towers differ in besides.
+struct TowerRules {
+  double layer_norm_eps;  // the class's default
+  int64_t most_pixels;    // of a side
+  int64_t feature_layer;  // the family's default
+};
 // A tower's index into the embeddings followed by every layer's output, as a number of layers.
 int ReadFeatureLayer(const ConfigObject& top, int64_t fallback, int vision_layers);
+
+// Sizes of the tower described by `vision`, the "vision_config" of `top`, and the projector's bias.
+// Returns how many layers the file has. Tower: ClipConfig or SiglipConfig.
+template <typename Tower>
+int ReadTower(const ConfigObject& top, const ConfigObject& vision, const TowerDefaults& defaults,
+              const TowerRules& rules, Tower& tower) {
+  ExpectOneOf(top, "projector_hidden_act", "gelu", {"gelu"});
+  vision.Int({"num_channels"}, 3, 3, 3);
+  tower.hidden_size = vision.Int({"hidden_size"}, defaults.hidden, 1, LlavaBounds::kWidth);
+  tower.intermediate_size =
+      vision.Int({"intermediate_size"}, defaults.inner, 1, LlavaBounds::kInner);
+  tower.num_heads = vision.Int({"num_attention_heads"}, defaults.heads, 1, LlavaBounds::kHeads);
+  tower.image_size = vision.Int({"image_size"}, defaults.image, 1, rules.most_pixels);
+  tower.patch_size = vision.Int({"patch_size"}, defaults.patch, 1, tower.image_size);
+  tower.layer_norm_eps = vision.Number({"layer_norm_eps"}, rules.layer_norm_eps, 1e-30, 1);
+  tower.projector_bias = top.Bool({"multimodal_projector_bias"}, true);
+  if (tower.hidden_size % tower.num_heads != 0) {
+    vision.Refuse("num_attention_heads",
+                  "a divisor of hidden_size " + std::to_string(tower.hidden_size));
+  }
+  const int layers = vision.Int({"num_hidden_layers"}, defaults.layers, 1, LlavaBounds::kLayers);
+  tower.layers_to_run = ReadFeatureLayer(top, rules.feature_layer, layers);
+  return layers;
+}
 
 // The canonical name (`vision_tower.encoder...`, `multi_modal_projector...`, `image_newline`,
 // `language_model.layers...`, `lm_head.weight`) of a tensor in any of the four published layouts,
@@ -70,7 +104,7 @@ std::optional<std::string> CanonicalTensorName(int layers_to_run, int vision_lay
 // What makes one family's checkpoint a model.
 struct LlavaParts {
   const char* architecture = nullptr;
-  Qwen2Config text;
+  LlamaConfig text;
   std::vector<int32_t> eos_ids;  // for files without a generation_config.json
   std::function<std::optional<std::string>(const std::string&)> canonical;  // see WeightStore
   std::function<std::unique_ptr<VisionEncoder>(WeightStore&)> load_encoder;

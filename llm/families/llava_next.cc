@@ -16,11 +16,8 @@ constexpr int64_t kMaxImageSize = 2000;  // what Preprocess can crop
 
 // What a file without that part means differs from the defaults of the part's own class, which fill
 // the gaps of a part that is there.
-struct VisionDefaults {
-  int64_t hidden, inner, layers, heads, image, patch;
-};
-constexpr VisionDefaults kClipDefaults = {768, 3072, 12, 12, 224, 32};
-constexpr VisionDefaults kLlavaDefaults = {1024, 4096, 24, 16, 336, 14};
+constexpr TowerDefaults kClipDefaults = {768, 3072, 12, 12, 224, 32};
+constexpr TowerDefaults kLlavaDefaults = {1024, 4096, 24, 16, 336, 14};
 constexpr DecoderDefaults kLlamaDefaults = {.hidden = 4096,
                                             .inner = 11008,
                                             .layers = 32,
@@ -57,30 +54,16 @@ Names NamesOf(LlavaGeneration generation) {
 
 void ReadVision(const ConfigObject& top, LlavaGeneration generation, LlavaNextConfig& config) {
   const ConfigObject vision = top.Object("vision_config");
-  const VisionDefaults& defaults = top.Has("vision_config") ? kClipDefaults : kLlavaDefaults;
+  const TowerDefaults& defaults = top.Has("vision_config") ? kClipDefaults : kLlavaDefaults;
   ExpectOneOf(vision, "model_type", "clip_vision_model", {"clip_vision_model"});
   ExpectOneOf(vision, "hidden_act", "quick_gelu", {"quick_gelu"});
-  ExpectOneOf(top, "projector_hidden_act", "gelu", {"gelu"});
   // "full" keeps the class token, which has no place in a frame's grid.
   ExpectOneOf(top, "vision_feature_select_strategy", "default", {"default"});
-  vision.Int({"num_channels"}, 3, 3, 3);
 
   ClipConfig& clip = config.vision;
-  clip.hidden_size = vision.Int({"hidden_size"}, defaults.hidden, 1, LlavaBounds::kWidth);
-  clip.intermediate_size =
-      vision.Int({"intermediate_size"}, defaults.inner, 1, LlavaBounds::kInner);
-  clip.num_heads = vision.Int({"num_attention_heads"}, defaults.heads, 1, LlavaBounds::kHeads);
-  clip.image_size = vision.Int({"image_size"}, defaults.image, 1, kMaxImageSize);
-  clip.patch_size = vision.Int({"patch_size"}, defaults.patch, 1, clip.image_size);
-  clip.layer_norm_eps = vision.Number({"layer_norm_eps"}, 1e-5, 1e-30, 1);
-  clip.projector_bias = top.Bool({"multimodal_projector_bias"}, true);
-  if (clip.hidden_size % clip.num_heads != 0) {
-    vision.Refuse("num_attention_heads",
-                  "a divisor of hidden_size " + std::to_string(clip.hidden_size));
-  }
   config.vision_layers =
-      vision.Int({"num_hidden_layers"}, defaults.layers, 1, LlavaBounds::kLayers);
-  clip.layers_to_run = ReadFeatureLayer(top, -2, config.vision_layers);
+      ReadTower(top, vision, defaults,
+                {.layer_norm_eps = 1e-5, .most_pixels = kMaxImageSize, .feature_layer = -2}, clip);
   if (generation == LlavaGeneration::kNextVideo) {
     ExpectOneOf(top, "spatial_pool_mode", "average", {"average"});
     clip.pool_stride = top.Int({"spatial_pool_stride"}, 2, 1, clip.image_size / clip.patch_size);
@@ -92,6 +75,7 @@ void ReadText(const ConfigObject& top, LlavaGeneration generation, LlavaNextConf
   ExpectOneOf(text, "model_type", "llama", {"llama", "mistral"});
   const bool mistral = text.String({"model_type"}, "llama") == "mistral";
   config.text = ReadDecoder(top, text, mistral ? kMistralDefaults : kLlamaDefaults);
+  config.text.family = mistral ? "mistral" : "llama";
   config.text.qkv_bias = false;
   ReadRope(text, {"default", "linear", "llama3"}, config.text);
   for (const char* key : {"attention_bias", "mlp_bias"}) {

@@ -17,11 +17,8 @@ constexpr int64_t kMaxImageSize = 8192;
 
 // The class defaults of LlavaOnevisionConfig for a file without that part differ from the defaults
 // of the part's own class, which fill the gaps of a part that is there.
-struct VisionDefaults {
-  int64_t hidden, inner, layers, heads, image, patch;
-};
-constexpr VisionDefaults kSiglipDefaults = {768, 3072, 12, 12, 224, 16};
-constexpr VisionDefaults kOnevisionDefaults = {1152, 4304, 26, 16, 384, 14};
+constexpr TowerDefaults kSiglipDefaults = {768, 3072, 12, 12, 224, 16};
+constexpr TowerDefaults kOnevisionDefaults = {1152, 4304, 26, 16, 384, 14};
 constexpr DecoderDefaults kQwen2Defaults = {.hidden = 4096,
                                             .inner = 22016,
                                             .layers = 32,
@@ -35,30 +32,14 @@ constexpr std::array<float, 3> kHalf = {0.5f, 0.5f, 0.5f};
 
 void ReadVision(const ConfigObject& top, LlavaOnevisionConfig& config) {
   const ConfigObject vision = top.Object("vision_config");
-  const VisionDefaults& defaults = top.Has("vision_config") ? kSiglipDefaults : kOnevisionDefaults;
+  const TowerDefaults& defaults = top.Has("vision_config") ? kSiglipDefaults : kOnevisionDefaults;
   ExpectOneOf(vision, "model_type", "siglip_vision_model", {"siglip_vision_model"});
   ExpectOneOf(vision, "hidden_act", "gelu_pytorch_tanh", {"gelu_pytorch_tanh"});
-  ExpectOneOf(top, "projector_hidden_act", "gelu", {"gelu"});
   // "default" drops a class token, which this tower does not have.
   ExpectOneOf(top, "vision_feature_select_strategy", "full", {"full"});
-  vision.Int({"num_channels"}, 3, 3, 3);
-
-  SiglipConfig& siglip = config.vision;
-  siglip.hidden_size = vision.Int({"hidden_size"}, defaults.hidden, 1, LlavaBounds::kWidth);
-  siglip.intermediate_size =
-      vision.Int({"intermediate_size"}, defaults.inner, 1, LlavaBounds::kInner);
-  siglip.num_heads = vision.Int({"num_attention_heads"}, defaults.heads, 1, LlavaBounds::kHeads);
-  siglip.image_size = vision.Int({"image_size"}, defaults.image, 1, kMaxImageSize);
-  siglip.patch_size = vision.Int({"patch_size"}, defaults.patch, 1, siglip.image_size);
-  siglip.layer_norm_eps = vision.Number({"layer_norm_eps"}, 1e-6, 1e-30, 1);
-  siglip.projector_bias = top.Bool({"multimodal_projector_bias"}, true);
-  if (siglip.hidden_size % siglip.num_heads != 0) {
-    vision.Refuse("num_attention_heads",
-                  "a divisor of hidden_size " + std::to_string(siglip.hidden_size));
-  }
-  config.vision_layers =
-      vision.Int({"num_hidden_layers"}, defaults.layers, 1, LlavaBounds::kLayers);
-  siglip.layers_to_run = ReadFeatureLayer(top, -1, config.vision_layers);
+  config.vision_layers = ReadTower(
+      top, vision, defaults,
+      {.layer_norm_eps = 1e-6, .most_pixels = kMaxImageSize, .feature_layer = -1}, config.vision);
 }
 
 void RefuseSlidingWindows(const ConfigObject& text, int num_layers) {
@@ -83,6 +64,7 @@ void ReadText(const ConfigObject& top, LlavaOnevisionConfig& config) {
   const ConfigObject text = top.Object("text_config");
   ExpectOneOf(text, "model_type", "qwen2", {"qwen2"});
   config.text = ReadDecoder(top, text, kQwen2Defaults);
+  config.text.family = "qwen2";
   ReadRope(text, {"default"}, config.text);
   RefuseSlidingWindows(text, config.text.num_layers);
   config.vision.output_size = config.text.hidden_size;

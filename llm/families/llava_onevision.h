@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "llm/families/qwen2.h"
+#include "llm/families/llama_decoder.h"
 #include "llm/vlm.h"
 #include "vision/families/siglip.h"
 
@@ -17,7 +17,7 @@ namespace sluice {
 struct LlavaOnevisionConfig {
   SiglipConfig vision;
   int vision_layers = 0;  // in the file; vision.layers_to_run of them are needed
-  Qwen2Config text;
+  LlamaConfig text;
   std::vector<int32_t> eos_ids;  // from text_config; generation_config.json comes first
 };
 

@@ -188,8 +188,9 @@ TEST_F(ProgramTest, EvalScoresRenderedAndVideoClips) {
 TEST_F(ProgramTest, EvalTellsWhatPyramidDropSpares) {
   const std::string few = "eval --json --clips 2 --frames 8 --questions-per-clip 4 ";
   const std::string drop = "--pyramid-stages 3 --pyramid-replay-frames 8 --pyramid-drop ";
-  for (const char* mode : {"question", "replay=0.4", "query-free", "probe"}) {
-    const Outcome outcome = Sluice(few + drop + mode + " --pyramid-instruction Watch" + model_);
+  for (const char* mode :
+       {"question", "replay=0.4", "query-free", "probe --pyramid-instruction Watch"}) {
+    const Outcome outcome = Sluice(few + drop + mode + model_);
     ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
     const json report = json::parse(outcome.out);
     const json &method = report["methods"]["pyramid_drop"], &work = report["visual_tokens"];

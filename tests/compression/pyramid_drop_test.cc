@@ -2,20 +2,17 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <filesystem>
-#include <map>
 #include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "llm/families/qwen2.h"
 #include "runtime/error.h"
+#include "tests/support/random_decoder.h"
 
 namespace sluice {
 namespace {
@@ -28,40 +25,11 @@ constexpr int kLayers = 8, kWidth = 32, kInner = 48, kHeads = 4, kHeadDim = 8, k
 
 using Matrix = std::vector<std::vector<double>>;
 
-// A decoder with random weights, as a checkpoint for ours and as doubles for the reference.
-struct TinyModel {
-  explicit TinyModel(int kv_heads, DType dtype = DType::kF32) : kv_heads(kv_heads) {
-    Add("embed_tokens.weight", {kVocabulary, kWidth}, 0.5f, 0);
-    Add("norm.weight", {kWidth}, 0.1f, 1);
-    for (int i = 0; i < kLayers; ++i) {
-      const std::string layer = "layers." + std::to_string(i) + ".";
-      Add(layer + "input_layernorm.weight", {kWidth}, 0.2f, 1);
-      Add(layer + "post_attention_layernorm.weight", {kWidth}, 0.2f, 1);
-      const int64_t kv = kv_heads * kHeadDim;
-      // Large enough that attention is far from uniform and ranks differ by more than rounding.
-      Add(layer + "self_attn.q_proj.weight", {kHeads * kHeadDim, kWidth}, 0.3f, 0);
-      Add(layer + "self_attn.q_proj.bias", {kHeads * kHeadDim}, 0.3f, 0);
-      Add(layer + "self_attn.k_proj.weight", {kv, kWidth}, 0.3f, 0);
-      Add(layer + "self_attn.k_proj.bias", {kv}, 0.3f, 0);
-      Add(layer + "self_attn.v_proj.weight", {kv, kWidth}, 0.3f, 0);
-      Add(layer + "self_attn.v_proj.bias", {kv}, 0.3f, 0);
-      Add(layer + "self_attn.o_proj.weight", {kWidth, kHeads * kHeadDim}, 0.2f, 0);
-      Add(layer + "mlp.gate_proj.weight", {kInner, kWidth}, 0.2f, 0);
-      Add(layer + "mlp.up_proj.weight", {kInner, kWidth}, 0.2f, 0);
-      Add(layer + "mlp.down_proj.weight", {kWidth, kInner}, 0.2f, 0);
-    }
-    // Tests of several builds may run at once.
-    const auto directory = std::filesystem::path(testing::TempDir()) /
-                           ("pyramid_drop_test_" + std::to_string(getpid()));
-    std::filesystem::create_directories(directory);
-    std::map<std::string, ConstTensorView> views;
-    for (const auto& [name, tensor] : tensors) views["language_model." + name] = tensor.view();
-    WriteSafetensors(directory / "model.safetensors", views);
-    const Checkpoint checkpoint = Checkpoint::Open(directory);
-    WeightStore weights(
-        checkpoint, [](const std::string& name) { return std::optional<std::string>(name); },
-        dtype);
-    Qwen2Config config;
+// Eight layers with biases, for the reference below.
+struct TinyModel : RandomDecoder {
+  explicit TinyModel(int kv_heads) : RandomDecoder(Config(kv_heads)), kv_heads(kv_heads) {}
+  static LlamaConfig Config(int kv_heads) {
+    LlamaConfig config;
     config.hidden_size = kWidth;
     config.intermediate_size = kInner;
     config.num_layers = kLayers;
@@ -71,21 +39,9 @@ struct TinyModel {
     config.vocab_size = kVocabulary;
     config.max_positions = 8192;
     config.tie_word_embeddings = true;
-    decoder = LoadQwen2Decoder(weights, config);
-    std::filesystem::remove_all(directory);
+    return config;
   }
-
-  void Add(const std::string& name, Shape shape, float deviation, float mean) {
-    std::normal_distribution<float> normal(mean, deviation);
-    Tensor tensor(DType::kF32, shape);
-    for (int64_t i = 0; i < shape.NumElements(); ++i) tensor.data<float>()[i] = normal(random);
-    tensors.emplace(name, std::move(tensor));
-  }
-
-  std::mt19937 random{7};
   int kv_heads;
-  std::map<std::string, Tensor> tensors;
-  std::unique_ptr<Decoder> decoder;
 };
 
 // The whole decoder in doubles, without a cache, written from the paper's description.
@@ -101,11 +57,16 @@ class Reference {
     std::vector<std::vector<double>> rank;  // the ranking row of each boundary
   };
 
-  Reference(const TinyModel& model, std::vector<int> boundaries, std::vector<double> shares)
-      : model_(model), boundaries_(std::move(boundaries)), shares_(std::move(shares)) {}
+  // The last `ranking` rows of the prompt rank, in the mean.
+  Reference(const TinyModel& model, std::vector<int> boundaries, std::vector<double> shares,
+            int ranking = 1)
+      : model_(model),
+        boundaries_(std::move(boundaries)),
+        shares_(std::move(shares)),
+        ranking_(ranking) {}
 
-  // x: [S, E]; image: which tokens are visual. The first `prompt` rows are the prompt, of which the
-  // last ranks; rows behind it were decoded later. compact: positions count the rows left.
+  // x: [S, E]; image: which tokens are visual. The first `prompt` rows are the prompt, whose end
+  // ranks; rows behind it were decoded later. compact: positions count the rows left.
   Run Forward(const Matrix& x, const std::vector<bool>& image, size_t prompt, bool compact,
               Drop drop, size_t asked = 0) const {
     Run run;
@@ -185,15 +146,16 @@ class Reference {
       Rotate(k[i], compact ? double(i) : tokens[i]);
     }
     std::vector<size_t> seen;
-    size_t last = 0;
     for (size_t i = 0; i < tokens.size() && tokens[i] < static_cast<int>(prompt); ++i) {
       if (std::binary_search(alive.begin(), alive.end(), tokens[i])) seen.push_back(i);
-      last = i;
     }
     std::vector<double> score(seen.size(), 0);
-    for (int head = 0; head < kHeads; ++head) {
-      const std::vector<double> p = Softmax(q[last], k, seen, head);
-      for (size_t j = 0; j < p.size(); ++j) score[j] += p[j] / kHeads;
+    for (int row = 0; row < ranking_; ++row) {  // text, so all of them are seen
+      const std::vector<size_t> before(seen.begin(), seen.end() - row);
+      for (int head = 0; head < kHeads; ++head) {
+        const std::vector<double> p = Softmax(q[before.back()], k, before, head);
+        for (size_t j = 0; j < p.size(); ++j) score[j] += p[j] / kHeads / ranking_;
+      }
     }
     run.rank.push_back(score);
     std::vector<size_t> order;
@@ -278,6 +240,7 @@ class Reference {
   const TinyModel& model_;
   std::vector<int> boundaries_;
   std::vector<double> shares_;
+  int ranking_;
 };
 
 // A prompt: text, frames, text.
@@ -362,6 +325,7 @@ std::vector<float> Contents(const Decoder& decoder, const KvCache& cache, int64_
 
 PyramidPlan GlobalPlan(double lambda = 0.5) {
   PyramidOptions options;
+  options.boundaries = {2, 4, 6};
   options.lambda = lambda;
   options.quota = PyramidQuota::kGlobal;
   return PyramidPlan::Make(options, kLayers);
@@ -375,8 +339,18 @@ TEST(PyramidPlanTest, BoundariesFollowTheRule) {
   EXPECT_THAT(PyramidPlan::Make(options, 28).boundaries, ElementsAre(7, 14, 21));
   EXPECT_THAT(PyramidPlan::Make(options, 24).boundaries, ElementsAre(6, 12, 18));
   EXPECT_THAT(PyramidPlan::Make(options, 40).boundaries, ElementsAre(10, 20, 30));
+  EXPECT_THAT(PyramidPlan::Make(options, 16).boundaries, ElementsAre(4, 8, 12));
+  EXPECT_THAT(PyramidPlan::Make(options, 8).boundaries, ElementsAre(1, 6, 7));
+  EXPECT_THAT(PyramidPlan::Make(options, 4).boundaries, ElementsAre(1, 2, 3));
+  options.mode = PyramidMode::kProbe;
   EXPECT_THAT(PyramidPlan::Make(options, 8).boundaries, ElementsAre(2, 4, 6));
+  options.mode = PyramidMode::kQuestion;
+  options.stages = 2;
+  EXPECT_THAT(PyramidPlan::Make(options, 8).boundaries, ElementsAre(1));
+  options.stages = 1;
+  EXPECT_THAT(PyramidPlan::Make(options, 8).boundaries, ElementsAre());
   options.stages = 3;
+  EXPECT_THAT(PyramidPlan::Make(options, 8).boundaries, ElementsAre(1, 7));
   EXPECT_THAT(PyramidPlan::Make(options, 32).boundaries, ElementsAre(10, 20));
   options.stages = 5;
   EXPECT_THAT(PyramidPlan::Make(options, 32).boundaries, ElementsAre(6, 12, 18, 24));
@@ -449,15 +423,6 @@ TEST(PyramidPlanTest, WrongSettingsSayWhatToChange) {
   refused(with(&Options::boundaries, std::vector<int>{2, 2, 6}), "[2, 2, 6]");
   refused(with(&Options::boundaries, std::vector<int>{2, 4, 8}), "1..7");
   refused(with(&Options::frame_share, 2), "frame_share");
-  const auto stream = [](const PyramidOptions& options, const char* part) {
-    EXPECT_THAT([&] { PyramidStream(options, 8, 49, 1000); },
-                ThrowsMessage<InputError>(HasSubstr(part)));
-  };
-  stream(with(&Options::mode, PyramidMode::kReplay), "replay fewer than");
-  stream(with(&Options::mode, PyramidMode::kProbe), "standing instruction");
-  PyramidOptions compact = with(&Options::mode, PyramidMode::kQuestion);
-  compact.positions = KvPositions::kRows;
-  stream(compact, "compact");
   for (const char* spec : {"", "quest", "question=", "question=x", "replay=0.5y"}) {
     EXPECT_THROW(ParsePyramid(spec), InputError) << spec;
   }
@@ -570,7 +535,7 @@ TEST(PyramidDropTest, AnImageRowThatTheQuestionLooksForSurvivesEveryStage) {
     LayerBoundary boundary;
     boundary.layer = layer;
     boundary.tokens = tokens;
-    boundary.attention = [&](std::span<const float>) {
+    boundary.attention = [&](int64_t) {
       KvCache cache(std::make_shared<KvBlockPool>(
           KvGeometry{.num_layers = 1, .kv_heads = 2, .head_dim = 1, .dtype = DType::kF32}, 0));
       std::vector<float> left, out(tokens.size());
@@ -660,10 +625,39 @@ TEST_P(PyramidDecoderTest, EqualsTheReferenceInPrefillAndDecoding) {
   }
 }
 
+TEST_P(PyramidDecoderTest, TheQuestionsRowsRankInTheMeanAsInTheReference) {
+  const Prompt prompt(6, 4, 17, 9, 2);
+  const PyramidPlan plan = GlobalPlan();
+  for (const int ranking : {2, 9}) {
+    const Reference reference(model_, {2, 4, 6}, {0.5, 0.25, 0.125}, ranking);
+    for (const bool view : {false, true}) {
+      // All at once, or the question alone behind what was there.
+      const Reference::Run want = reference.Forward(
+          ToMatrix(prompt.rows), prompt.Image(), prompt.size(), false,
+          view ? Reference::Drop::kView : Reference::Drop::kRows, prompt.visual_end);
+      KvCache cache(Pool());
+      if (view) {
+        SequenceStep frames{&cache, prompt.rows.view().Slice(0, prompt.visual_end), {}};
+        model_.decoder->Step(ctx_, {&frames, 1});
+      }
+      PyramidDrop drop(plan, prompt.frames, 0);
+      drop.RankByLastRows(ranking);
+      const Tensor logits =
+          Step(ctx_, *model_.decoder, cache,
+               prompt.rows.view().Slice(view ? prompt.visual_end : 0, prompt.size()), &drop);
+      EXPECT_LE(RelativeDifference(logits, want.logits), 1e-5);
+      for (int layer = 2; layer < kLayers; ++layer) {
+        EXPECT_EQ(Tokens(cache, layer), want.kept[layer / 2 - 1]) << "layer " << layer;
+      }
+    }
+  }
+}
+
 TEST_P(PyramidDecoderTest, RowsAreNestedAscendingAndTextStays) {
   const Prompt prompt(3, 5, 11, 4, 3);
   PyramidOptions options;
   options.mode = PyramidMode::kQuestion;
+  options.boundaries = {2, 4, 6};
   const PyramidPlan plan = PyramidPlan::Make(options, kLayers);
   KvCache cache(Pool());
   PyramidDrop drop(plan, prompt.frames, 0);
@@ -765,6 +759,7 @@ TEST_P(PyramidDecoderTest, RowsThatLeftOnArrivalStayOutAndBatchesDoNotMatter) {
   for (float& score : scores) score = std::uniform_real_distribution<float>(0, 1)(random);
   PyramidOptions options;
   options.mode = PyramidMode::kQueryFree;
+  options.boundaries = {2, 4, 6};
   const PyramidPlan plan = PyramidPlan::Make(options, kLayers);
   const Tensor question = Prompt::RandomRows(6, 30);
   for (const KvPositions positions : {KvPositions::kRows, KvPositions::kTokens}) {

@@ -9,6 +9,7 @@
 
 #include "runtime/error.h"
 #include "tests/support/checkpoint_copy.h"
+#include "tests/support/llava_checkpoints.h"
 
 namespace sluice {
 namespace {
@@ -22,12 +23,6 @@ const std::filesystem::path kGoldens = std::filesystem::path(SLUICE_SOURCE_DIR) 
 const std::filesystem::path kVideo = kGoldens / "tiny_next_video";
 const std::filesystem::path kMistral = kGoldens / "tiny_next_mistral";
 const std::filesystem::path kLlava15 = kGoldens / "tiny_llava15";
-
-std::shared_ptr<const Vlm> LoadF32(const std::filesystem::path& directory) {
-  VlmOptions options;
-  options.compute_type = DType::kF32;
-  return Vlm::Load(directory, options);
-}
 
 // What a model makes of one random frame and a few tokens: equal for equal weights and settings.
 std::vector<float> Fingerprint(const std::filesystem::path& directory) {
@@ -55,34 +50,6 @@ std::vector<float> Fingerprint(const std::filesystem::path& directory) {
   return std::vector<float>(logits.data<float>(),
                             logits.data<float>() + logits.shape().NumElements());
 }
-
-// The one line of the InputError that loading throws.
-std::string LoadError(const std::filesystem::path& directory) {
-  try {
-    LoadF32(directory);
-  } catch (const InputError& error) {
-    EXPECT_EQ(std::string(error.what()).find('\n'), std::string::npos) << error.what();
-    return error.what();
-  } catch (const std::exception& error) {
-    ADD_FAILURE() << "not an InputError: " << error.what();
-  }
-  return "";
-}
-
-std::string Replaced(std::string text, const std::string& from, const std::string& to) {
-  if (text.starts_with(from)) text.replace(0, from.size(), to);
-  return text;
-}
-
-// The file's own layout is D: without "vision_model", decoder below "language_model.model".
-std::string LayoutA(const std::string& name) {
-  return Replaced(name, "vision_tower.", "vision_tower.vision_model.");
-}
-std::string LayoutC(const std::string& name) {
-  if (name == "language_model.lm_head.weight") return "lm_head.weight";
-  return "model." + Replaced(name, "language_model.model.", "language_model.");
-}
-std::string LayoutB(const std::string& name) { return LayoutC(LayoutA(name)); }
 
 TEST(LlavaNextTest, EveryPublishedLayoutLoadsTheSameModel) {
   for (const auto& directory : {kVideo, kMistral, kLlava15}) {
@@ -209,67 +176,82 @@ TEST(LlavaNextTest, ConfigurationErrorsNameFieldExpectedAndFound) {
   struct Case {
     std::filesystem::path directory;
     const char* file;
-    const char* pointer;
-    json value;
-    std::vector<const char*> expected;
+    BadSetting bad;
   };
   const char* config = "config.json";
   const char* processor = "preprocessor_config.json";
   const Case cases[] = {
-      {kVideo, config, "/model_type", "llava", {"model_type", "llava_next_video", "\"llava\""}},
-      {kVideo, config, "/quantization_config", {{"bits", 4}}, {"quantization_config"}},
-      {kVideo, config, "/vision_feature_select_strategy", "full", {"\"default\"", "\"full\""}},
-      {kVideo, config, "/vision_feature_layer", {-2, -1}, {"vision_feature_layer", "integer"}},
-      {kVideo, config, "/vision_feature_layer", -5, {"vision_feature_layer", "-5"}},
-      {kVideo, config, "/vision_feature_layer", -1, {"vision_tower", "layers.2"}},
-      {kVideo, config, "/spatial_pool_mode", "conv", {"spatial_pool_mode", "average", "conv"}},
-      {kVideo, config, "/spatial_pool_stride", 7, {"spatial_pool_stride", "6", "7"}},
-      {kVideo, config, "/vision_config/hidden_act", "gelu", {"vision_config.hidden_act"}},
-      {kVideo, config, "/vision_config/model_type", "siglip_vision_model", {"clip_vision_model"}},
-      {kVideo, config, "/vision_config/image_size", 4096, {"image_size", "2000", "4096"}},
-      {kVideo, config, "/video_token_index", 336, {"video_token_index", "335"}},
-      {kVideo, config, "/text_config/model_type", "qwen2", {"llama", "mistral", "qwen2"}},
-      {kVideo, config, "/text_config/attention_bias", true, {"attention_bias", "false"}},
-      {kVideo, config, "/text_config/mlp_bias", true, {"mlp_bias", "false"}},
-      {kVideo, config, "/text_config/rope_parameters/rope_type", "yarn", {"rope_type", "linear"}},
-      {kVideo, config, "/text_config/rope_parameters/factor", 0, {"factor"}},
-      {kVideo, config, "/text_config/rope_parameters/factor", nullptr, {"factor"}},
+      {kVideo, config, {"/model_type", "llava", {"model_type", "llava_next_video", "\"llava\""}}},
+      {kVideo, config, {"/quantization_config", {{"bits", 4}}, {"quantization_config"}}},
+      {kVideo, config, {"/vision_feature_select_strategy", "full", {"\"default\"", "\"full\""}}},
+      {kVideo, config, {"/vision_feature_layer", {-2, -1}, {"vision_feature_layer", "integer"}}},
+      {kVideo, config, {"/vision_feature_layer", -5, {"vision_feature_layer", "-5"}}},
+      {kVideo, config, {"/vision_feature_layer", -1, {"vision_tower", "layers.2"}}},
+      {kVideo, config, {"/spatial_pool_mode", "conv", {"spatial_pool_mode", "average", "conv"}}},
+      {kVideo, config, {"/spatial_pool_stride", 7, {"spatial_pool_stride", "6", "7"}}},
+      {kVideo, config, {"/vision_config/hidden_act", "gelu", {"vision_config.hidden_act"}}},
+      {kVideo, config, {"/vision_config/model_type", "siglip_vision_model", {"clip_vision_model"}}},
+      {kVideo, config, {"/vision_config/image_size", 4096, {"image_size", "2000", "4096"}}},
+      {kVideo, config, {"/video_token_index", 336, {"video_token_index", "335"}}},
+      {kVideo, config, {"/text_config/model_type", "qwen2", {"llama", "mistral", "qwen2"}}},
+      {kVideo, config, {"/text_config/attention_bias", true, {"attention_bias", "false"}}},
+      {kVideo, config, {"/text_config/mlp_bias", true, {"mlp_bias", "false"}}},
+      {kVideo, config, {"/text_config/rope_parameters/rope_type", "yarn", {"rope_type", "linear"}}},
+      {kVideo, config, {"/text_config/rope_parameters/factor", 0, {"factor"}}},
+      {kVideo, config, {"/text_config/rope_parameters/factor", nullptr, {"factor"}}},
       {kLlava15,
        config,
-       "/text_config/rope_parameters/high_freq_factor",
-       1,
-       {"high_freq_factor", "low_freq_factor"}},
+       {"/text_config/rope_parameters/high_freq_factor",
+        1,
+        {"high_freq_factor", "low_freq_factor"}}},
       {kLlava15,
        config,
-       "/text_config/rope_parameters/original_max_position_embeddings",
-       nullptr,
-       {"original_max_position_embeddings"}},
-      {kMistral, config, "/text_config/sliding_window", 4096, {"sliding_window", "null", "4096"}},
-      {kLlava15, processor, "/do_center_crop", false, {"do_center_crop", "true"}},
-      {kLlava15, processor, "/do_pad", true, {"do_pad", "false"}},
-      {kLlava15, processor, "/size/shortest_edge", 61, {"size", "60", "61"}},
-      {kLlava15, processor, "/crop_size/width", 59, {"crop_size", "60", "59"}},
-      {kLlava15, processor, "/size", nullptr, {"size", "60"}},
-      {kLlava15, processor, "/resample", 2, {"resample", "bicubic"}},
-      {kLlava15, processor, "/image_std", {0.5, 0, 0.5}, {"image_std"}},
+       {"/text_config/rope_parameters/original_max_position_embeddings",
+        nullptr,
+        {"original_max_position_embeddings"}}},
+      {kMistral, config, {"/text_config/sliding_window", 4096, {"sliding_window", "null", "4096"}}},
+      {kLlava15, processor, {"/do_center_crop", false, {"do_center_crop", "true"}}},
+      {kLlava15, processor, {"/do_pad", true, {"do_pad", "false"}}},
+      {kLlava15, processor, {"/size/shortest_edge", 61, {"size", "60", "61"}}},
+      {kLlava15, processor, {"/crop_size/width", 59, {"crop_size", "60", "59"}}},
+      {kLlava15, processor, {"/size", nullptr, {"size", "60"}}},
+      {kLlava15, processor, {"/resample", 2, {"resample", "bicubic"}}},
+      {kLlava15, processor, {"/image_std", {0.5, 0, 0.5}, {"image_std"}}},
   };
   for (const Case& c : cases) {
     CheckpointCopy copy(c.directory);
     // A tensor that only the layer of index 2 would need.
-    if (c.value == -1) {
+    if (c.bad.value == -1) {
       copy.tensors().erase("vision_tower.encoder.layers.2.layer_norm1.weight");
       copy.Write();
     }
-    copy.EditJson(c.file, [&](json& object) { object[json::json_pointer(c.pointer)] = c.value; });
-    const std::string error = LoadError(copy.directory());
-    for (const char* expected : c.expected) {
-      EXPECT_THAT(error, HasSubstr(expected)) << c.pointer << " = " << c.value;
-    }
+    ExpectRefused(copy, c.file, c.bad);
   }
   // Mistral's class slides where its file says nothing.
   CheckpointCopy copy(kMistral);
   copy.EditJson("config.json", [](json& object) { object["text_config"].erase("sliding_window"); });
   EXPECT_THAT(LoadError(copy.directory()), AllOf(HasSubstr("sliding_window"), HasSubstr("null")));
+}
+
+TEST(LlavaNextTest, ErrorsOfTheDecoderNameItsFamily) {
+  for (const auto& [directory, family] :
+       {std::pair(kVideo, "[llama]"), std::pair(kLlava15, "[llama]"),
+        std::pair(kMistral, "[mistral]"), std::pair(kGoldens / "tiny_untied", "[qwen2]")}) {
+    CheckpointCopy copy(directory);
+    copy.tensors().erase("language_model.lm_head.weight");
+    copy.Write();
+    EXPECT_THAT(LoadError(copy.directory()), AllOf(HasSubstr(family), HasSubstr("lm_head")));
+    const auto vlm = LoadF32(directory);
+    ExecContext ctx({.num_threads = 1});
+    const Tensor rows(DType::kF32, {1, vlm->decoder().hidden_size() + 1});
+    KvCache cache(std::make_shared<KvBlockPool>(vlm->decoder().kv_geometry(), 0));
+    SequenceStep step{&cache, rows, {}};
+    EXPECT_THAT(
+        [&] {
+          vlm->decoder().Step(ctx, {&step, 1});
+        },
+        testing::ThrowsMessage<Error>(HasSubstr(family)));
+  }
 }
 
 TEST(LlavaNextTest, MissingTensorsAreNamed) {

@@ -10,6 +10,7 @@
 
 #include "runtime/error.h"
 #include "tests/support/checkpoint_copy.h"
+#include "tests/support/llava_checkpoints.h"
 
 namespace sluice {
 namespace {
@@ -21,12 +22,6 @@ using testing::HasSubstr;
 
 const std::filesystem::path kTiny =
     std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_tied";
-
-std::shared_ptr<const Vlm> LoadF32(const std::filesystem::path& directory) {
-  VlmOptions options;
-  options.compute_type = DType::kF32;
-  return Vlm::Load(directory, options);
-}
 
 // What a model makes of one random frame and a few tokens: equal for equal weights and settings.
 std::vector<float> Fingerprint(const Vlm& vlm) {
@@ -58,37 +53,6 @@ std::vector<float> Fingerprint(const Vlm& vlm) {
   print.insert(print.end(), visual.features.data<float>(),
                visual.features.data<float>() + visual.features.shape().NumElements());
   return print;
-}
-
-// The one line of the InputError that loading throws.
-std::string LoadError(const std::filesystem::path& directory) {
-  try {
-    LoadF32(directory);
-  } catch (const InputError& error) {
-    EXPECT_EQ(std::string(error.what()).find('\n'), std::string::npos) << error.what();
-    return error.what();
-  } catch (const std::exception& error) {
-    ADD_FAILURE() << "not an InputError: " << error.what();
-  }
-  return "";
-}
-
-std::string Replaced(std::string text, const std::string& from, const std::string& to) {
-  if (text.starts_with(from)) text.replace(0, from.size(), to);
-  return text;
-}
-
-// The file's own layout is D: without "vision_model", decoder below "language_model.model".
-std::string LayoutA(const std::string& name) {
-  return Replaced(name, "vision_tower.", "vision_tower.vision_model.");
-}
-std::string LayoutB(const std::string& name) {
-  if (name == "language_model.lm_head.weight") return "lm_head.weight";
-  return "model." + Replaced(LayoutA(name), "language_model.model.", "language_model.");
-}
-std::string LayoutC(const std::string& name) {
-  if (name == "language_model.lm_head.weight") return "lm_head.weight";
-  return "model." + Replaced(name, "language_model.model.", "language_model.");
 }
 
 Tensor RandomTensor(Shape shape, uint32_t seed) {
@@ -388,12 +352,7 @@ TEST(LlavaOnevisionTest, DamagedSurroundingsAreNamed) {
 }
 
 TEST(LlavaOnevisionTest, ConfigurationErrorsNameFieldExpectedAndFound) {
-  struct Case {
-    const char* pointer;
-    json value;
-    std::vector<const char*> expected;
-  };
-  const Case cases[] = {
+  const BadSetting cases[] = {
       {"/text_config/hidden_size", "big", {"text_config.hidden_size", "integer", "\"big\""}},
       {"/text_config/hidden_size", -64, {"text_config.hidden_size", "-64"}},
       {"/text_config/hidden_size", 1e300, {"text_config.hidden_size", "1e+300"}},
@@ -436,14 +395,8 @@ TEST(LlavaOnevisionTest, ConfigurationErrorsNameFieldExpectedAndFound) {
       {"/model_type", "llava", {"model_type", "llava_onevision"}},
       {"/quantization_config", {{"bits", 4}}, {"quantization_config"}},
   };
-  for (const Case& c : cases) {
-    CheckpointCopy copy(kTiny);
-    copy.EditJson("config.json",
-                  [&](json& config) { config[json::json_pointer(c.pointer)] = c.value; });
-    const std::string error = LoadError(copy.directory());
-    for (const char* expected : c.expected) {
-      EXPECT_THAT(error, HasSubstr(expected)) << c.pointer << " = " << c.value;
-    }
+  for (const BadSetting& c : cases) {
+    ExpectRefused(CheckpointCopy(kTiny), "config.json", c);
   }
   CheckpointCopy small(kTiny);
   small.EditJson("config.json", [](json& config) {
@@ -461,7 +414,7 @@ TEST(LlavaOnevisionTest, ConfigurationErrorsNameFieldExpectedAndFound) {
     text["max_window_layers"] = 1;
   });
   EXPECT_THAT(LoadError(sliding.directory()), HasSubstr("use_sliding_window"));
-  const Case settings[] = {
+  const BadSetting settings[] = {
       {"/video_processor/do_resize", false, {"video_processor.do_resize", "true", "false"}},
       {"/video_processor/do_center_crop", true, {"do_center_crop"}},
       {"/video_processor/resample", 2, {"resample", "bicubic"}},
@@ -471,14 +424,8 @@ TEST(LlavaOnevisionTest, ConfigurationErrorsNameFieldExpectedAndFound) {
       {"/video_processor/image_std", {0.5, 0, 0.5}, {"image_std"}},
       {"/video_processor/image_mean", {0.5, 0.5}, {"image_mean"}},
   };
-  for (const Case& c : settings) {
-    CheckpointCopy copy(kTiny);
-    copy.EditJson("processor_config.json",
-                  [&](json& config) { config[json::json_pointer(c.pointer)] = c.value; });
-    const std::string error = LoadError(copy.directory());
-    for (const char* expected : c.expected) {
-      EXPECT_THAT(error, HasSubstr(expected)) << c.pointer << " = " << c.value;
-    }
+  for (const BadSetting& c : settings) {
+    ExpectRefused(CheckpointCopy(kTiny), "processor_config.json", c);
   }
 }
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "compression/registry.h"
 #include "runtime/error.h"
 #include "streaming/engine.h"
 #include "streaming/pipeline.h"
@@ -19,7 +20,6 @@ namespace {
 
 using testing::ElementsAre;
 using testing::HasSubstr;
-using testing::ThrowsMessage;
 
 constexpr int kTokensPerFrame = 9, kLayers = 3;
 
@@ -30,7 +30,7 @@ SessionOptions Options(PyramidMode mode, double lambda = 0.5) {
   options.pyramid.lambda = lambda;
   options.pyramid.stages = 3;  // before layers 1 and 2
   options.pyramid.replay_frames = 16;
-  options.pyramid.instruction = "Watch the door.";
+  if (mode == PyramidMode::kProbe) options.pyramid.instruction = "Watch the door.";
   options.generate.max_new_tokens = 12;
   return options;
 }
@@ -115,19 +115,54 @@ TEST_F(PyramidSessionTest, QuestionsThroughAViewDoNotDisturbEachOther) {
   }
 }
 
-TEST_F(PyramidSessionTest, SharesOfOneAnswerAsWithoutTheMethod) {
-  const auto plain = Shown(Options(PyramidMode::kOff), 10);
-  const std::vector<int32_t> want = Answer(*plain, "What is there?");
-  for (const PyramidMode mode : {PyramidMode::kQuestion, PyramidMode::kReplay,
-                                 PyramidMode::kQueryFree, PyramidMode::kProbe}) {
-    const auto session = Shown(Options(mode, 1), 10);
-    EXPECT_EQ(Answer(*session, "What is there?"), want) << Name(mode);
+// Of every family.
+TEST(PyramidFamiliesTest, SharesOfOneRememberAndAnswerAsWithoutTheMethodBitForBit) {
+  for (const char* name :
+       {"tiny_tied", "tiny_untied", "tiny_llava15", "tiny_next_mistral", "tiny_next_video"}) {
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+      EngineOptions engine_options;
+      engine_options.model = std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden" / name;
+      engine_options.vlm.compute_type = dtype;
+      engine_options.num_threads = 1;
+      const Engine engine(engine_options);
+      const auto ctx = engine.NewContext();
+      const Decoder& decoder = engine.vlm()->decoder();
+      const std::vector<FramePtr> frames = NoiseFrames(6);
+      // Logits of a row behind what the session remembers, and its answer.
+      const auto run = [&](PyramidMode mode) {
+        SessionOptions options = Options(mode, 1);
+        options.pyramid.stages = 2;
+        const auto session = engine.NewSession(options);
+        Ingest(*ctx, *session, std::span(frames).first(4));
+        Ingest(*ctx, *session, std::span(frames).subspan(4));
+        const std::vector<int32_t> answer = Ask(*ctx, *session, "What is there?", nullptr).ids;
+        std::vector<float> result(answer.begin(), answer.end());
+        if (session->pyramid.replays()) return result;
+        const Tensor row(DType::kF32, {1, decoder.hidden_size()});
+        decoder.Embed(*ctx, std::vector<int32_t>{5}, row);
+        const Tensor logits(DType::kF32, {1, decoder.vocab_size()});
+        SequenceStep step{&session->cache, row, logits, session->pyramid.ForQuestion(0)};
+        decoder.Step(*ctx, {&step, 1});
+        result.insert(result.end(), logits.data<float>(),
+                      logits.data<float>() + decoder.vocab_size());
+        return result;
+      };
+      const std::vector<float> want = run(PyramidMode::kOff);
+      for (const PyramidMode mode :
+           {PyramidMode::kQuestion, PyramidMode::kQueryFree, PyramidMode::kProbe}) {
+        EXPECT_EQ(run(mode), want) << name << " " << Name(dtype) << " " << Name(mode);
+      }
+      const std::vector<float> replayed = run(PyramidMode::kReplay);
+      EXPECT_EQ(replayed, std::vector<float>(want.begin(), want.begin() + replayed.size()))
+          << name << " " << Name(dtype);
+    }
   }
 }
 
 TEST_F(PyramidSessionTest, ReplayEqualsThePapersPrefillOfTheWholePrompt) {
   SessionOptions options = Options(PyramidMode::kReplay);
   options.pyramid.quota = PyramidQuota::kGlobal;
+  options.pyramid.rank = PyramidRank::kLast;
   const auto session = Shown(options, 9);
   EXPECT_EQ(session->cache.length(), 0);
   const Vlm& vlm = *engine_.vlm();
@@ -207,15 +242,95 @@ TEST_F(PyramidSessionTest, AFailedBatchLeavesNoTrace) {
   EXPECT_EQ(Answer(*session, "What is there?"), Answer(*spared, "What is there?"));
 }
 
-TEST_F(PyramidSessionTest, ImpossibleSettingsAreRefusedBeforeTheFirstFrame) {
-  SessionOptions options = Options(PyramidMode::kQuestion);
-  options.pyramid.stages = 4;
-  EXPECT_THAT([&] { engine_.NewSession(options); },
-              ThrowsMessage<InputError>(HasSubstr("3 layers, got 4 stages")));
-  options = Options(PyramidMode::kReplay);
-  options.max_context_tokens = 100;
-  EXPECT_THAT([&] { engine_.NewSession(options); },
-              ThrowsMessage<InputError>(HasSubstr("replay fewer than")));
+TEST_F(PyramidSessionTest, WhatAModeCannotFollowIsRefusedBeforeTheFirstFrame) {
+  struct Case {
+    PyramidMode mode;
+    void (*change)(SessionOptions&);
+    const char* refusal;  // null: it is fine
+  };
+  constexpr PyramidMode kView = PyramidMode::kQuestion, kReplay = PyramidMode::kReplay,
+                        kFree = PyramidMode::kQueryFree, kProbe = PyramidMode::kProbe;
+  const auto compact = [](SessionOptions& o) { o.pyramid.positions = KvPositions::kRows; };
+  const auto preserve = [](SessionOptions& o) { o.pyramid.positions = KvPositions::kTokens; };
+  const auto global = [](SessionOptions& o) { o.pyramid.quota = PyramidQuota::kGlobal; };
+  const auto hybrid = [](SessionOptions& o) { o.pyramid.quota = PyramidQuota::kHybrid; };
+  const auto frame = [](SessionOptions& o) { o.pyramid.quota = PyramidQuota::kFrame; };
+  const auto last = [](SessionOptions& o) { o.pyramid.rank = PyramidRank::kLast; };
+  const auto instruct = [](SessionOptions& o) { o.pyramid.instruction = "Watch the door."; };
+  const auto silent = [](SessionOptions& o) { o.pyramid.instruction = " \n"; };
+  const auto deep = [](SessionOptions& o) { o.pyramid.stages = 4; };
+  const auto narrow = [](SessionOptions& o) { o.max_context_tokens = 100; };
+  const auto none = [](SessionOptions& o) { o.pyramid.replay_frames = 0; };
+  const Case cases[] = {
+      {kView, compact, "leave them out, or use mode replay, query-free or probe"},
+      {kReplay, compact, nullptr},
+      {kFree, compact, nullptr},
+      {kProbe, compact, nullptr},
+      {kView, preserve, nullptr},
+      {kReplay, preserve, nullptr},
+      {kFree, preserve, nullptr},
+      {kView, global, nullptr},
+      {kReplay, frame, nullptr},
+      {kFree, frame, nullptr},
+      {kFree, global, "got quota global: leave the quota out, or use mode question or replay"},
+      {kProbe, hybrid, "got quota hybrid: leave the quota out, or use mode question or replay"},
+      {kView, last, nullptr},
+      {kReplay, last, nullptr},
+      {kFree, last, "got rank last: leave the rank out, or use mode question or replay"},
+      {kProbe, last, "got rank last: leave the rank out, or use mode question or replay"},
+      {kView, instruct, "leave it out, or use mode probe"},
+      {kReplay, instruct, "leave it out, or use mode probe"},
+      {kFree, instruct, "leave it out, or use mode probe"},
+      {kProbe, silent, "give one, or use mode query-free"},
+      {kView, deep, "3 layers, got 4 stages: use 1 to as many"},
+      {kView, narrow, nullptr},
+      {kReplay, narrow, "replay fewer than"},
+      {kReplay, none, "at least 1 frame, got 0"},
+  };
+  for (const Case& c : cases) {
+    SessionOptions options = Options(c.mode);
+    c.change(options);
+    try {
+      engine_.NewSession(options);
+      EXPECT_EQ(c.refusal, nullptr) << Name(c.mode);
+    } catch (const InputError& error) {
+      ASSERT_NE(c.refusal, nullptr) << error.what();
+      EXPECT_THAT(error.what(), HasSubstr(c.refusal));
+      EXPECT_THAT(error.what(), testing::Not(HasSubstr("\n")));
+    }
+  }
+}
+
+TEST_F(PyramidSessionTest, EveryModeWorksBehindTheCacherAndEveryCompressor) {
+  std::vector<std::vector<std::string>> lists = {{}, {"stc-pruner=0.5", "turbo-merge=3"}};
+  for (const CompressorEntry& entry : TokenCompressors())
+    lists.push_back({std::string(entry.name)});
+  for (const PyramidMode mode : {PyramidMode::kQuestion, PyramidMode::kReplay,
+                                 PyramidMode::kQueryFree, PyramidMode::kProbe}) {
+    for (const auto& compressors : lists) {
+      SessionOptions options = Options(mode), whole = Options(PyramidMode::kOff);
+      options.compressors = whole.compressors = compressors;
+      options.cacher = whole.cacher = StcCacherOptions{};
+      const bool asked = mode == PyramidMode::kQuestion || mode == PyramidMode::kReplay;
+      if (asked) options.pyramid.quota = PyramidQuota::kGlobal;  // no row is sure of its place
+      const auto session = Shown(options, 8), plain = Shown(whole, 8);
+      const std::string name =
+          std::string(Name(mode)) + (compressors.empty() ? "" : " " + compressors.front());
+      EXPECT_EQ(session->visual_tokens, plain->visual_tokens) << name;
+      Answer(*session, "What is there?");
+      const int64_t visual = session->visual_tokens;
+      const auto prefix = static_cast<int64_t>(session->prefix_ids.size());
+      if (asked) {
+        EXPECT_THAT(session->pyramid.QuestionStageSizes(),
+                    ElementsAre(visual, visual / 2, visual / 4))
+            << name;
+      } else {
+        EXPECT_EQ(session->cache.rows(0), prefix + visual) << name;
+        EXPECT_LT(session->cache.rows(1), session->cache.rows(0)) << name;
+        EXPECT_LE(session->cache.rows(2), session->cache.rows(1)) << name;
+      }
+    }
+  }
 }
 
 }  // namespace

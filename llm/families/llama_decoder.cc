@@ -1,4 +1,4 @@
-#include "llm/families/qwen2.h"
+#include "llm/families/llama_decoder.h"
 
 #include <algorithm>
 #include <cmath>
@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t kMaxRowsAtOnce = 1024;
 constexpr int64_t kRowMultiple = 16;  // of a matrix unit's tile
 
-struct Qwen2Layer {
+struct LlamaLayer {
   Tensor attention_norm, mlp_norm;  // [E] f32
   LinearWeight qkv;                 // [(H + 2K) D, E]
   LinearWeight out;                 // [E, H D]
@@ -147,9 +147,9 @@ std::vector<int32_t> CachedRows(const StagedRows& staged, int layer) {
   return rows;
 }
 
-class Qwen2Decoder : public Decoder {
+class LlamaDecoder : public Decoder {
  public:
-  Qwen2Decoder(WeightStore& weights, const Qwen2Config& config);
+  LlamaDecoder(WeightStore& weights, const LlamaConfig& config);
 
   void Step(ExecContext& ctx, std::span<SequenceStep> sequences,
             const DecoderProbe& probe) const override;
@@ -170,35 +170,40 @@ class Qwen2Decoder : public Decoder {
   void RunStaged(ExecContext& ctx, const SequenceStep& step, const DecoderProbe& probe) const;
   TensorView PassBoundary(ExecContext& ctx, int layer, bool single_chunk, StagedRows& staged) const;
   std::vector<float> Attention(ExecContext& ctx, int layer, const StagedRows& staged,
-                               std::span<const int32_t> cached_rows, ConstTensorView qkv,
-                               std::span<const float> query) const;
+                               std::span<const int32_t> cached_rows, ConstTensorView keys,
+                               ConstTensorView queries) const;
   TensorView RunLayer(ExecContext& ctx, int layer, std::vector<Segment>& segments,
-                      TensorView hidden, TensorView projected, const DecoderProbe& probe) const;
-  void ProjectQkv(ExecContext& ctx, int layer, ConstTensorView hidden, TensorView qkv) const;
+                      TensorView hidden, ConstTensorView keys, const DecoderProbe& probe) const;
+  void Project(ExecContext& ctx, int layer, ConstTensorView hidden, const LinearWeight& weight,
+               TensorView y) const;
+  void ProjectAround(ExecContext& ctx, int layer, ConstTensorView hidden, ConstTensorView keys,
+                     TensorView qkv) const;
   void Rotate(ExecContext& ctx, int layer, std::span<const Segment> segments, TensorView qkv) const;
   void StoreKeysAndValues(ExecContext& ctx, int layer, std::span<const Segment> segments,
                           ConstTensorView qkv) const;
   void Attend(ExecContext& ctx, int layer, std::span<const Segment> segments, ConstTensorView qkv,
               TensorView hidden) const;
-  void RunMlp(ExecContext& ctx, const Qwen2Layer& layer, TensorView hidden) const;
+  void RunMlp(ExecContext& ctx, const LlamaLayer& layer, TensorView hidden) const;
   void WriteLogits(ExecContext& ctx, std::span<const Segment> segments, ConstTensorView hidden,
                    const DecoderProbe& probe) const;
   void Normalise(ExecContext& ctx, const Tensor& weight, ConstTensorView hidden,
                  TensorView y) const;
 
+  // What errors begin with: the family whose checkpoint this is.
+  std::string Place() const { return std::string("[") + config_.family + "] "; }
   int64_t q_width() const { return int64_t{config_.num_heads} * config_.head_dim; }
   int64_t kv_width() const { return int64_t{config_.num_kv_heads} * config_.head_dim; }
 
-  Qwen2Config config_;
+  LlamaConfig config_;
   DType dtype_;             // of weights, product inputs and the KV cache
   SharedMatrix embedding_;  // [V, E]; empty where tied: then rows are read from lm_head_
   LinearWeight lm_head_;    // [V, E]
   Tensor final_norm_;       // [E] f32
   Tensor inv_freq_;         // [D / 2] f32
-  std::vector<Qwen2Layer> layers_;
+  std::vector<LlamaLayer> layers_;
 };
 
-Qwen2Decoder::Qwen2Decoder(WeightStore& weights, const Qwen2Config& config)
+LlamaDecoder::LlamaDecoder(WeightStore& weights, const LlamaConfig& config)
     : config_(config), dtype_(weights.compute_type()), inv_freq_(InverseFrequencies(config)) {
   const int64_t width = config.hidden_size, inner = config.intermediate_size;
   const int64_t q_rows = q_width(), kv_rows = kv_width();
@@ -212,15 +217,15 @@ Qwen2Decoder::Qwen2Decoder(WeightStore& weights, const Qwen2Config& config)
     lm_head_ = LinearWeight(std::move(embedding), Tensor(), kUse);
   } else {
     throw InputError(
-        "[qwen2] lm_head.weight is missing and tie_word_embeddings is false in both config.json "
-        "and "
-        "its text_config: the checkpoint is incomplete");
+        Place() +
+        "lm_head.weight is missing and tie_word_embeddings is false in both config.json and its "
+        "text_config: the checkpoint is incomplete");
   }
   final_norm_ = weights.TakeF32("language_model.norm.weight", {width});
   for (int i = 0; i < config.num_layers; ++i) {
     const std::string prefix = "language_model.layers." + std::to_string(i) + ".";
     const std::string attention = prefix + "self_attn.", mlp = prefix + "mlp.";
-    Qwen2Layer layer;
+    LlamaLayer layer;
     layer.attention_norm = weights.TakeF32(prefix + "input_layernorm.weight", {width});
     layer.mlp_norm = weights.TakeF32(prefix + "post_attention_layernorm.weight", {width});
     const auto stack_qkv = [&](std::initializer_list<const Tensor*> biases) {
@@ -248,36 +253,36 @@ Qwen2Decoder::Qwen2Decoder(WeightStore& weights, const Qwen2Config& config)
   }
 }
 
-void Qwen2Decoder::Check(std::span<const SequenceStep> sequences) const {
+void LlamaDecoder::Check(std::span<const SequenceStep> sequences) const {
   for (const SequenceStep& step : sequences) {
     const ConstTensorView& x = step.embeddings;
     if (x.shape().rank() != 2 || x.dim(0) < 1 || x.dim(1) != config_.hidden_size ||
         x.dtype() != DType::kF32) {
-      throw Error("[qwen2] embeddings must be [S >= 1, " + std::to_string(config_.hidden_size) +
+      throw Error(Place() + "embeddings must be [S >= 1, " + std::to_string(config_.hidden_size) +
                   "] f32, got " + x.shape().ToString() + " " + Name(x.dtype()));
     }
     const TensorView& y = step.logits;
     if (!y.empty() &&
         (y.shape().rank() != 2 || (y.dim(0) != 1 && y.dim(0) != x.dim(0)) ||
          y.dim(1) != config_.vocab_size || y.dtype() != DType::kF32 || !y.contiguous())) {
-      throw Error("[qwen2] logits must be contiguous [1 or " + std::to_string(x.dim(0)) + ", " +
+      throw Error(Place() + "logits must be contiguous [1 or " + std::to_string(x.dim(0)) + ", " +
                   std::to_string(config_.vocab_size) + "] f32, got " + y.shape().ToString() + " " +
                   Name(y.dtype()));
     }
     if (step.policy && !y.empty() && y.dim(0) != 1) {
-      throw Error("[qwen2] a step with a layer policy has logits of its last row only, got " +
+      throw Error(Place() + "a step with a layer policy has logits of its last row only, got " +
                   y.shape().ToString());
     }
     const int64_t needed = step.cache->length() + x.dim(0);
     if (needed > config_.max_positions) {
-      throw InputError("[qwen2] the model's context is " + std::to_string(config_.max_positions) +
+      throw InputError(Place() + "the model's context is " + std::to_string(config_.max_positions) +
                        " positions, this step needs " + std::to_string(needed) +
                        ": use fewer frames or fewer tokens a frame");
     }
   }
 }
 
-void Qwen2Decoder::Step(ExecContext& ctx, std::span<SequenceStep> sequences,
+void LlamaDecoder::Step(ExecContext& ctx, std::span<SequenceStep> sequences,
                         const DecoderProbe& probe) const {
   Check(sequences);
   std::vector<int64_t> begins;
@@ -300,26 +305,26 @@ void Qwen2Decoder::Step(ExecContext& ctx, std::span<SequenceStep> sequences,
   }
 }
 
-void Qwen2Decoder::Embed(ExecContext& ctx, std::span<const int32_t> ids, TensorView out) const {
+void LlamaDecoder::Embed(ExecContext& ctx, std::span<const int32_t> ids, TensorView out) const {
   if (!embedding_.view.empty()) {
     sluice::Embed(ctx, embedding_.view, ids, out);
     return;
   }
   const Shape expected{static_cast<int64_t>(ids.size()), config_.hidden_size};
   if (out.shape() != expected || out.dtype() != DType::kF32) {
-    throw Error("[qwen2] embeddings must be " + expected.ToString() + " f32, got " +
+    throw Error(Place() + "embeddings must be " + expected.ToString() + " f32, got " +
                 out.shape().ToString() + " " + Name(out.dtype()));
   }
   for (size_t i = 0; i < ids.size(); ++i) {
     if (ids[i] < 0 || ids[i] >= config_.vocab_size) {
-      throw Error("[qwen2] ids must lie in [0, " + std::to_string(config_.vocab_size) + "), got " +
-                  std::to_string(ids[i]));
+      throw Error(Place() + "ids must lie in [0, " + std::to_string(config_.vocab_size) +
+                  "), got " + std::to_string(ids[i]));
     }
     lm_head_.CopyRow(ids[i], out.data<float>() + i * out.stride0());
   }
 }
 
-void Qwen2Decoder::RunChunk(ExecContext& ctx, std::vector<Segment> segments,
+void LlamaDecoder::RunChunk(ExecContext& ctx, std::vector<Segment> segments,
                             const DecoderProbe& probe) const {
   Workspace& workspace = ctx.workspace();
   Workspace::Scope scope(workspace);
@@ -342,7 +347,7 @@ void Qwen2Decoder::RunChunk(ExecContext& ctx, std::vector<Segment> segments,
 
 // Layer by layer over all rows, in chunks inside a layer: what leaves before a layer may depend on
 // the last row.
-void Qwen2Decoder::RunStaged(ExecContext& ctx, const SequenceStep& step,
+void LlamaDecoder::RunStaged(ExecContext& ctx, const SequenceStep& step,
                              const DecoderProbe& probe) const {
   Workspace& workspace = ctx.workspace();
   Workspace::Scope scope(workspace);
@@ -358,12 +363,17 @@ void Qwen2Decoder::RunStaged(ExecContext& ctx, const SequenceStep& step,
   TensorView last;  // the rows of the last chunk after the last layer
   for (int i = 0; i < config_.num_layers; ++i) {
     Workspace::Scope layer_scope(workspace);
-    TensorView qkv;
+    TensorView keys;
     if (stage < boundaries.size() && boundaries[stage] == i) {
       ++stage;
-      qkv = PassBoundary(ctx, i, probe != nullptr, staged);
+      keys = PassBoundary(ctx, i, probe != nullptr, staged);
     }
-    if (staged.cached) cache.KeepRows(ctx, i, CachedRows(staged, i));
+    if (staged.cached) {
+      const std::vector<int32_t> seen = CachedRows(staged, i);
+      TraceScope trace(&ctx.tracer(), "decoder/view", static_cast<int64_t>(seen.size()));
+      trace.AddWork(0, 4.0 * SizeOf(dtype_) * kv_width() * static_cast<double>(seen.size()));
+      cache.KeepRows(ctx, i, seen);
+    }
     cache.ReserveRows(i, staged.fresh);
     const auto rows = static_cast<int64_t>(staged.fresh.size());
     const int64_t chunk_rows = ChunkRows(rows, probe != nullptr);
@@ -372,7 +382,7 @@ void Qwen2Decoder::RunStaged(ExecContext& ctx, const SequenceStep& step,
       const int64_t wanted = end == rows && !step.logits.empty() ? 1 : 0;
       segments = {{&step, 0, rows - begin, 0, end - begin, wanted}};
       last = RunLayer(ctx, i, segments, staged.hidden.Slice(begin, end),
-                      qkv.empty() ? TensorView() : qkv.Slice(begin, end), probe);
+                      keys.empty() ? ConstTensorView() : keys.Slice(begin, end), probe);
     }
   }
   cache.Advance(length);
@@ -383,21 +393,15 @@ void Qwen2Decoder::RunStaged(ExecContext& ctx, const SequenceStep& step,
   if (last.dim(0) > 0) WriteLogits(ctx, segments, last, probe);
 }
 
-// Asks the policy before `layer` and lets the rows go that it does not keep. Returns what the layer
-// projects from the others, not yet rotated: ranking needs the keys of all rows, and the product
-// makes queries and values beside them. For those that leave that is the only waste, 3 % of the
-// work of a sequence in a small model and half a percent in a large one.
-TensorView Qwen2Decoder::PassBoundary(ExecContext& ctx, int layer, bool single_chunk,
+// Asks the policy before `layer` and lets the rows go that it does not keep. Returns the keys of
+// the others, not yet rotated, if ranking needed them: of rows that leave nothing else is
+// projected.
+TensorView LlamaDecoder::PassBoundary(ExecContext& ctx, int layer, bool single_chunk,
                                       StagedRows& staged) const {
   Workspace& workspace = ctx.workspace();
   const SequenceStep& step = *staged.step;
+  const LinearWeight& qkv = layers_[layer].qkv;
   const auto rows = static_cast<int64_t>(staged.fresh.size());
-  const TensorView qkv = workspace.Allocate(dtype_, {rows, q_width() + 2 * kv_width()});
-  const int64_t chunk_rows = ChunkRows(rows, single_chunk);
-  for (int64_t begin = 0; begin < rows; begin += chunk_rows) {
-    const int64_t end = std::min(begin + chunk_rows, rows);
-    ProjectQkv(ctx, layer, staged.hidden.Slice(begin, end), qkv.Slice(begin, end));
-  }
   const std::vector<int32_t> cached_rows = CachedRows(staged, layer);
   const auto cached = static_cast<int64_t>(cached_rows.size());
   std::vector<int32_t> tokens;
@@ -405,25 +409,58 @@ TensorView Qwen2Decoder::PassBoundary(ExecContext& ctx, int layer, bool single_c
   for (const int32_t row : cached_rows) tokens.push_back(step.cache->TokenOf(layer, row));
   tokens.insert(tokens.end(), staged.fresh.begin(), staged.fresh.end());
 
+  TensorView keys;
+  const auto project_keys = [&] {
+    if (!keys.empty()) return;
+    keys = workspace.Allocate(dtype_, {rows, kv_width()});
+    const LinearWeight weight = qkv.Outputs(q_width(), q_width() + kv_width());
+    const int64_t chunk_rows = ChunkRows(rows, single_chunk);
+    for (int64_t begin = 0; begin < rows; begin += chunk_rows) {
+      const int64_t end = std::min(begin + chunk_rows, rows);
+      Project(ctx, layer, staged.hidden.Slice(begin, end), weight, keys.Slice(begin, end));
+    }
+  };
+  const auto last_queries = [&](TensorView y) {
+    Project(ctx, layer, staged.hidden.Slice(rows - y.dim(0), rows), qkv.Outputs(0, q_width()), y);
+  };
   LayerBoundary boundary;
   boundary.layer = layer;
   boundary.tokens = tokens;
   boundary.cached = cached;
   boundary.last_query = [&] {
-    const Tensor query = ConvertTo(qkv.Slice(rows - 1, rows).Columns(0, q_width()), DType::kF32);
-    return std::vector<float>(query.data<float>(), query.data<float>() + q_width());
+    const Tensor query(dtype_, {1, q_width()});
+    last_queries(query);
+    const Tensor wide = ConvertTo(query, DType::kF32);
+    return std::vector<float>(wide.data<float>(), wide.data<float>() + q_width());
   };
-  boundary.attention = [&](std::span<const float> query) {
-    return Attention(ctx, layer, staged, cached_rows, qkv, query);
+  boundary.attention = [&](int64_t queries) {
+    if (queries < 1 || queries > rows) {
+      throw Error(Place() + "a layer policy may ask how 1 to " + std::to_string(rows) +
+                  " rows attend, got " + std::to_string(queries));
+    }
+    project_keys();
+    Workspace::Scope scope(workspace);
+    const TensorView q = workspace.Allocate(dtype_, {queries, q_width()});
+    last_queries(q);
+    return Attention(ctx, layer, staged, cached_rows, keys, q);
+  };
+  boundary.attention_of = [&](std::span<const float> query) {
+    if (static_cast<int64_t>(query.size()) != q_width()) {
+      throw Error(Place() + "a query must have " + std::to_string(q_width()) + " values, got " +
+                  std::to_string(query.size()));
+    }
+    project_keys();
+    return Attention(ctx, layer, staged, cached_rows, keys,
+                     ConstTensorView(query.data(), DType::kF32, {1, q_width()}));
   };
   const std::optional<std::vector<int32_t>> kept = step.policy->Keep(boundary);
-  if (!kept) return qkv;
+  if (!kept) return keys;
 
   std::vector<int32_t> kept_cached, kept_fresh;  // tokens; rows of the step
   for (size_t i = 0; i < kept->size(); ++i) {
     const int32_t index = (*kept)[i];
     if (index < 0 || index >= cached + rows || (i > 0 && index <= (*kept)[i - 1])) {
-      throw Error("[qwen2] a layer policy must keep ascending indices below " +
+      throw Error(Place() + "a layer policy must keep ascending indices below " +
                   std::to_string(cached + rows) + ", got " + std::to_string(index));
     }
     if (index < cached) {
@@ -433,64 +470,64 @@ TensorView Qwen2Decoder::PassBoundary(ExecContext& ctx, int layer, bool single_c
     }
   }
   if (kept_fresh.empty() || (!step.logits.empty() && kept_fresh.back() != rows - 1)) {
-    throw Error("[qwen2] a layer policy must keep a row of the step, the last if its logits count");
+    throw Error(Place() +
+                "a layer policy must keep a row of the step, the last if its logits count");
   }
   if (static_cast<int64_t>(kept_cached.size()) < cached) staged.cached = std::move(kept_cached);
-  if (static_cast<int64_t>(kept_fresh.size()) == rows) return qkv;
+  if (static_cast<int64_t>(kept_fresh.size()) == rows) return keys;
   staged.hidden = KeepRowsOf(staged.hidden, kept_fresh);
   for (size_t i = 0; i < kept_fresh.size(); ++i) staged.fresh[i] = staged.fresh[kept_fresh[i]];
   staged.fresh.resize(kept_fresh.size());
-  return KeepRowsOf(qkv, kept_fresh);
+  return keys.empty() ? keys : KeepRowsOf(keys, kept_fresh);
 }
 
-std::vector<float> Qwen2Decoder::Attention(ExecContext& ctx, int layer, const StagedRows& staged,
+// How `queries`, not yet rotated, attend, in the mean: they stand where the last rows of the step
+// do.
+std::vector<float> LlamaDecoder::Attention(ExecContext& ctx, int layer, const StagedRows& staged,
                                            std::span<const int32_t> cached_rows,
-                                           ConstTensorView qkv,
-                                           std::span<const float> query) const {
+                                           ConstTensorView keys, ConstTensorView queries) const {
   Workspace& workspace = ctx.workspace();
   Workspace::Scope scope(workspace);
-  const int64_t rows = qkv.dim(0), keys = q_width();
-  if (!query.empty() && static_cast<int64_t>(query.size()) != q_width()) {
-    throw Error("[qwen2] a query must have " + std::to_string(q_width()) + " values, got " +
-                std::to_string(query.size()));
-  }
+  const int64_t rows = keys.dim(0), count = queries.dim(0);
+  const auto cached = static_cast<int64_t>(cached_rows.size());
   // As they stand in this layer before anything leaves.
   const bool by_rows = staged.step->cache->positions() == KvPositions::kRows;
   std::vector<int32_t> positions = staged.fresh;
-  if (by_rows) {
-    std::iota(positions.begin(), positions.end(), static_cast<int32_t>(cached_rows.size()));
-  }
-  const TensorView q = workspace.Allocate(dtype_, {1, q_width()});
+  if (by_rows) std::iota(positions.begin(), positions.end(), static_cast<int32_t>(cached));
+  const TensorView q = workspace.Allocate(dtype_, {count, q_width()});
   const TensorView k = workspace.Allocate(dtype_, {rows, kv_width()});
-  if (query.empty()) {
-    ConvertInto(qkv.Slice(rows - 1, rows).Columns(0, q_width()), q);
-  } else {
-    ConvertInto(ConstTensorView(query.data(), DType::kF32, {1, q_width()}), q);
-  }
-  ConvertInto(qkv.Columns(keys, keys + kv_width()), k);
-  Rope(ctx, q, config_.head_dim, std::span(positions).last(1), inv_freq_);
+  ConvertInto(queries, q);
+  ConvertInto(keys, k);
+  Rope(ctx, q, config_.head_dim, std::span(positions).last(count), inv_freq_);
   Rope(ctx, k, config_.head_dim, positions, inv_freq_);
-  const auto count = rows + static_cast<int64_t>(cached_rows.size());
   TraceScope trace(&ctx.tracer(), "decoder/rank", count);
-  trace.AddWork(2.0 * count * q_width(), static_cast<double>(count * kv_width() * SizeOf(dtype_)));
-  std::vector<float> weights(count);
-  MeanAttentionRow(ctx, q, config_.num_heads,
-                   1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
-                   staged.step->cache->layer(layer), cached_rows, k, weights);
-  return weights;
+  std::vector<float> mean(cached + rows, 0), weights;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t seen = rows - count + i + 1;
+    weights.resize(cached + seen);
+    MeanAttentionRow(ctx, q.Slice(i, i + 1), config_.num_heads,
+                     1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
+                     staged.step->cache->layer(layer), cached_rows, k.Slice(0, seen), weights);
+    for (size_t j = 0; j < weights.size(); ++j) mean[j] += weights[j] / static_cast<float>(count);
+    trace.AddWork(2.0 * (cached + seen) * q_width(),
+                  static_cast<double>((cached + seen) * kv_width() * SizeOf(dtype_)));
+  }
+  return mean;
 }
 
-// Runs one layer over a chunk's rows and returns those that are left of `hidden`. projected: what
-// ProjectQkv gives, if that is there already.
-TensorView Qwen2Decoder::RunLayer(ExecContext& ctx, int layer, std::vector<Segment>& segments,
-                                  TensorView hidden, TensorView projected,
+// Runs one layer over a chunk's rows and returns those that are left of `hidden`. keys: of these
+// rows, not yet rotated, if they are there already.
+TensorView LlamaDecoder::RunLayer(ExecContext& ctx, int layer, std::vector<Segment>& segments,
+                                  TensorView hidden, ConstTensorView keys,
                                   const DecoderProbe& probe) const {
   Workspace::Scope scope(ctx.workspace());
   const std::string name = "layer." + std::to_string(layer);
-  TensorView qkv = projected;
-  if (qkv.empty()) {
-    qkv = ctx.workspace().Allocate(dtype_, {hidden.dim(0), q_width() + 2 * kv_width()});
-    ProjectQkv(ctx, layer, hidden, qkv);
+  const TensorView qkv =
+      ctx.workspace().Allocate(dtype_, {hidden.dim(0), q_width() + 2 * kv_width()});
+  if (keys.empty()) {
+    Project(ctx, layer, hidden, layers_[layer].qkv, qkv);
+  } else {
+    ProjectAround(ctx, layer, hidden, keys, qkv);
   }
   Rotate(ctx, layer, segments, qkv);
   if (probe) {
@@ -511,7 +548,7 @@ TensorView Qwen2Decoder::RunLayer(ExecContext& ctx, int layer, std::vector<Segme
   return hidden;
 }
 
-void Qwen2Decoder::Normalise(ExecContext& ctx, const Tensor& weight, ConstTensorView hidden,
+void LlamaDecoder::Normalise(ExecContext& ctx, const Tensor& weight, ConstTensorView hidden,
                              TensorView y) const {
   TraceScope trace(&ctx.tracer(), "decoder/norm", hidden.dim(0));
   trace.AddWork(4.0 * hidden.shape().NumElements(),
@@ -519,15 +556,30 @@ void Qwen2Decoder::Normalise(ExecContext& ctx, const Tensor& weight, ConstTensor
   RmsNorm(ctx, hidden, weight, config_.rms_norm_eps, y);
 }
 
-void Qwen2Decoder::ProjectQkv(ExecContext& ctx, int layer, ConstTensorView hidden,
-                              TensorView qkv) const {
+// weight: of a layer's qkv, all or some of its outputs.
+void LlamaDecoder::Project(ExecContext& ctx, int layer, ConstTensorView hidden,
+                           const LinearWeight& weight, TensorView y) const {
   Workspace::Scope scope(ctx.workspace());
   const TensorView narrow = ctx.workspace().Allocate(dtype_, hidden.shape());
   Normalise(ctx, layers_[layer].attention_norm, hidden, narrow);
-  TracedLinear(ctx, "decoder/qkv", narrow, layers_[layer].qkv, qkv);
+  TracedLinear(ctx, "decoder/qkv", narrow, weight, y);
 }
 
-void Qwen2Decoder::Rotate(ExecContext& ctx, int layer, std::span<const Segment> segments,
+// Queries and values on both sides of `keys`.
+void LlamaDecoder::ProjectAround(ExecContext& ctx, int layer, ConstTensorView hidden,
+                                 ConstTensorView keys, TensorView qkv) const {
+  const int64_t values = q_width() + kv_width();
+  ConvertInto(keys, qkv.Columns(q_width(), values));
+  for (const auto& [begin, end] :
+       {std::pair(int64_t{0}, q_width()), std::pair(values, qkv.dim(1))}) {
+    Workspace::Scope scope(ctx.workspace());
+    const TensorView part = ctx.workspace().Allocate(dtype_, {hidden.dim(0), end - begin});
+    Project(ctx, layer, hidden, layers_[layer].qkv.Outputs(begin, end), part);
+    ConvertInto(part, qkv.Columns(begin, end));
+  }
+}
+
+void LlamaDecoder::Rotate(ExecContext& ctx, int layer, std::span<const Segment> segments,
                           TensorView qkv) const {
   TraceScope trace(&ctx.tracer(), "decoder/rope", qkv.dim(0));
   std::vector<int32_t> positions;
@@ -542,7 +594,7 @@ void Qwen2Decoder::Rotate(ExecContext& ctx, int layer, std::span<const Segment> 
   Rope(ctx, qkv.Columns(0, q_width() + kv_width()), config_.head_dim, positions, inv_freq_);
 }
 
-void Qwen2Decoder::StoreKeysAndValues(ExecContext& ctx, int layer,
+void LlamaDecoder::StoreKeysAndValues(ExecContext& ctx, int layer,
                                       std::span<const Segment> segments,
                                       ConstTensorView qkv) const {
   TraceScope trace(&ctx.tracer(), "decoder/store_kv", qkv.dim(0));
@@ -554,7 +606,7 @@ void Qwen2Decoder::StoreKeysAndValues(ExecContext& ctx, int layer,
   }
 }
 
-void Qwen2Decoder::Attend(ExecContext& ctx, int layer, std::span<const Segment> segments,
+void LlamaDecoder::Attend(ExecContext& ctx, int layer, std::span<const Segment> segments,
                           ConstTensorView qkv, TensorView hidden) const {
   Workspace::Scope scope(ctx.workspace());
   const TensorView mixed = ctx.workspace().Allocate(dtype_, {hidden.dim(0), q_width()});
@@ -578,7 +630,7 @@ void Qwen2Decoder::Attend(ExecContext& ctx, int layer, std::span<const Segment> 
   TracedLinear(ctx, "decoder/out", mixed, layers_[layer].out, hidden, {.accumulate = true});
 }
 
-void Qwen2Decoder::RunMlp(ExecContext& ctx, const Qwen2Layer& layer, TensorView hidden) const {
+void LlamaDecoder::RunMlp(ExecContext& ctx, const LlamaLayer& layer, TensorView hidden) const {
   Workspace& workspace = ctx.workspace();
   Workspace::Scope scope(workspace);
   const int64_t rows = hidden.dim(0), inner = config_.intermediate_size;
@@ -590,7 +642,7 @@ void Qwen2Decoder::RunMlp(ExecContext& ctx, const Qwen2Layer& layer, TensorView 
   TracedLinear(ctx, "decoder/mlp", gated, layer.down, hidden, {.accumulate = true});
 }
 
-void Qwen2Decoder::WriteLogits(ExecContext& ctx, std::span<const Segment> segments,
+void LlamaDecoder::WriteLogits(ExecContext& ctx, std::span<const Segment> segments,
                                ConstTensorView hidden, const DecoderProbe& probe) const {
   Workspace& workspace = ctx.workspace();
   Workspace::Scope scope(workspace);
@@ -624,15 +676,15 @@ void Qwen2Decoder::WriteLogits(ExecContext& ctx, std::span<const Segment> segmen
   }
 }
 
-double Qwen2Decoder::FlopsPerToken(int64_t context) const {
+double LlamaDecoder::FlopsPerToken(int64_t context) const {
   const double width = config_.hidden_size, inner = config_.intermediate_size;
   const double products = width * (2.0 * q_width() + 2.0 * kv_width()) + 3 * width * inner;
   return config_.num_layers * (2 * products + 4.0 * context * q_width());
 }
 
-int64_t Qwen2Decoder::WeightBytesPerToken() const {
+int64_t LlamaDecoder::WeightBytesPerToken() const {
   int64_t bytes = lm_head_.SizeBytes() + final_norm_.SizeBytes();
-  for (const Qwen2Layer& layer : layers_) {
+  for (const LlamaLayer& layer : layers_) {
     bytes += layer.qkv.SizeBytes() + layer.out.SizeBytes() + layer.gate_up.SizeBytes() +
              layer.down.SizeBytes() + layer.attention_norm.SizeBytes() + layer.mlp_norm.SizeBytes();
   }
@@ -654,7 +706,7 @@ float ScaleLlama3(float frequency, const RopeScaling& scaling) {
 
 }  // namespace
 
-Tensor InverseFrequencies(const Qwen2Config& config) {
+Tensor InverseFrequencies(const LlamaConfig& config) {
   Tensor frequencies(DType::kF32, {config.head_dim / 2});
   for (int i = 0; i < config.head_dim / 2; ++i) {
     // In f32 with a correctly rounded power, as the reference: at position 32768 one unit in the
@@ -676,8 +728,8 @@ Tensor InverseFrequencies(const Qwen2Config& config) {
   return frequencies;
 }
 
-std::unique_ptr<Decoder> LoadQwen2Decoder(WeightStore& weights, const Qwen2Config& config) {
-  return std::make_unique<Qwen2Decoder>(weights, config);
+std::unique_ptr<Decoder> LoadLlamaDecoder(WeightStore& weights, const LlamaConfig& config) {
+  return std::make_unique<LlamaDecoder>(weights, config);
 }
 
 }  // namespace sluice

@@ -1,12 +1,12 @@
-// Qwen2 decoder (Yang et al. 2024): pre-norm transformer with RMSNorm, rotary positions, grouped
-// queries and a gated MLP. Llama (Touvron et al. 2023) and Mistral (Jiang et al. 2023) are the same
-// without biases.
+// The decoder of Llama (Touvron et al. 2023), Mistral (Jiang et al. 2023) and Qwen2 (Yang et al.
+// 2024), which adds biases: a pre-norm transformer with RMSNorm, rotary positions, grouped queries
+// and a gated MLP.
 //
 //   h += Wo attention(rope(Wq a + bq), rope(Wk a + bk), Wv a + bv),  a = RMSNorm(h)
 //   h += Wd (silu(Wg m) * Wu m),                                     m = RMSNorm(h)
 //   logits = Wlm RMSNorm(h)
-#ifndef SLUICE_LLM_FAMILIES_QWEN2_H_
-#define SLUICE_LLM_FAMILIES_QWEN2_H_
+#ifndef SLUICE_LLM_FAMILIES_LLAMA_DECODER_H_
+#define SLUICE_LLM_FAMILIES_LLAMA_DECODER_H_
 
 #include <cstdint>
 #include <memory>
@@ -33,7 +33,8 @@ struct RopeScaling {
 };
 
 // Numbers from a configuration file, already checked to be positive and sane.
-struct Qwen2Config {
+struct LlamaConfig {
+  const char* family = "llama";  // "llama", "mistral", "qwen2": what errors call it
   int hidden_size = 0;
   int intermediate_size = 0;
   int num_layers = 0;
@@ -50,12 +51,12 @@ struct Qwen2Config {
 };
 
 // [head_dim / 2] f32, computed in f32 as the reference does.
-Tensor InverseFrequencies(const Qwen2Config& config);
+Tensor InverseFrequencies(const LlamaConfig& config);
 
 // Takes `language_model.*` and `lm_head.weight` from `weights`. A file with an lm_head uses it,
 // tied or not; one without must be tied. Throws InputError as WeightStore does.
-std::unique_ptr<Decoder> LoadQwen2Decoder(WeightStore& weights, const Qwen2Config& config);
+std::unique_ptr<Decoder> LoadLlamaDecoder(WeightStore& weights, const LlamaConfig& config);
 
 }  // namespace sluice
 
-#endif  // SLUICE_LLM_FAMILIES_QWEN2_H_
+#endif  // SLUICE_LLM_FAMILIES_LLAMA_DECODER_H_

@@ -1,4 +1,4 @@
-#include "llm/families/qwen2.h"
+#include "llm/families/llama_decoder.h"
 
 #include <gtest/gtest.h>
 
@@ -26,7 +26,8 @@ std::unique_ptr<Decoder> LoadTiny(DType dtype) {
   const Checkpoint checkpoint =
       Checkpoint::Open(std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_tied");
   WeightStore weights(checkpoint, Canonical, dtype);
-  Qwen2Config config;
+  LlamaConfig config;
+  config.family = "qwen2";
   config.hidden_size = kWidth;
   config.intermediate_size = 112;
   config.num_layers = 3;
@@ -37,7 +38,7 @@ std::unique_ptr<Decoder> LoadTiny(DType dtype) {
   config.max_positions = kMaxPositions;
   config.rope_theta = 1e6;
   config.tie_word_embeddings = true;
-  return LoadQwen2Decoder(weights, config);
+  return LoadLlamaDecoder(weights, config);
 }
 
 Tensor RandomRows(int64_t rows, uint32_t seed) {
@@ -72,7 +73,7 @@ double RelativeDifference(ConstTensorView got, ConstTensorView want) {
   return std::sqrt(error / norm);
 }
 
-class Qwen2Test : public testing::TestWithParam<DType> {
+class LlamaDecoderTest : public testing::TestWithParam<DType> {
  protected:
   // The same sums in another order: 1e-5 in f32; in bf16 every value that rounds the other way
   // differs by 2^-8 of itself, and three layers carry that on.
@@ -81,7 +82,7 @@ class Qwen2Test : public testing::TestWithParam<DType> {
   std::unique_ptr<Decoder> decoder_ = LoadTiny(GetParam());
 };
 
-TEST_P(Qwen2Test, ChunkedPrefillEqualsTheWhole) {
+TEST_P(LlamaDecoderTest, ChunkedPrefillEqualsTheWhole) {
   constexpr int64_t kRows = 1137;  // three chunks inside
   const Tensor rows = RandomRows(kRows, 1);
   const auto pool = Pool(*decoder_);
@@ -103,7 +104,7 @@ TEST_P(Qwen2Test, ChunkedPrefillEqualsTheWhole) {
   }
 }
 
-TEST_P(Qwen2Test, PrefillWithoutLogitsLeavesTheSameCache) {
+TEST_P(LlamaDecoderTest, PrefillWithoutLogitsLeavesTheSameCache) {
   const Tensor rows = RandomRows(700, 2), question = RandomRows(9, 3);
   const auto pool = Pool(*decoder_);
   KvCache with(pool), without(pool);
@@ -116,7 +117,7 @@ TEST_P(Qwen2Test, PrefillWithoutLogitsLeavesTheSameCache) {
             bound());
 }
 
-TEST_P(Qwen2Test, RewindingToAMarkEqualsAFreshRun) {
+TEST_P(LlamaDecoderTest, RewindingToAMarkEqualsAFreshRun) {
   const Tensor video = RandomRows(90, 4), asked = RandomRows(40, 5), more = RandomRows(70, 6);
   const auto pool = Pool(*decoder_);
   KvCache rewound(pool), fresh(pool);
@@ -132,7 +133,7 @@ TEST_P(Qwen2Test, RewindingToAMarkEqualsAFreshRun) {
             0);
 }
 
-TEST_P(Qwen2Test, SequencesInOneStepEqualSeparateSteps) {
+TEST_P(LlamaDecoderTest, SequencesInOneStepEqualSeparateSteps) {
   const auto pool = Pool(*decoder_);
   const int64_t lengths[] = {3, 600, 64};
   std::vector<std::unique_ptr<KvCache>> together, apart;
@@ -169,7 +170,7 @@ TEST_P(Qwen2Test, SequencesInOneStepEqualSeparateSteps) {
   }
 }
 
-TEST_P(Qwen2Test, ReferenceKernelsAgreeWithFastOnes) {
+TEST_P(LlamaDecoderTest, ReferenceKernelsAgreeWithFastOnes) {
   ExecContext reference({.num_threads = 1, .kernels = KernelChoice::kReference});
   const auto pool = Pool(*decoder_);
   KvCache a(pool), b(pool);
@@ -182,7 +183,7 @@ TEST_P(Qwen2Test, ReferenceKernelsAgreeWithFastOnes) {
       bound());
 }
 
-TEST_P(Qwen2Test, ExhaustedMemoryLeavesEveryCacheUnchanged) {
+TEST_P(LlamaDecoderTest, ExhaustedMemoryLeavesEveryCacheUnchanged) {
   const int64_t block = KvBlockBytes(2, 16, GetParam());
   const auto pool = Pool(*decoder_, 3 * 4 * block);  // four blocks a layer
   KvCache a(pool), b(pool);
@@ -204,7 +205,7 @@ TEST_P(Qwen2Test, ExhaustedMemoryLeavesEveryCacheUnchanged) {
             0);
 }
 
-TEST_P(Qwen2Test, PositionsBeyondTheContextAreRefused) {
+TEST_P(LlamaDecoderTest, PositionsBeyondTheContextAreRefused) {
   const auto pool = Pool(*decoder_);
   KvCache cache(pool);
   SequenceStep step{&cache, {}, {}};
@@ -216,7 +217,7 @@ TEST_P(Qwen2Test, PositionsBeyondTheContextAreRefused) {
   EXPECT_EQ(cache.length(), kMaxPositions);
 }
 
-TEST_P(Qwen2Test, EmbedGivesTheTablesRows) {
+TEST_P(LlamaDecoderTest, EmbedGivesTheTablesRows) {
   const std::vector<int32_t> ids = {0, 319, 7, 7};
   Tensor rows(DType::kF32, {4, kWidth});
   decoder_->Embed(ctx_, ids, rows);
@@ -235,7 +236,7 @@ TEST_P(Qwen2Test, EmbedGivesTheTablesRows) {
   }
 }
 
-TEST_P(Qwen2Test, WrongShapesAreRefusedBeforeAnythingHappens) {
+TEST_P(LlamaDecoderTest, WrongShapesAreRefusedBeforeAnythingHappens) {
   KvCache cache(Pool(*decoder_));
   const Tensor rows = RandomRows(3, 50);
   Tensor logits(DType::kF32, {2, kVocabulary});
@@ -247,10 +248,10 @@ TEST_P(Qwen2Test, WrongShapesAreRefusedBeforeAnythingHappens) {
   EXPECT_EQ(cache.length(), 0);
 }
 
-INSTANTIATE_TEST_SUITE_P(Types, Qwen2Test, testing::Values(DType::kF32, DType::kBF16),
+INSTANTIATE_TEST_SUITE_P(Types, LlamaDecoderTest, testing::Values(DType::kF32, DType::kBF16),
                          [](const auto& info) { return Name(info.param); });
 
-TEST(Qwen2DecoderTest, CountsTheWorkItTraces) {
+TEST(LlamaDecoderWorkTest, CountsTheWorkItTraces) {
   const auto decoder = LoadTiny(DType::kF32);
   ExecContext ctx({.num_threads = 1});
   KvCache cache(Pool(*decoder));
