@@ -39,8 +39,6 @@ class VisionEncoder {
                               std::span<const FramePtr> frames,
                               const EncodeHooks& hooks = {}) const = 0;
 
-  // Whether hooks.reuse is understood; Encode throws Error where it is not.
-  virtual bool can_reuse() const { return false; }
   virtual const PreprocessConfig& preprocess_config() const = 0;
   virtual int tokens_per_frame() const = 0;   // after pooling
   virtual int patches_per_frame() const = 0;  // inside the tower

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -56,12 +57,28 @@ TEST_P(RowsTest, SumsAndDifferencesAreRoundedOnce) {
     Tensor difference(dtype(), {133, width});
     Subtract(ctx_, a, b, difference);
     const Tensor sum = a.Clone();
-    Add(ctx_, difference, sum);
+    Add(ctx_, sum, difference, sum);
     for (int64_t i = 0; i < 133 * width; ++i) {
       const float want = a.data<float>()[i] - b.data<float>()[i];
       const float rounded = dtype() == DType::kF32 ? want : BFloat16::From(want).ToFloat();
       ASSERT_EQ(At(difference, i / width, i % width), rounded);
       ASSERT_EQ(sum.data<float>()[i], a.data<float>()[i] + rounded);
+    }
+  }
+}
+
+TEST(RowsDifferenceTest, OnlyListedRowsBecomeTheDifference) {
+  ExecContext ctx({.num_threads = 2});
+  const std::vector<int32_t> indices = {4, 0, 9};
+  const Tensor a = RandomTensor(DType::kF32, {3, 21}, 8),
+               b = RandomTensor(DType::kF32, {12, 21}, 9);
+  const Tensor y = RandomTensor(DType::kF32, {12, 21}, 10), before = y.Clone();
+  SubtractListed(ctx, a, b, indices, y);
+  for (int32_t row = 0; row < 12; ++row) {
+    const auto at = std::find(indices.begin(), indices.end(), row) - indices.begin();
+    for (int64_t d = 0; d < 21; ++d) {
+      const double want = at == 3 ? At(before, row, d) : At(a, at, d) - At(b, row, d);
+      ASSERT_FLOAT_EQ(At(y, row, d), want) << row;
     }
   }
 }
@@ -110,7 +127,7 @@ TEST(RowsCheckTest, NamesWhatDoesNotFit) {
   EXPECT_THAT([&] { GatherRows(ctx, x, three, 2, two); },
               ThrowsMessage<Error>(HasSubstr("multiples of 2 groups")));
   EXPECT_THAT([&] { Subtract(ctx, x, two, x); }, ThrowsMessage<Error>(HasSubstr("b must be")));
-  EXPECT_THAT([&] { Add(ctx, x, two); }, ThrowsMessage<Error>(HasSubstr("y must be")));
+  EXPECT_THAT([&] { Add(ctx, x, x, two); }, ThrowsMessage<Error>(HasSubstr("y must be")));
   EXPECT_THAT([&] { RowCosines(ctx, x, x, two); },
               ThrowsMessage<Error>(HasSubstr("cosines must be [4] f32")));
 }
