@@ -44,11 +44,12 @@ NormWeights::NormWeights(WeightStore& weights, const std::string& name, int64_t 
       bias(weights.TakeF32(name + ".bias", {size})),
       eps(norm_eps) {}
 
-void NormWeights::Apply(ExecContext& ctx, ConstTensorView hidden, TensorView y) const {
+void NormWeights::Apply(ExecContext& ctx, ConstTensorView hidden, TensorView y,
+                        ConstTensorView more) const {
   TraceScope trace(&ctx.tracer(), "encode/norm", hidden.dim(0));
   trace.AddWork(8.0 * hidden.shape().NumElements(),
-                static_cast<double>(hidden.SizeBytes()) + y.SizeBytes());
-  LayerNorm(ctx, hidden, weight, bias, eps, y);
+                static_cast<double>(hidden.SizeBytes()) + more.SizeBytes() + y.SizeBytes());
+  LayerNorm(ctx, hidden, weight, bias, eps, y, more);
 }
 
 VitLayers::VitLayers(WeightStore& weights, const VitConfig& config)
@@ -128,8 +129,8 @@ void VitLayers::RunMlp(ExecContext& ctx, const Layer& layer, TensorView hidden) 
 }
 
 // A row that is not computed afresh moves as its reference does, so its distance to it stays what
-// it was. What is kept of the frames that are not whole is therefore that distance: rows that stay
-// behind cost one addition a layer, when the next layer's norm wants them whole again.
+// it was. That distance is what is kept of frames that are not computed whole: rows that stay
+// behind cost no more than their norm and keys.
 double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView hidden) const {
   Workspace& workspace = ctx.workspace();
   Workspace::Scope scope(workspace);
@@ -155,18 +156,19 @@ double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView h
   const int64_t other_rows = others * per_frame, all_rows = hidden.dim(0);
   const int64_t whole_rows = all_rows - other_rows;
 
-  // The other frames, those computed whole, and room for the fresh rows of the former: norms and
-  // keys take the first two together, everything else the last two.
-  const TensorView room = workspace.Allocate(DType::kF32, {all_rows + other_rows, width});
-  const TensorView narrow = workspace.Allocate(dtype_, room.shape());
+  // Normalised rows: the other frames', those of frames computed whole, and room for the fresh ones
+  // of the former. Keys are made of the first two together, everything else of the last two.
+  const TensorView narrow = workspace.Allocate(dtype_, {all_rows + other_rows, width});
   const TensorView keys = workspace.Allocate(dtype_, {all_rows, width});
-  const TensorView whole = room.Slice(other_rows, all_rows);
+  // Residual stream of the last two.
+  const TensorView room = workspace.Allocate(DType::kF32, {all_rows, width});
+  const TensorView whole = room.Slice(0, whole_rows);
   const auto in_order = [&](const auto& move) {  // move(frame of the batch, place)
     for (int64_t i = 0; i < others; ++i) move(plan.others[i].frame, i);
     for (size_t i = 0; i < plan.whole.size(); ++i) move(plan.whole[i], others + i);
   };
   in_order([&](int64_t frame, int64_t place) {
-    CopyRows(ctx, rows_of(hidden, frame), rows_of(room, place));
+    if (place >= others) CopyRows(ctx, rows_of(hidden, frame), rows_of(whole, place - others));
     CopyRows(ctx, rows_of(first_narrow, frame), rows_of(narrow, place));
     CopyRows(ctx, rows_of(first_keys, frame), rows_of(keys, place));
   });
@@ -180,7 +182,8 @@ double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView h
   };
   const TensorView distance = workspace.Allocate(DType::kF32, {other_rows, width});
   for (int64_t i = 0; i < others; ++i) {
-    Subtract(ctx, rows_of(room, i), reference_of(i, earlier, whole), rows_of(distance, i));
+    Subtract(ctx, rows_of(hidden, plan.others[i].frame), reference_of(i, earlier, whole),
+             rows_of(distance, i));
   }
 
   double flops = 0;
@@ -189,7 +192,11 @@ double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView h
     LayerReference& reference = reuse.reference(static_cast<int>(l));
     Workspace::Scope layer_scope(workspace);
     if (l > 0) {
-      layer.norm1.Apply(ctx, room.Slice(0, all_rows), narrow.Slice(0, all_rows));
+      for (int64_t i = 0; i < others; ++i) {
+        layer.norm1.Apply(ctx, reference_of(i, earlier, whole), rows_of(narrow, i),
+                          rows_of(distance, i));
+      }
+      if (whole_rows > 0) layer.norm1.Apply(ctx, whole, narrow.Slice(other_rows, all_rows));
       TracedLinear(ctx, "encode/keys", narrow.Slice(0, all_rows), layer.keys, keys);
     }
     const TensorView whole_keys = keys.Slice(other_rows, all_rows);
@@ -217,11 +224,22 @@ double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView h
     }
     const auto fresh_rows = static_cast<int64_t>(fresh.size());
     const int64_t end = all_rows + fresh_rows;
-    const TensorView active = room.Slice(other_rows, end), fresh_room = room.Slice(all_rows, end);
+    const TensorView active = room.Slice(0, whole_rows + fresh_rows);
+    // Those of one frame.
+    const int64_t each = others > 0 ? fresh_rows / others : 0;
+    const auto fresh_of = [&](int64_t i) {
+      return std::span<const int32_t>(fresh).subspan(i * each, each);
+    };
+    const auto fresh_room = [&](int64_t i) {
+      return room.Slice(whole_rows + i * each, whole_rows + (i + 1) * each);
+    };
     {
       const TraceScope trace(&ctx.tracer(), "encode/gather", fresh_rows);
       GatherRows(ctx, narrow.Slice(0, other_rows), fresh, others, narrow.Slice(all_rows, end));
-      GatherRows(ctx, room.Slice(0, other_rows), fresh, others, fresh_room);
+      for (int64_t i = 0; i < others; ++i) {
+        AddListed(ctx, reference_of(i, earlier, whole), rows_of(distance, i), fresh_of(i),
+                  fresh_room(i));
+      }
     }
     const TensorView queries_values = workspace.Allocate(dtype_, {active.dim(0), 2 * width});
     TracedLinear(ctx, "encode/qkv", narrow.Slice(other_rows, end), layer.queries_values,
@@ -254,18 +272,13 @@ double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView h
     }
     TracedLinear(ctx, "encode/out", mixed, layer.out, active, {.accumulate = true});
     RunMlp(ctx, layer, active);
-    flops += plan.whole.size() * LayerFlops(per_frame) +
-             others * LayerFlops(others > 0 ? fresh_rows / others : 0);
+    flops += plan.whole.size() * LayerFlops(per_frame) + others * LayerFlops(each);
 
     const TraceScope trace(&ctx.tracer(), "encode/reuse", other_rows);
     if (plan.UsesEarlier()) Add(ctx, earlier, reference.update, earlier);
     for (int64_t i = 0; i < others; ++i) {
-      const ConstTensorView base = reference_of(i, earlier, whole);
-      const int64_t each = fresh_rows / others;
-      const std::span<const int32_t> chosen(fresh.data() + i * each, each);
-      SubtractListed(ctx, fresh_room.Slice(i * each, (i + 1) * each), base, chosen,
+      SubtractListed(ctx, fresh_room(i), reference_of(i, earlier, whole), fresh_of(i),
                      rows_of(distance, i));
-      Add(ctx, base, rows_of(distance, i), rows_of(room, i));
     }
     if (whole_rows > 0) {
       if (reference.keys.empty()) {
@@ -278,7 +291,12 @@ double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView h
     }
   }
   in_order([&](int64_t frame, int64_t place) {
-    CopyRows(ctx, rows_of(room, place), rows_of(hidden, frame));
+    if (place < others) {
+      Add(ctx, reference_of(place, earlier, whole), rows_of(distance, place),
+          rows_of(hidden, frame));
+    } else {
+      CopyRows(ctx, rows_of(whole, place - others), rows_of(hidden, frame));
+    }
   });
   return flops;
 }

@@ -25,8 +25,9 @@ struct NormWeights {
   NormWeights() = default;
   // Takes `name`.weight and `name`.bias.
   NormWeights(WeightStore& weights, const std::string& name, int64_t size, float norm_eps);
-  // y = LN(hidden), traced as "encode/norm". hidden: f32; y: f32 or bf16.
-  void Apply(ExecContext& ctx, ConstTensorView hidden, TensorView y) const;
+  // y = LN(hidden + more), traced as "encode/norm". hidden, more: f32; y: f32 or bf16.
+  void Apply(ExecContext& ctx, ConstTensorView hidden, TensorView y,
+             ConstTensorView more = {}) const;
 };
 
 struct VitConfig {

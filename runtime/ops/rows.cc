@@ -122,6 +122,21 @@ void SubtractListed(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
   });
 }
 
+void AddListed(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
+               std::span<const int32_t> indices, TensorView y) {
+  CheckIndices("add_listed", a, y, indices, 1);
+  CheckSame("add_listed", "a", a, b.shape(), DType::kF32);
+  CheckSame("add_listed", "b", b, a.shape(), DType::kF32);
+  ForIndices(ctx, a, indices, 1, [&](int64_t from, int64_t to) {
+    const ConstTensorView more = b.Slice(from, from + 1);
+    if (ctx.reference_kernels()) {
+      cpu::AddReference(a.Slice(from, from + 1), more, y.Slice(to, to + 1), 0, 1);
+    } else {
+      cpu::AddSimd(a.Slice(from, from + 1), more, y.Slice(to, to + 1), 0, 1);
+    }
+  });
+}
+
 void Add(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView y) {
   CheckMatrix("add", "b", b);
   CheckSame("add", "a", a, b.shape(), DType::kF32);

@@ -28,6 +28,10 @@ void Subtract(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView
 // of the same shape. No index comes twice.
 void SubtractListed(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
                     std::span<const int32_t> indices, TensorView y);
+// y [indices.size(), D] = the listed rows of a + the listed rows of b. All f32; a and b of the same
+// shape.
+void AddListed(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
+               std::span<const int32_t> indices, TensorView y);
 // y = a + b. a, y: f32; b: f32 or bf16. y may be a.
 void Add(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView y);
 

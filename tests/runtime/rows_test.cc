@@ -67,7 +67,7 @@ TEST_P(RowsTest, SumsAndDifferencesAreRoundedOnce) {
   }
 }
 
-TEST(RowsDifferenceTest, OnlyListedRowsBecomeTheDifference) {
+TEST(RowsDifferenceTest, ListedRowsAreTakenAndNoOthers) {
   ExecContext ctx({.num_threads = 2});
   const std::vector<int32_t> indices = {4, 0, 9};
   const Tensor a = RandomTensor(DType::kF32, {3, 21}, 8),
@@ -80,6 +80,12 @@ TEST(RowsDifferenceTest, OnlyListedRowsBecomeTheDifference) {
       const double want = at == 3 ? At(before, row, d) : At(a, at, d) - At(b, row, d);
       ASSERT_FLOAT_EQ(At(y, row, d), want) << row;
     }
+  }
+  const Tensor sums(DType::kF32, {3, 21});
+  AddListed(ctx, before, b, indices, sums);
+  for (int64_t i = 0; i < 3 * 21; ++i) {
+    const int64_t row = indices[i / 21], d = i % 21;
+    ASSERT_FLOAT_EQ(sums.data<float>()[i], At(before, row, d) + At(b, row, d));
   }
 }
 
