@@ -3,13 +3,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <span>
 #include <utility>
 
+#include "runtime/convert.h"
 #include "runtime/error.h"
 #include "runtime/ops/attention.h"
 #include "runtime/ops/norm.h"
 #include "runtime/ops/rows.h"
 #include "runtime/ops/traced_linear.h"
+#include "runtime/parallel.h"
 
 namespace sluice {
 namespace {
@@ -35,6 +38,24 @@ struct ReusePlan {
   }
   bool UsesEarlier() const { return !others.empty() && others[0].reference == kEarlier; }
 };
+
+// y [M, V / heads] f32 = the mean of x's heads. x: [M, V].
+void MeanOverHeads(ExecContext& ctx, ConstTensorView x, int heads, TensorView y) {
+  const int64_t head_dim = y.dim(1);
+  ParallelFor(ctx, x.dim(0), 64, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(x.dim(1));
+    for (int64_t m = begin; m < end; ++m) {
+      ConvertElements(static_cast<const char*>(x.raw()) + m * x.stride0() * SizeOf(x.dtype()),
+                      x.dtype(), row.data(), DType::kF32, x.dim(1));
+      float* to = y.data<float>() + m * head_dim;
+      std::fill_n(to, head_dim, 0.0f);
+      for (int h = 0; h < heads; ++h) {
+        for (int64_t d = 0; d < head_dim; ++d) to[d] += row[h * head_dim + d];
+      }
+      for (int64_t d = 0; d < head_dim; ++d) to[d] /= static_cast<float>(heads);
+    }
+  });
+}
 
 }  // namespace
 
@@ -80,8 +101,11 @@ VitLayers::VitLayers(WeightStore& weights, const VitConfig& config)
 }
 
 double VitLayers::Run(ExecContext& ctx, TensorView hidden, const EncodeHooks& hooks) const {
-  if (hooks.reuse && hooks.probe) throw Error("[encode] a probe sees frames computed whole only");
+  if (int{hooks.reuse != nullptr} + int{hooks.merge != nullptr} + int{hooks.probe != nullptr} > 1) {
+    throw Error("[encode] expected at most one of feature reuse, token merging and a probe");
+  }
   if (hooks.reuse && !layers_.empty()) return RunReusing(ctx, *hooks.reuse, hidden);
+  if (hooks.merge) return RunMerging(ctx, *hooks.merge, hidden);
   for (size_t i = 0; i < layers_.size(); ++i) {
     RunLayer(ctx, layers_[i], hidden);
     if (hooks.probe) hooks.probe("layer." + std::to_string(i), hidden);
@@ -90,14 +114,14 @@ double VitLayers::Run(ExecContext& ctx, TensorView hidden, const EncodeHooks& ho
 }
 
 void VitLayers::Attend(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
-                       int64_t frames, TensorView out) const {
+                       int64_t frames, TensorView out, ConstTensorView key_bias) const {
   TraceScope trace(&ctx.tracer(), "encode/attention", q.dim(0));
   trace.AddWork(
       4.0 * q.dim(0) * (k.dim(0) / frames) * q.dim(1),
       static_cast<double>(q.SizeBytes() + k.SizeBytes() + v.SizeBytes()) + out.SizeBytes());
   const int head_dim = config_.hidden_size / config_.num_heads;
   EncoderAttention(ctx, q, k, v, frames, config_.num_heads, head_dim,
-                   1.0f / std::sqrt(static_cast<float>(head_dim)), out);
+                   1.0f / std::sqrt(static_cast<float>(head_dim)), out, key_bias);
 }
 
 void VitLayers::RunLayer(ExecContext& ctx, const Layer& layer, TensorView hidden) const {
@@ -299,6 +323,113 @@ double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView h
     }
   });
   return flops;
+}
+
+double VitLayers::RunMerging(ExecContext& ctx, const TokenMerge& merge, TensorView hidden) const {
+  Workspace& workspace = ctx.workspace();
+  Workspace::Scope scope(workspace);
+  const int64_t width = config_.hidden_size, inner = config_.intermediate_size;
+  const int64_t frames = hidden.dim(0) / rows(), class_tokens = config_.class_tokens;
+  const int heads = config_.num_heads, head_dim = config_.hidden_size / heads;
+  int64_t count = rows();  // of a frame's tokens
+  std::vector<float> sizes(hidden.dim(0), 1);
+  // Which token each row of a frame has gone into.
+  std::vector<int32_t> place_of(hidden.dim(0));
+  for (size_t i = 0; i < place_of.size(); ++i) place_of[i] = static_cast<int32_t>(i % count);
+  const TensorView room = workspace.Allocate(DType::kF32, hidden.shape());
+  TensorView tokens = hidden, spare = room;  // turn by turn
+
+  double flops = 0;
+  for (const Layer& layer : layers_) {
+    Workspace::Scope layer_scope(workspace);
+    const int64_t all = frames * count, remove = merge.TokensToRemove(count, class_tokens);
+    const TensorView kqv = workspace.Allocate(dtype_, {all, 3 * width});
+    const ConstTensorView keys = kqv.Columns(0, width), queries = kqv.Columns(width, 2 * width);
+    TensorView bias;
+    if (merge.weighs_keys() && count < rows()) {
+      bias = workspace.Allocate(DType::kF32, {all});
+      for (int64_t i = 0; i < all; ++i) bias.data<float>()[i] = std::log(sizes[i]);
+    }
+    {
+      Workspace::Scope attention_scope(workspace);
+      const TensorView narrow = workspace.Allocate(dtype_, {all, width});
+      layer.norm1.Apply(ctx, tokens, narrow);
+      TracedLinear(ctx, "encode/qkv", narrow, layer.kqv, kqv);
+      Attend(ctx, queries, keys, kqv.Columns(2 * width, 3 * width), frames, narrow, bias);
+      TracedLinear(ctx, "encode/out", narrow, layer.out, tokens, {.accumulate = true});
+    }
+    flops += 8.0 * all * width * width + 4.0 * all * count * width;
+
+    if (remove > 0) {
+      const int64_t left = count - remove;
+      const int64_t asked = class_tokens > 0 ? std::min(1, merge.queries_to_average())
+                                             : std::min<int64_t>(count, merge.queries_to_average());
+      TensorView received;
+      if (asked > 0) {
+        received = workspace.Allocate(DType::kF32, {frames, count});
+        AverageAttention(ctx, queries, keys, frames, asked, bias, received);
+      }
+      TraceScope trace(&ctx.tracer(), "encode/merge", all);
+      // Cosines between tokens at even and at odd places.
+      const double work = 2.0 * frames * ((count + 1) / 2) * (count / 2) * head_dim;
+      trace.AddWork(work, 8.0 * all * width);
+      flops += work + 2.0 * frames * asked * count * width;
+      const TensorView metric = workspace.Allocate(DType::kF32, {all, head_dim});
+      MeanOverHeads(ctx, keys, heads, metric);
+      std::vector<int32_t> places(all);
+      std::vector<float> merged_sizes(frames * left);
+      const TensorView merged = {spare.raw(), DType::kF32, {frames * left, width}};
+      ParallelFor(ctx, frames, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t f = begin; f < end; ++f) {
+          const std::span<int32_t> chosen = std::span(places).subspan(f * count, count);
+          merge.ChoosePlaces(ctx, metric.Slice(f * count, (f + 1) * count),
+                             asked > 0
+                                 ? std::span<const float>(received.data<float>() + f * count, count)
+                                 : std::span<const float>(),
+                             class_tokens, remove, chosen);
+          MergeRows(tokens.Slice(f * count, (f + 1) * count),
+                    std::span(sizes).subspan(f * count, count), chosen,
+                    merged.Slice(f * left, (f + 1) * left),
+                    std::span(merged_sizes).subspan(f * left, left));
+          for (int64_t i = f * rows(); i < (f + 1) * rows(); ++i) place_of[i] = chosen[place_of[i]];
+        }
+      });
+      spare = {tokens.raw(), DType::kF32, hidden.shape()};
+      tokens = merged;
+      sizes = std::move(merged_sizes);
+      count = left;
+    }
+    RunMlp(ctx, layer, tokens);
+    flops += 4.0 * tokens.dim(0) * width * inner;
+  }
+  if (count == rows()) return flops;
+
+  const TraceScope trace(&ctx.tracer(), "encode/merge", hidden.dim(0));
+  if (tokens.raw() == hidden.raw()) {
+    const TensorView moved = room.Slice(0, tokens.dim(0));
+    CopyRows(ctx, tokens, moved);
+    tokens = moved;
+  }
+  GatherRows(ctx, tokens, place_of, frames, hidden);
+  return flops;
+}
+
+void VitLayers::AverageAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k,
+                                 int64_t frames, int64_t queries, ConstTensorView key_bias,
+                                 TensorView received) const {
+  Workspace::Scope scope(ctx.workspace());
+  TraceScope trace(&ctx.tracer(), "encode/received", frames * queries);
+  trace.AddWork(2.0 * queries * k.dim(0) * k.dim(1), static_cast<double>(k.SizeBytes()));
+  const int64_t count = k.dim(0) / frames;
+  std::vector<int32_t> chosen;  // the class token, or spread evenly
+  for (int64_t i = 0; i < frames * queries; ++i) {
+    chosen.push_back(static_cast<int32_t>(i % queries * count / queries));
+  }
+  const TensorView few = ctx.workspace().Allocate(dtype_, {frames * queries, q.dim(1)});
+  GatherRows(ctx, q, chosen, frames, few);
+  const int head_dim = config_.hidden_size / config_.num_heads;
+  AttentionReceived(ctx, few, k, frames, config_.num_heads, head_dim,
+                    1.0f / std::sqrt(static_cast<float>(head_dim)), key_bias, received);
 }
 
 double VitLayers::LayerFlops(int64_t fresh) const {

@@ -47,7 +47,8 @@ class VitLayers {
   VitLayers(WeightStore& weights, const VitConfig& config);
 
   // Runs all layers in place and returns how many operations that took. hidden: [F * rows(), V]
-  // f32, contiguous. A probe sees "layer.0" and so on.
+  // f32, contiguous. A probe sees "layer.0" and so on. Throws Error on hooks that do not go
+  // together.
   double Run(ExecContext& ctx, TensorView hidden, const EncodeHooks& hooks) const;
 
   int64_t rows() const { return config_.class_tokens + config_.patches; }  // of a frame
@@ -67,8 +68,12 @@ class VitLayers {
   void RunLayer(ExecContext& ctx, const Layer& layer, TensorView hidden) const;
   void RunMlp(ExecContext& ctx, const Layer& layer, TensorView hidden) const;
   void Attend(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
-              int64_t frames, TensorView out) const;
+              int64_t frames, TensorView out, ConstTensorView key_bias = {}) const;
   double RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView hidden) const;
+  double RunMerging(ExecContext& ctx, const TokenMerge& merge, TensorView hidden) const;
+  // The attention that each of a frame's tokens receives from as many of its queries, [F, n] f32.
+  void AverageAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, int64_t frames,
+                        int64_t queries, ConstTensorView key_bias, TensorView received) const;
   // Operations of a layer that computes so many rows of a frame afresh, and the keys of all.
   double LayerFlops(int64_t fresh) const;
 
