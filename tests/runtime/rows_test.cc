@@ -116,6 +116,34 @@ TEST_P(RowsTest, ACosineWithNothingIsNothing) {
   EXPECT_EQ(cosines.data<float>()[0], 0);
 }
 
+TEST_P(RowsTest, TheNearestRowIsTheFirstOfTheMostAlike) {
+  if (dtype() != DType::kF32) return;
+  for (const int64_t width : {1, 13, 64}) {
+    for (const int64_t count : {1, 2, 17, 98}) {
+      const Tensor a = RandomTensor(DType::kF32, {99, width}, 11);
+      const Tensor b = RandomTensor(DType::kF32, {count, width}, 12);
+      // Ties: the last row of b repeats the first.
+      std::copy_n(b.data<float>(), width, b.data<float>() + (count - 1) * width);
+      std::vector<int32_t> nearest(99);
+      std::vector<float> cosines(99);
+      NearestRows(ctx_, a, b, nearest, cosines);
+      for (int64_t i = 0; i < 99; ++i) {
+        double best = -1e9;
+        for (int64_t j = 0; j < count; ++j) {
+          double dot = 0;
+          for (int64_t d = 0; d < width; ++d) dot += At(a, i, d) * At(b, j, d);
+          best = std::max(best, dot);
+          if (j == nearest[i]) {
+            ASSERT_NEAR(cosines[i], dot, 1e-4);
+          }
+        }
+        ASSERT_NEAR(cosines[i], best, 1e-4);
+        ASSERT_TRUE(count == 1 || nearest[i] < count - 1);
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(AllKernels, RowsTest,
                          ::testing::Combine(::testing::Values(DType::kF32, DType::kBF16),
                                             ::testing::Values(KernelChoice::kFast,
