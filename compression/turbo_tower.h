@@ -23,7 +23,9 @@ struct TurboOptions {
   // Tokens that leave every block, a whole number from 0; below 1 the share of its tokens, at most
   // a half.
   double remove = 8;
-  double lambda = 0.25;
+  // What being attended to is worth beside similarity. 0 unless it is shown to help: on towers
+  // without class token it costs time, and our default model answers worse with it.
+  double lambda = 0;
   int min_tokens = 40;                 // blocks with fewer remove none
   bool proportional_attention = true;  // a merged token attracts what its members would
 };

@@ -192,7 +192,7 @@ TEST_P(TurboTowerTest, RemovingNothingIsTheDenseTowerBitForBit) {
 
 TEST_P(TurboTowerTest, EveryRunAndEveryBatchGivesTheSameBits) {
   const auto encoder = GetParam().Load(DType::kBF16);
-  const TurboTower turbo({.remove = 4, .min_tokens = 4});
+  const TurboTower turbo({.remove = 4, .lambda = 0.25, .min_tokens = 4});
   const Tensor pixels = RandomPixels(4, 3);
   ExecContext ctx({.num_threads = 2}), single({.num_threads = 1});
   const VisualTokens first = Encode(*encoder, pixels, &turbo, ctx);
@@ -207,7 +207,7 @@ TEST_P(TurboTowerTest, EveryRunAndEveryBatchGivesTheSameBits) {
 TEST_P(TurboTowerTest, TracesFewerOperationsThanTheDenseTower) {
   const auto encoder = GetParam().Load(DType::kF32);
   ExecContext ctx({.num_threads = 1});
-  const TurboTower turbo({.remove = 6, .min_tokens = 4});
+  const TurboTower turbo({.remove = 6, .lambda = 0.25, .min_tokens = 4});
   Encode(*encoder, RandomPixels(3, 7), &turbo, ctx);
   double parts = 0;
   for (const auto& [name, cost] : ctx.tracer().stages()) {
@@ -246,7 +246,7 @@ std::vector<int32_t> Places(const TurboTower& turbo, const Tensor& keys,
 }
 
 TEST(TurboPlacesTest, SizesAddUpAndNoPlaceStaysEmpty) {
-  const TurboTower turbo({});
+  const TurboTower turbo({.lambda = 0.25});
   for (const int64_t count : {2, 3, 41, 196, 257}) {
     for (const int64_t class_tokens : {0, 1}) {
       for (const int64_t remove : {int64_t{1}, count / 5, (count - class_tokens) / 2}) {
