@@ -11,7 +11,11 @@
 #define SLUICE_COMPRESSION_BIPARTITE_MERGE_H_
 
 #include <cstdint>
+#include <span>
 #include <vector>
+
+#include "runtime/exec_context.h"
+#include "runtime/tensor.h"
 
 namespace sluice {
 
@@ -25,12 +29,24 @@ struct MergeState {
   int64_t count() const { return static_cast<int64_t>(sizes.size()); }
 };
 
-// Removes `remove` tokens, at most those of A. The metric is the features themselves, sums in f32.
-void MergeStep(MergeState& state, int64_t remove);
+// One step of matching. places[i]: where token i of the metric goes among the N - remove tokens
+// that are left, those of A first; the sources share their partners' places. metric: [N, D] f32,
+// made to unit length here, sums in f32. values: N, or empty for none. The first `spared` tokens, 0
+// or 1, are no sources. remove: at most (N - spared) / 2. Only reads `ctx`.
+void MatchTokens(const ExecContext& ctx, ConstTensorView metric, std::span<const float> values,
+                 int64_t spared, int64_t remove, std::span<int32_t> places);
+
+// What values are made of: no value beyond the 95th percentile; all of them times what makes their
+// mean `mean`.
+void CutAt95thPercentile(std::span<float> values);
+void ScaleToMean(std::span<float> values, double mean);
+
+// Removes `remove` tokens, at most those of A. The metric is the features themselves.
+void MergeStep(const ExecContext& ctx, MergeState& state, int64_t remove);
 
 // Steps, each removing at most half, until `keep` >= 1 tokens are left; then in the order of their
 // places.
-void MergeTo(MergeState& state, int64_t keep);
+void MergeTo(const ExecContext& ctx, MergeState& state, int64_t keep);
 
 }  // namespace sluice
 

@@ -17,6 +17,10 @@ std::vector<float> Cosines(ExecContext& ctx, ConstTensorView a, ConstTensorView 
   return {cosines.data<float>(), cosines.data<float>() + a.dim(0)};
 }
 
+ConstTensorView LastRows(const Tensor& x, int64_t count) {
+  return x.view().Slice(x.dim(0) - count, x.dim(0));
+}
+
 }  // namespace
 
 StcCacher::StcCacher(const StcCacherOptions& options) : options_(options) {
@@ -48,8 +52,9 @@ bool StcCacher::Changed(ExecContext& ctx, ConstTensorView keys,
   return below > FreshOf(keys.dim(0));
 }
 
-std::vector<bool> StcCacher::ChooseWhole(ExecContext& ctx, int64_t frames, int layers,
-                                         const std::function<ConstTensorView()>& first_keys) {
+std::vector<bool> StcCacher::ChooseWhole(ExecContext& ctx, int layers,
+                                         std::span<const ConstTensorView> first_keys) {
+  const auto frames = static_cast<int64_t>(first_keys.size());
   references_.resize(layers);
   first_choice_.assign(frames, {});
   std::vector<bool> whole(frames);
@@ -57,13 +62,11 @@ std::vector<bool> StcCacher::ChooseWhole(ExecContext& ctx, int64_t frames, int l
   for (int64_t f = 0; f < frames; ++f, ++next_) {
     whole[f] = next_ % options_.interval == 0 || (latest < 0 && !HasReference());
     if (!whole[f] && options_.refresh_below > -1) {
-      const ConstTensorView keys = first_keys();
-      const int64_t patches = keys.dim(0) / frames;
-      const auto of = [&](int64_t frame) {
-        return keys.Slice(frame * patches, (frame + 1) * patches);
-      };
-      whole[f] =
-          Changed(ctx, of(f), latest < 0 ? ConstTensorView(references_[0].keys) : of(latest));
+      const ConstTensorView keys = first_keys[f];
+      // Behind a class token, if there is one.
+      const ConstTensorView reference =
+          latest < 0 ? LastRows(references_[0].keys, keys.dim(0)) : first_keys[latest];
+      whole[f] = Changed(ctx, keys, reference);
       counts_.refreshes += whole[f];
     }
     if (whole[f]) latest = f;

@@ -5,15 +5,18 @@
 // other frame and layer the `ratio` of patches whose keys differ most from the reference's (full
 // width, cosine, ties to the lower index) are computed afresh; values, attention and MLP of all
 // others are the reference's. Selected frames never become references, so errors do not accumulate.
+// A class token does not count among the patches and is always computed afresh.
 //
 // Different from the authors' code: attention and MLP of a patch are kept as their sum, which is
 // exact (the same patches are fresh in both) and a quarter smaller; the first frame is always
 // whole; a frame that changed too much may be computed whole out of turn (`refresh_below`), where
-// theirs has a fixed schedule only.
+// theirs has a fixed schedule only; a class token is an ordinary
+// patch to theirs and may go stale.
 #ifndef SLUICE_COMPRESSION_STC_CACHER_H_
 #define SLUICE_COMPRESSION_STC_CACHER_H_
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "vision/feature_reuse.h"
@@ -36,8 +39,8 @@ class StcCacher final : public FeatureReuse {
   // Throws InputError on an interval below 1, a ratio outside (0, 1], or a cosine outside [-1, 1].
   explicit StcCacher(const StcCacherOptions& options);
 
-  std::vector<bool> ChooseWhole(ExecContext& ctx, int64_t frames, int layers,
-                                const std::function<ConstTensorView()>& first_keys) override;
+  std::vector<bool> ChooseWhole(ExecContext& ctx, int layers,
+                                std::span<const ConstTensorView> first_keys) override;
   void ChooseFresh(ExecContext& ctx, int layer, int64_t frame, ConstTensorView keys,
                    ConstTensorView reference_keys, std::vector<int32_t>& fresh) override;
   LayerReference& reference(int layer) override { return references_[layer]; }

@@ -36,17 +36,12 @@ std::vector<float> TurboMerge::Values(ConstTensorView x) {
     }
     values[i] = static_cast<float>(1 - dot / std::max(std::sqrt(norm) * sum_norm, 1e-12));
   }
-  std::vector<float> sorted(values);
-  std::sort(sorted.begin(), sorted.end());
-  const float most = sorted[static_cast<size_t>(0.95 * double(size - 1))];
-  double total = 0;
-  for (float& value : values) total += value = std::min(value, most);
-  const double scale = options_.lambda * static_cast<double>(size) / std::max(total, 1e-12);
-  for (float& value : values) value *= static_cast<float>(scale);
+  CutAt95thPercentile(values);
+  ScaleToMean(values, options_.lambda);
   return values;
 }
 
-VisualTokens TurboMerge::Compress(ExecContext&, VisualTokens tokens) {
+VisualTokens TurboMerge::Compress(ExecContext& ctx, VisualTokens tokens) {
   before_compress_ = sum_;
   if (tokens.size() == 0) return tokens;
   std::vector<int64_t> kept;
@@ -61,7 +56,7 @@ VisualTokens TurboMerge::Compress(ExecContext&, VisualTokens tokens) {
     state.values = Values(frame);
     state.places.resize(frame.dim(0));
     std::iota(state.places.begin(), state.places.end(), run.begin);
-    MergeTo(state, KeptOf(options_.keep, frame.dim(0)));
+    MergeTo(ctx, state, KeptOf(options_.keep, frame.dim(0)));
     kept.insert(kept.end(), state.places.begin(), state.places.end());
     features.insert(features.end(), state.features.begin(), state.features.end());
   }

@@ -9,6 +9,7 @@
 
 #include "compression/pyramid_drop.h"
 #include "compression/stc_cacher.h"
+#include "compression/turbo_tower.h"
 #include "llm/generator.h"
 
 namespace sluice {
@@ -19,6 +20,7 @@ struct SessionOptions {
   int frames_per_batch = 8;                // frames encoded and prefilled together, at most
   int64_t max_context_tokens = 0;          // 0: what the model allows
   std::optional<StcCacherOptions> cacher;  // reuses features of earlier frames; none: all whole
+  std::optional<TurboOptions> turbo;       // merges tokens inside the tower; not with the cacher
   // Applied to the visual tokens in this order: compression/registry.h, "NAME" or "NAME=NUMBER".
   std::vector<std::string> compressors;
   PyramidOptions pyramid;  // which visual tokens leave between decoder layers; default: none

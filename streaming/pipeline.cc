@@ -46,7 +46,8 @@ VisualTokens Encode(ExecContext& ctx, Session& session, std::span<const FramePtr
     const TraceScope trace(&ctx.tracer(), "preprocess", count);
     Preprocess(ctx, frames, config, pixels);
   }
-  return session.vlm->encoder().Encode(ctx, pixels, frames, {.reuse = session.reuse.get()});
+  return session.vlm->encoder().Encode(
+      ctx, pixels, frames, {.reuse = session.reuse.get(), .merge = session.merge.get()});
 }
 
 VisualTokens Compress(ExecContext& ctx, Session& session, VisualTokens tokens, StepGuard& guard) {

@@ -32,13 +32,13 @@ Session::Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> 
                      std::to_string(options.max_context_tokens));
   }
   prefix_ids = vlm->prompt_format().EncodePrefix(vlm->tokenizer(), options.system_prompt);
-  if (options.cacher) {
-    if (!vlm->encoder().can_reuse()) {
-      throw InputError("[session] the vision tower of " + vlm->info().architecture +
-                       " cannot reuse features of earlier frames; turn the cacher off");
-    }
-    reuse = std::make_unique<StcCacher>(*options.cacher);
+  if (options.cacher && options.turbo) {
+    throw InputError(
+        "[session] turbo merges the patches that the cacher compares between frames; choose one of "
+        "--turbo and --cacher (presets stc and fast turn the cacher on)");
   }
+  if (options.turbo) merge = std::make_unique<TurboTower>(*options.turbo);
+  if (options.cacher) reuse = std::make_unique<StcCacher>(*options.cacher);
   for (const std::string& spec : options.compressors) {
     compressors.push_back(MakeTokenCompressor(spec));
   }

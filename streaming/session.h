@@ -10,6 +10,7 @@
 #include "compression/pyramid_drop.h"
 #include "compression/stc_cacher.h"
 #include "compression/token_compressor.h"
+#include "compression/turbo_tower.h"
 #include "llm/kv_cache.h"
 #include "llm/vlm.h"
 #include "streaming/options.h"
@@ -38,6 +39,7 @@ struct Session {
   // frames are replayed.
   KvCache cache;
   std::unique_ptr<StcCacher> reuse;                           // may be null
+  std::unique_ptr<const TurboTower> merge;                    // may be null
   std::vector<std::unique_ptr<TokenCompressor>> compressors;  // applied in order
   std::vector<Turn> transcript;
   int64_t frames_seen = 0;    // ingested, also those of which compressors left nothing

@@ -7,12 +7,13 @@
 //   attention      of fresh patches only, over all keys and values
 //   h'             of fresh patches h + attention + MLP, of all others h + the reference's update
 // where a layer's update is what it added to the residual stream of the reference.
-// The grid stays whole: every patch of every frame has a feature.
+// The grid stays whole: every patch of every frame has a feature. A class token is no patch: the
+// method never sees it, and it is always computed afresh, for it looks at all of them.
 #ifndef SLUICE_VISION_FEATURE_REUSE_H_
 #define SLUICE_VISION_FEATURE_REUSE_H_
 
 #include <cstdint>
-#include <functional>
+#include <span>
 #include <vector>
 
 #include "runtime/exec_context.h"
@@ -20,12 +21,12 @@
 
 namespace sluice {
 
-// What stays of a reference frame at one layer; N patches, V the tower's width, in the compute
-// dtype.
+// What stays of a reference frame at one layer; R the rows of a frame (the class token, where there
+// is one, and N patches), V the tower's width, in the compute dtype.
 struct LayerReference {
-  Tensor keys;    // [N, V] with bias, heads side by side
-  Tensor values;  // [N, V] likewise
-  Tensor update;  // [N, V] what the layer added to the residual stream
+  Tensor keys;    // [R, V] with bias, heads side by side
+  Tensor values;  // [R, V] likewise
+  Tensor update;  // [R, V] what the layer added to the residual stream
 };
 
 // One per stream; used by one thread at a time.
@@ -33,12 +34,11 @@ class FeatureReuse {
  public:
   virtual ~FeatureReuse() = default;
 
-  // Called once for each batch of frames. Returns `frames` flags: which are computed whole. The
-  // first one is, unless there is a reference() of an earlier batch. first_keys computes, when it
-  // is called, the first layer's keys of all frames, [frames * N, V] in the compute dtype, valid
-  // until this call returns. layers: of the tower.
-  virtual std::vector<bool> ChooseWhole(ExecContext& ctx, int64_t frames, int layers,
-                                        const std::function<ConstTensorView()>& first_keys) = 0;
+  // Called once for each batch of frames. Returns which of them are computed whole, one flag a
+  // frame. The first one is, unless there is a reference() of an earlier batch. layers: of the
+  // tower. first_keys: the first layer's keys of each frame, [N, V] in the compute dtype.
+  virtual std::vector<bool> ChooseWhole(ExecContext& ctx, int layers,
+                                        std::span<const ConstTensorView> first_keys) = 0;
 
   // Appends to `fresh`, ascending, the patches of one frame that `layer` computes afresh: at least
   // one, and as many for every frame of a batch. keys, reference_keys: [N, V], rows may be strided.

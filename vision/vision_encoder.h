@@ -12,6 +12,7 @@
 #include "vision/feature_reuse.h"
 #include "vision/frame.h"
 #include "vision/preprocess.h"
+#include "vision/token_merge.h"
 #include "vision/visual_tokens.h"
 
 namespace sluice {
@@ -23,8 +24,11 @@ using TensorProbe = std::function<void(std::string_view name, ConstTensorView va
 
 // What takes part in an encoding, beside the weights. Nothing is owned.
 struct EncodeHooks {
+  // At most one of them: what is reused is matched by place, which merging changes, and a probe
+  // sees all rows of frames computed whole.
   FeatureReuse* reuse = nullptr;
-  TensorProbe probe = nullptr;  // not together with reuse
+  const TokenMerge* merge = nullptr;
+  TensorProbe probe = nullptr;
 };
 
 class VisionEncoder {
@@ -39,8 +43,6 @@ class VisionEncoder {
                               std::span<const FramePtr> frames,
                               const EncodeHooks& hooks = {}) const = 0;
 
-  // Whether hooks.reuse is understood; Encode throws Error where it is not.
-  virtual bool can_reuse() const { return false; }
   virtual const PreprocessConfig& preprocess_config() const = 0;
   virtual int tokens_per_frame() const = 0;   // after pooling
   virtual int patches_per_frame() const = 0;  // inside the tower

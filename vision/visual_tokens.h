@@ -4,10 +4,12 @@
 #define SLUICE_VISION_VISUAL_TOKENS_H_
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "runtime/clock.h"
 #include "runtime/tensor.h"
+#include "vision/frame.h"
 
 namespace sluice {
 
@@ -31,6 +33,10 @@ struct VisualTokens {
 
   int64_t size() const { return static_cast<int64_t>(origins.size()); }
 };
+
+// One token for every place of a grid of `rows` x `cols` over each frame, frame-major, row-major;
+// features [M, width] still to be written.
+VisualTokens GridTokens(std::span<const FramePtr> frames, int rows, int cols, int64_t width);
 
 }  // namespace sluice
 

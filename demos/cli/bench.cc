@@ -133,7 +133,7 @@ std::vector<FramePtr> NoiseFrames(int count) {
   return frames;
 }
 
-Json MeasureEncode(ExecContext& ctx, const VisionEncoder& encoder, FeatureReuse* reuse,
+Json MeasureEncode(ExecContext& ctx, const VisionEncoder& encoder, const EncodeHooks& hooks,
                    const BenchFlags& flags, const Peak& peak) {
   const auto frames = NoiseFrames(flags.batch);
   const PreprocessConfig& config = encoder.preprocess_config();
@@ -141,7 +141,7 @@ Json MeasureEncode(ExecContext& ctx, const VisionEncoder& encoder, FeatureReuse*
   const double preprocess =
       FastestSeconds(flags.seconds / 2, [&] { Preprocess(ctx, frames, config, pixels); });
   const double encode =
-      FastestSeconds(flags.seconds, [&] { encoder.Encode(ctx, pixels, frames, {.reuse = reuse}); });
+      FastestSeconds(flags.seconds, [&] { encoder.Encode(ctx, pixels, frames, hooks); });
   const StageCost& cost = ctx.tracer().stages().find("encode")->second;
   const double gflop = 1e-9 * cost.flops / static_cast<double>(cost.items);
   const double gflops = gflop * flags.batch / encode;
@@ -333,7 +333,9 @@ void Bench(const BenchFlags& flags) {
   report["machine"] = ToJson(CpuInfo::Detect());
   report["machine"]["threads"] = engine.num_threads();
   report["peak"] = {{"gflops", peak.gflops}, {"size", peak.size}, {"read_gbps", peak.read_gbps}};
-  report["encode"] = MeasureEncode(*context, vlm.encoder(), session->reuse.get(), flags, peak);
+  report["encode"] =
+      MeasureEncode(*context, vlm.encoder(),
+                    {.reuse = session->reuse.get(), .merge = session->merge.get()}, flags, peak);
   MethodCounts counts;
   counts.Add(*session);
   report["methods"] = ToJson(options, counts);

@@ -34,6 +34,19 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
                 "The first layer chooses the patches for all layers")
       ->needs(reuse)
       ->group(kGroup);
+  auto* turbo =
+      command
+          .add_option("--turbo", flags.turbo,
+                      "Merge so many similar tokens in each block of the vision tower (Turbo), or "
+                      "that share of them if below 1; not with --cacher")
+          ->group(kGroup);
+  command
+      .add_option("--turbo-lambda", flags.turbo_lambda,
+                  "What sparing tokens that much is attended to is worth beside similarity; 0: "
+                  "nothing (default: " +
+                      Number(TurboOptions().lambda, 2) + ")")
+      ->needs(turbo)
+      ->group(kGroup);
   std::string known;
   for (const CompressorEntry& entry : TokenCompressors()) {
     known += (known.empty() ? "" : "; ") + std::string(entry.name) + ": " +
@@ -83,6 +96,8 @@ void ApplyMethods(const MethodFlags& flags, SessionOptions& options) {
     if (flags.preset == "fast") options.cacher->interval = 4;
   }
   if (flags.cacher) options.cacher = flags.cacher_options;
+  if (flags.turbo) options.turbo = TurboOptions{.remove = *flags.turbo};
+  if (flags.turbo_lambda) options.turbo->lambda = *flags.turbo_lambda;
   if (!flags.compressors.empty()) options.compressors = flags.compressors;
 
   if (flags.pyramid_drop.empty()) return;
@@ -149,6 +164,9 @@ Json ToJson(const SessionOptions& options, const MethodCounts& counts) {
                           {"whole_frames", c.whole},
                           {"refreshes", c.refreshes},
                           {"bytes_per_session", counts.cacher_bytes}};
+  }
+  if (options.turbo) {
+    json["turbo"] = {{"remove", options.turbo->remove}, {"lambda", options.turbo->lambda}};
   }
   if (!options.compressors.empty()) json["compressors"] = options.compressors;
   return json;

@@ -17,6 +17,8 @@ struct MethodFlags {
   std::string preset = "exact";
   bool cacher = false;
   StcCacherOptions cacher_options;
+  std::optional<double> turbo;  // tokens or share that leave each block of the tower
+  std::optional<double> turbo_lambda;
   std::vector<std::string> compressors;
   // PyramidDrop (compression/pyramid_drop.h)
   std::string pyramid_drop;  // MODE or MODE=LAMBDA; empty: off

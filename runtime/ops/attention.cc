@@ -38,6 +38,25 @@ void CheckScale(const char* op, float scale) {
               std::to_string(scale));
 }
 
+// Rows of `batch` sequences of equal length, in all.
+int64_t CheckSequences(const char* op, const char* what, ConstTensorView x, int64_t batch,
+                       int heads, int head_dim, DType dtype) {
+  if (batch >= 1 && heads >= 1 && head_dim >= 1 && x.shape().rank() == 2 && x.dim(0) % batch == 0) {
+    CheckMatrix(op, what, x, x.dim(0), int64_t{heads} * head_dim, dtype);
+    return x.dim(0);
+  }
+  throw Error(std::string("[") + op + "] " + what +
+              " must be [batch * rows, heads * D] with batch " + std::to_string(batch) +
+              ", heads " + std::to_string(heads) + ", D " + std::to_string(head_dim) + ", got " +
+              Describe(x));
+}
+
+void CheckBias(const char* op, ConstTensorView bias, int64_t keys) {
+  if (bias.empty() || (bias.shape() == Shape{keys} && bias.dtype() == DType::kF32)) return;
+  throw Error(std::string("[") + op + "] key_bias must be " + Shape{keys}.ToString() +
+              " f32, got " + Describe(bias));
+}
+
 void CheckKv(const char* op, const KvLayerView& kv, int64_t begin, int64_t count) {
   CheckFloat(op, kv.dtype);
   if (kv.kv_heads < 1 || kv.head_dim < 1) {
@@ -197,35 +216,58 @@ size_t KvBlockBytes(int kv_heads, int head_dim, DType dtype) {
 }
 
 void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
-                      int64_t batch, int heads, int head_dim, float scale, TensorView out) {
+                      int64_t batch, int heads, int head_dim, float scale, TensorView out,
+                      ConstTensorView key_bias) {
   constexpr char kOp[] = "encoder_attention";
   CheckFloat(kOp, q.dtype());
   CheckScale(kOp, scale);
-  const auto rows_of = [&](const char* what, ConstTensorView x) {
-    if (batch >= 1 && heads >= 1 && head_dim >= 1 && x.shape().rank() == 2 &&
-        x.dim(0) % batch == 0) {
-      CheckMatrix(kOp, what, x, x.dim(0), int64_t{heads} * head_dim, q.dtype());
-      return x.dim(0);
-    }
-    throw Error(std::string("[") + kOp + "] " + what +
-                " must be [batch * rows, heads * D] with batch " + std::to_string(batch) +
-                ", heads " + std::to_string(heads) + ", D " + std::to_string(head_dim) + ", got " +
-                Describe(x));
-  };
-  const int64_t queries = rows_of("q", q), keys = rows_of("k", k);
+  const int64_t queries = CheckSequences(kOp, "q", q, batch, heads, head_dim, q.dtype());
+  const int64_t keys = CheckSequences(kOp, "k", k, batch, heads, head_dim, q.dtype());
   CheckMatrix(kOp, "v", v, keys, k.dim(1), q.dtype());
   CheckMatrix(kOp, "out", out, queries, k.dim(1), q.dtype());
   CheckContiguous(kOp, "out", out);
+  CheckBias(kOp, key_bias, keys);
   if (queries == 0) return;
   if (keys == 0) throw Error(std::string("[") + kOp + "] queries need at least one key");
   switch (ChooseAttention(queries / batch, keys / batch, head_dim, q.dtype(), cpu::AmxAllowed(),
                           ctx.reference_kernels())) {
     case AttentionKernel::kReference:
-      return cpu::EncoderAttentionReference(ctx, q, k, v, batch, heads, head_dim, scale, out);
+      return cpu::EncoderAttentionReference(ctx, q, k, v, batch, heads, head_dim, scale, out,
+                                            key_bias);
     case AttentionKernel::kSimd:
-      return cpu::EncoderAttentionSimd(ctx, q, k, v, batch, heads, head_dim, scale, out);
+      return cpu::EncoderAttentionSimd(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
     case AttentionKernel::kAmx:
-      return cpu::EncoderAttentionAmx(ctx, q, k, v, batch, heads, head_dim, scale, out);
+      return cpu::EncoderAttentionAmx(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
+  }
+}
+
+void AttentionReceived(ExecContext& ctx, ConstTensorView q, ConstTensorView k, int64_t batch,
+                       int heads, int head_dim, float scale, ConstTensorView key_bias,
+                       TensorView received) {
+  constexpr char kOp[] = "attention_received";
+  CheckFloat(kOp, q.dtype());
+  CheckScale(kOp, scale);
+  const int64_t queries = CheckSequences(kOp, "q", q, batch, heads, head_dim, q.dtype());
+  const int64_t keys = CheckSequences(kOp, "k", k, batch, heads, head_dim, q.dtype());
+  CheckBias(kOp, key_bias, keys);
+  CheckMatrix(kOp, "received", received, batch, keys / batch, DType::kF32);
+  if (queries == 0) throw Error(std::string("[") + kOp + "] needs at least one query");
+  // A row for each head: heads are independent until the mean.
+  Workspace::Scope scope(ctx.workspace());
+  const TensorView by_head = ctx.workspace().Allocate(DType::kF32, {batch * heads, keys / batch});
+  if (ctx.reference_kernels()) {
+    cpu::AttentionReceivedReference(ctx, q, k, batch, heads, head_dim, scale, key_bias, by_head);
+  } else {
+    cpu::AttentionReceivedSimd(ctx, q, k, batch, heads, head_dim, scale, key_bias, by_head);
+  }
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < keys / batch; ++i) {
+      float sum = 0;
+      for (int64_t h = 0; h < heads; ++h) {
+        sum += by_head.data<float>()[(b * heads + h) * by_head.dim(1) + i];
+      }
+      received.data<float>()[b * received.stride0() + i] = sum / static_cast<float>(heads);
+    }
   }
 }
 

@@ -16,9 +16,20 @@ namespace sluice {
 // frame): Q queries of each over its S keys. q: [batch * Q, heads * D]; k, v: [batch * S, heads *
 // D]; all f32 or all bf16; rows may be strided (columns of one product). out: [batch * Q, heads *
 // D] same dtype, contiguous. scale: positive, usually D^-0.5. Any D >= 1 (72 included); fast paths
-// pad D inside. Throws Error naming shapes or dtypes that do not fit.
+// pad D inside. key_bias: [batch * S] f32, finite, added to the scaled scores of its key (a key
+// that stands for s keys has log s); or empty. Throws Error naming shapes or dtypes that do not
+// fit.
 void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
-                      int64_t batch, int heads, int head_dim, float scale, TensorView out);
+                      int64_t batch, int heads, int head_dim, float scale, TensorView out,
+                      ConstTensorView key_bias = {});
+
+// How much every key is attended to, on average over heads and queries, without its values:
+//   received[b, i] = 1/(H Q) sum over h, j of softmax_i(q_bjh . k_bih * scale + key_bias_bi).
+// Arguments as of EncoderAttention; received: [batch, S] f32. Meant for few queries, Q << S: it
+// multiplies in f32 vectors whatever the dtype.
+void AttentionReceived(ExecContext& ctx, ConstTensorView q, ConstTensorView k, int64_t batch,
+                       int heads, int head_dim, float scale, ConstTensorView key_bias,
+                       TensorView received);
 
 // Keys and values of one layer in blocks of kKvBlockTokens positions. A block holds, for every kv
 // head h,

@@ -37,11 +37,16 @@ void Run(ExecContext& ctx, const NormArgs& args) {
 }  // namespace
 
 void LayerNorm(ExecContext& ctx, ConstTensorView x, ConstTensorView weight, ConstTensorView bias,
-               float eps, TensorView y) {
+               float eps, TensorView y, ConstTensorView more) {
   CheckRows("layer_norm", x, y);
+  if (!more.empty() && (more.shape() != x.shape() || more.dtype() != DType::kF32)) {
+    throw Error("[layer_norm] more must be " + x.shape().ToString() + " f32, got " +
+                more.shape().ToString() + " " + Name(more.dtype()));
+  }
   CheckVector("layer_norm", "weight", weight, x.dim(1));
   CheckVector("layer_norm", "bias", bias, x.dim(1));
   Run(ctx, {.x = x,
+            .more = more,
             .weight = weight.data<float>(),
             .bias = bias.data<float>(),
             .eps = eps,

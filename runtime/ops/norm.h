@@ -9,9 +9,9 @@
 namespace sluice {
 
 // y = (x - mean) / sqrt(var + eps) * weight + bias.  x: [M, D] f32; weight, bias: [D] f32; y: [M,
-// D] f32 or bf16.
+// D] f32 or bf16. more: [M, D] f32, added to x before; or empty.
 void LayerNorm(ExecContext& ctx, ConstTensorView x, ConstTensorView weight, ConstTensorView bias,
-               float eps, TensorView y);
+               float eps, TensorView y, ConstTensorView more = {});
 
 // y = x / sqrt(mean(x^2) + eps) * weight.  x: [M, D] f32; weight: [D] f32; y: [M, D] f32 or bf16.
 void RmsNorm(ExecContext& ctx, ConstTensorView x, ConstTensorView weight, float eps, TensorView y);

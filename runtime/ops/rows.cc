@@ -107,14 +107,45 @@ void Subtract(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView
   });
 }
 
-void Add(ExecContext& ctx, ConstTensorView x, TensorView y) {
-  CheckMatrix("add", "x", x);
-  CheckSame("add", "y", y, x.shape(), DType::kF32);
+void SubtractListed(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
+                    std::span<const int32_t> indices, TensorView y) {
+  CheckIndices("subtract_listed", b, a, indices, 1);
+  CheckSame("subtract_listed", "b", b, y.shape(), DType::kF32);
+  CheckSame("subtract_listed", "y", y, b.shape(), DType::kF32);
+  ForIndices(ctx, y, indices, 1, [&](int64_t to, int64_t from) {
+    const ConstTensorView less = b.Slice(to, to + 1);
+    if (ctx.reference_kernels()) {
+      cpu::SubtractReference(a.Slice(from, from + 1), less, y.Slice(to, to + 1), 0, 1);
+    } else {
+      cpu::SubtractSimd(a.Slice(from, from + 1), less, y.Slice(to, to + 1), 0, 1);
+    }
+  });
+}
+
+void AddListed(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
+               std::span<const int32_t> indices, TensorView y) {
+  CheckIndices("add_listed", a, y, indices, 1);
+  CheckSame("add_listed", "a", a, b.shape(), DType::kF32);
+  CheckSame("add_listed", "b", b, a.shape(), DType::kF32);
+  ForIndices(ctx, a, indices, 1, [&](int64_t from, int64_t to) {
+    const ConstTensorView more = b.Slice(from, from + 1);
+    if (ctx.reference_kernels()) {
+      cpu::AddReference(a.Slice(from, from + 1), more, y.Slice(to, to + 1), 0, 1);
+    } else {
+      cpu::AddSimd(a.Slice(from, from + 1), more, y.Slice(to, to + 1), 0, 1);
+    }
+  });
+}
+
+void Add(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView y) {
+  CheckMatrix("add", "b", b);
+  CheckSame("add", "a", a, b.shape(), DType::kF32);
+  CheckSame("add", "y", y, b.shape(), DType::kF32);
   ParallelFor(ctx, y.dim(0), Grain(y), [&](int64_t begin, int64_t end) {
     if (ctx.reference_kernels()) {
-      cpu::AddReference(x, y, begin, end);
+      cpu::AddReference(a, b, y, begin, end);
     } else {
-      cpu::AddSimd(x, y, begin, end);
+      cpu::AddSimd(a, b, y, begin, end);
     }
   });
 }

@@ -24,8 +24,16 @@ void ScatterRows(ExecContext& ctx, ConstTensorView x, std::span<const int32_t> i
 
 // y = a - b, rounded once. a, b: f32; y: f32 or bf16.
 void Subtract(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView y);
-// y += x. x: f32 or bf16; y: f32.
-void Add(ExecContext& ctx, ConstTensorView x, TensorView y);
+// The listed rows of y = the rows of a [indices.size(), D] - the listed rows of b. All f32; b and y
+// of the same shape. No index comes twice.
+void SubtractListed(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
+                    std::span<const int32_t> indices, TensorView y);
+// y [indices.size(), D] = the listed rows of a + the listed rows of b. All f32; a and b of the same
+// shape.
+void AddListed(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
+               std::span<const int32_t> indices, TensorView y);
+// y = a + b. a, y: f32; b: f32 or bf16. y may be a.
+void Add(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView y);
 
 }  // namespace sluice
 

@@ -28,4 +28,26 @@ void RowCosines(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorVi
   }
 }
 
+void NearestRows(const ExecContext& ctx, ConstTensorView a, ConstTensorView b,
+                 std::span<int32_t> nearest, std::span<float> cosines) {
+  if (a.shape().rank() != 2 || a.dtype() != DType::kF32) {
+    throw Error("[nearest_rows] a must be [M, D] f32, got " + a.shape().ToString() + " " +
+                Name(a.dtype()));
+  }
+  if (b.shape().rank() != 2 || b.dim(0) < 1 || b.dim(1) != a.dim(1) || b.dtype() != DType::kF32) {
+    throw Error("[nearest_rows] b must be [N, " + std::to_string(a.dim(1)) +
+                "] f32 with N >= 1, got " + b.shape().ToString() + " " + Name(b.dtype()));
+  }
+  if (static_cast<int64_t>(nearest.size()) != a.dim(0) || cosines.size() != nearest.size()) {
+    throw Error("[nearest_rows] nearest and cosines must hold " + std::to_string(a.dim(0)) +
+                " values, got " + std::to_string(nearest.size()) + " and " +
+                std::to_string(cosines.size()));
+  }
+  if (ctx.reference_kernels()) {
+    cpu::NearestRowsReference(a, b, nearest, cosines);
+  } else {
+    cpu::NearestRowsSimd(a, b, nearest, cosines);
+  }
+}
+
 }  // namespace sluice

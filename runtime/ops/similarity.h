@@ -2,6 +2,9 @@
 #ifndef SLUICE_RUNTIME_OPS_SIMILARITY_H_
 #define SLUICE_RUNTIME_OPS_SIMILARITY_H_
 
+#include <cstdint>
+#include <span>
+
 #include "runtime/exec_context.h"
 #include "runtime/tensor.h"
 
@@ -11,6 +14,12 @@ namespace sluice {
 // bf16, rows may be strided; cosines: [M] f32. Throws Error naming shapes or dtypes that do not
 // fit.
 void RowCosines(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView cosines);
+
+// For every row of a the row of b whose cosine with it is highest, the first of equals, and that
+// cosine. a [M, D], b [N, D], N >= 1: f32, rows of length 1 or 0, maybe strided; nearest, cosines:
+// M values. Runs on the calling thread and only reads `ctx`, so that threads may share it.
+void NearestRows(const ExecContext& ctx, ConstTensorView a, ConstTensorView b,
+                 std::span<int32_t> nearest, std::span<float> cosines);
 
 }  // namespace sluice
 

@@ -245,6 +245,10 @@ TEST_F(ProgramTest, MethodsSaveWorkAndSayHowMuch) {
   const json all = json::parse(Sluice(eval + " --cacher --cacher-ratio 1 --cacher-interval 4").out);
   EXPECT_EQ(all["encode_gflop_per_frame"], dense["encode_gflop_per_frame"]);
   EXPECT_EQ(all["accuracy"], dense["accuracy"]);
+  const json merged = json::parse(Sluice(eval + " --turbo 16").out);
+  EXPECT_EQ(merged["methods"]["turbo"]["remove"], 16.0);
+  EXPECT_EQ(merged["tokens_per_frame"], dense["tokens_per_frame"]);
+  EXPECT_LT(merged["encode_gflop_per_frame"], 0.8 * dense["encode_gflop_per_frame"].get<double>());
 }
 
 TEST_F(ProgramTest, MethodsRefuseSettingsThatMeanNothing) {
@@ -254,6 +258,11 @@ TEST_F(ProgramTest, MethodsRefuseSettingsThatMeanNothing) {
   ExpectRefused("ask --source test --question x --compress nonsense", "there are duplicate-frames");
   ExpectRefused("eval --preset faster", "--preset");
   ExpectRefused("eval --cacher-interval 4", "--cacher");
+  ExpectRefused("eval --turbo 8 --cacher", "choose one of --turbo and --cacher");
+  ExpectRefused("eval --turbo 0.6", "a share in (0, 0.5]");
+  ExpectRefused("eval --turbo -3", "[turbo]");
+  ExpectRefused("eval --turbo 8 --turbo-lambda -1", "[turbo] lambda");
+  ExpectRefused("eval --turbo-lambda 1", "--turbo");
 }
 
 TEST_F(ProgramTest, BenchMeasuresEveryStageAgainstThePeak) {

@@ -85,7 +85,7 @@ TEST(BipartiteMergeTest, AStepEqualsTheEquationsInDoublePrecision) {
         state.values[i] = static_cast<float>(random() % 100) / 100;
       }
       const auto want = OneStep(state, remove);
-      MergeStep(state, remove);
+      MergeStep(ExecContext({}), state, remove);
       ASSERT_EQ(state.count(), count - remove);
       for (int64_t i = 0; i < state.count(); ++i) {
         const auto found = want.find(state.places[i]);
@@ -101,17 +101,17 @@ TEST(BipartiteMergeTest, AStepEqualsTheEquationsInDoublePrecision) {
 
 TEST(BipartiteMergeTest, NothingIsLostAndAtMostHalfGoesInAStep) {
   MergeState state = RandomState(49, 5, 1);
-  MergeStep(state, 1000);
+  MergeStep(ExecContext({}), state, 1000);
   EXPECT_EQ(state.count(), 25);
-  MergeTo(state, 3);
+  MergeTo(ExecContext({}), state, 3);
   EXPECT_EQ(state.count(), 3);
   EXPECT_EQ(std::accumulate(state.sizes.begin(), state.sizes.end(), 0.0f), 49);
   EXPECT_TRUE(std::is_sorted(state.places.begin(), state.places.end()));
-  MergeTo(state, 0);
+  MergeTo(ExecContext({}), state, 0);
   EXPECT_EQ(state.count(), 1);
   MergeState untouched = RandomState(9, 4, 2);
   const std::vector<float> before = untouched.features;
-  MergeTo(untouched, 9);
+  MergeTo(ExecContext({}), untouched, 9);
   EXPECT_EQ(untouched.features, before);
 }
 
@@ -119,7 +119,7 @@ TEST(BipartiteMergeTest, EqualTokensMergeFirstAndStayWhatTheyAre) {
   MergeState state = RandomState(10, 6, 3);
   std::copy_n(state.features.begin() + 4 * 6, 6, state.features.begin() + 7 * 6);
   const std::vector<float> twin(state.features.begin() + 7 * 6, state.features.begin() + 8 * 6);
-  MergeTo(state, 9);
+  MergeTo(ExecContext({}), state, 9);
   const auto at = std::find(state.places.begin(), state.places.end(), 7) - state.places.begin();
   EXPECT_EQ(state.sizes[at], 2);
   EXPECT_TRUE(std::equal(twin.begin(), twin.end(), state.features.begin() + at * 6));
@@ -129,7 +129,7 @@ TEST(BipartiteMergeTest, LargeValuesDecideWhoGoesButNotWhereTo) {
   MergeState plain = RandomState(20, 6, 4), valued = plain;
   for (int64_t i = 0; i < 20; ++i) valued.values[i] = 100.0f * static_cast<float>((i * 7) % 20);
   const std::vector<float> values = valued.values;
-  MergeStep(valued, 3);
+  MergeStep(ExecContext({}), valued, 3);
   const std::set<int64_t> left(valued.places.begin(), valued.places.end());
   std::vector<int64_t> even;
   for (int64_t i = 0; i < 20; i += 2) even.push_back(i);
@@ -170,7 +170,7 @@ TEST(TurboMergeTest, NovelTokensAreSparedAndLambdaZeroIsPlainMerging) {
   TurboMerge tome({.keep = 5, .lambda = 0});
   const VisualTokens merged = tome.Compress(ctx, OneFrame(2));
   MergeState state = RandomState(12, 6, 2);
-  MergeTo(state, 5);
+  MergeTo(ExecContext({}), state, 5);
   EXPECT_TRUE(
       std::equal(state.features.begin(), state.features.end(), merged.features.data<float>()));
 }

@@ -5,9 +5,11 @@
 
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "runtime/error.h"
@@ -53,13 +55,14 @@ Tensor Random(DType dtype, int64_t rows, int64_t columns, uint32_t seed, float d
 // o = softmax(q k^T * scale) v of one query, in double. key(t), value(t): rows of `head_dim`.
 template <typename Key, typename Value>
 std::vector<double> Expected(const std::vector<double>& q, int64_t num_keys, double scale,
-                             const Key& key, const Value& value) {
+                             const Key& key, const Value& value,
+                             const std::function<double(int64_t)>& bias = nullptr) {
   const int64_t head_dim = q.size();
   std::vector<double> p(num_keys), o(head_dim);
   double max = -std::numeric_limits<double>::infinity(), sum = 0;
   for (int64_t t = 0; t < num_keys; ++t) {
     for (int64_t d = 0; d < head_dim; ++d) p[t] += q[d] * key(t, d);
-    p[t] *= scale;
+    p[t] = p[t] * scale + (bias ? bias(t) : 0);
     max = std::max(max, p[t]);
   }
   for (double& x : p) sum += x = std::exp(x - max);
@@ -102,6 +105,7 @@ struct EncoderCase {
   int heads, head_dim;
   float deviation = 1;
   int64_t queries = 0;  // 0: as many as keys
+  bool biased = false;  // keys that count as several
 };
 
 // Queries, keys and values as columns of one product, or each on its own where their numbers
@@ -114,9 +118,16 @@ struct EncoderInputs {
                      c.deviation)),
         q(c.queries ? own_q.view() : qkv.view().Columns(0, width)),
         k(qkv.view().Columns(width, 2 * width)),
-        v(qkv.view().Columns(2 * width, 3 * width)) {}
+        v(qkv.view().Columns(2 * width, 3 * width)) {
+    if (!c.biased) return;
+    bias_storage = Random(DType::kF32, 1, c.batch * c.length, 3);
+    key_bias = {bias_storage.data<float>(), DType::kF32, {c.batch * c.length}};
+  }
+  double Bias(int64_t key) const { return key_bias.empty() ? 0 : key_bias.data<float>()[key]; }
+
   int64_t width;
-  Tensor qkv, own_q;
+  Tensor qkv, own_q, bias_storage;
+  ConstTensorView key_bias;
   ConstTensorView q, k, v;
 };
 
@@ -126,12 +137,13 @@ void RunEncoder(AttentionKernel kernel, ExecContext& ctx, const EncoderInputs& x
   switch (kernel) {
     case AttentionKernel::kReference:
       return cpu::EncoderAttentionReference(ctx, x.q, x.k, x.v, c.batch, c.heads, c.head_dim, scale,
-                                            out);
+                                            out, x.key_bias);
     case AttentionKernel::kSimd:
-      return cpu::EncoderAttentionSimd(ctx, x.q, x.k, x.v, c.batch, c.heads, c.head_dim, scale,
-                                       out);
+      return cpu::EncoderAttentionSimd(ctx, x.q, x.k, x.v, c.batch, c.heads, c.head_dim, scale, out,
+                                       x.key_bias);
     case AttentionKernel::kAmx:
-      return cpu::EncoderAttentionAmx(ctx, x.q, x.k, x.v, c.batch, c.heads, c.head_dim, scale, out);
+      return cpu::EncoderAttentionAmx(ctx, x.q, x.k, x.v, c.batch, c.heads, c.head_dim, scale, out,
+                                      x.key_bias);
   }
 }
 
@@ -149,7 +161,8 @@ void CheckEncoder(const EncoderCase& c, DType dtype, int num_threads, double tol
       const auto o = Expected(
           q, c.length, 1 / std::sqrt(double(c.head_dim)),
           [&](int64_t t, int64_t d) { return At(x.k, first + t, column + d); },
-          [&](int64_t t, int64_t d) { return At(x.v, first + t, column + d); });
+          [&](int64_t t, int64_t d) { return At(x.v, first + t, column + d); },
+          [&](int64_t t) { return x.Bias(first + t); });
       for (int d = 0; d < c.head_dim; ++d) Set(want, i, column + d, o[d]);
     }
   }
@@ -192,6 +205,58 @@ TEST(EncoderAttentionTest, EqualsTheEquationForFewerOrMoreQueriesThanKeys) {
       for (int64_t length : {1, 33, 65, 196}) {
         CheckEncoder({.batch = 3, .length = length, .heads = 2, .head_dim = 24, .queries = queries},
                      dtype, 1 + queries % 3, ToleranceOf(dtype));
+      }
+    }
+  }
+}
+
+TEST(EncoderAttentionTest, EqualsTheEquationWithABiasOnTheKeys) {
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    for (const int64_t length : {1, 31, 64, 97, 196, 300}) {
+      for (const int head_dim : {16, 24, 64, 72}) {
+        CheckEncoder({2, length, 3, head_dim, 1, length > 50 ? 33 : 0, true}, dtype, 2,
+                     ToleranceOf(dtype));
+      }
+    }
+  }
+}
+
+// f32 sums of D products, exponentials of relative error 1e-7, means over heads and queries.
+TEST(AttentionReceivedTest, EqualsTheColumnSumsOfTheProbabilities) {
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    for (const auto& [length, queries, head_dim] :
+         {std::tuple{1, 1, 8}, {37, 1, 16}, {49, 5, 24}, {196, 64, 64}, {130, 33, 72}}) {
+      for (const bool biased : {false, true}) {
+        const EncoderCase c = {2, length, 3, head_dim, 1, queries, biased};
+        const EncoderInputs x(dtype, c);
+        for (const KernelChoice kernels : {KernelChoice::kFast, KernelChoice::kReference}) {
+          ExecContext ctx({.num_threads = 2, .kernels = kernels});
+          const Tensor received(DType::kF32, {2, length});
+          const double scale = 1 / std::sqrt(double(head_dim));
+          AttentionReceived(ctx, x.q, x.k, 2, 3, head_dim, static_cast<float>(scale), x.key_bias,
+                            received);
+          for (int64_t b = 0; b < 2; ++b) {
+            std::vector<double> want(length);
+            for (int64_t i = b * queries; i < (b + 1) * queries; ++i) {
+              for (int64_t column = 0; column < 3 * head_dim; column += head_dim) {
+                std::vector<double> p(length);
+                double sum = 0;
+                for (int64_t t = 0; t < length; ++t) {
+                  double dot = 0;
+                  for (int64_t d = column; d < column + head_dim; ++d) {
+                    dot += At(x.q, i, d) * At(x.k, b * length + t, d);
+                  }
+                  sum += p[t] = std::exp(dot * scale + x.Bias(b * length + t));
+                }
+                for (int64_t t = 0; t < length; ++t) want[t] += p[t] / sum / 3 / queries;
+              }
+            }
+            for (int64_t t = 0; t < length; ++t) {
+              ASSERT_NEAR(received.data<float>()[b * length + t], want[t], 1e-5 * want[t] + 1e-8)
+                  << "S " << length << " Q " << queries << " D " << head_dim << " key " << t;
+            }
+          }
+        }
       }
     }
   }
@@ -272,6 +337,8 @@ TEST(EncoderAttentionTest, WrongShapesAreNamed) {
   };
   EXPECT_THAT(message([&] { EncoderAttention(ctx, x, x, x, 4, 2, 4, 0.5f, out); }),
               testing::HasSubstr("batch 4"));
+  EXPECT_THAT(message([&] { EncoderAttention(ctx, x, x, x, 2, 2, 4, 0.5f, out, out); }),
+              ::testing::HasSubstr("key_bias must be"));
   EXPECT_THAT(message([&] { EncoderAttention(ctx, x, x, x, 2, 2, 5, 0.5f, out); }),
               testing::HasSubstr("q must be [6, 10] f32, got [6, 8] f32"));
   EXPECT_THAT(message([&] { EncoderAttention(ctx, x, x, x, 2, 2, 4, -1.0f, out); }),

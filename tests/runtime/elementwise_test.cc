@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
@@ -77,6 +78,23 @@ TEST_P(ElementwiseTest, RmsNormAgreesWithAPlainLoop) {
     RmsNorm(context_, x, weight, 1e-6f, y);
     ExpectClose(y, ExpectedNorm(x, weight, Tensor(), 1e-6), Relative(dtype()), PerElement(dtype()),
                 Print(m, d, dtype()));
+  }
+}
+
+TEST_P(ElementwiseTest, LayerNormOfASumIsThatOfTheSummedRows) {
+  for (const int64_t width : {7, 64, 72, 1152}) {
+    const Tensor x = RandomTensor(DType::kF32, {9, width}, 1);
+    const Tensor more = RandomTensor(DType::kF32, {9, width}, 2);
+    const Tensor weight = RandomTensor(DType::kF32, {width}, 3);
+    const Tensor bias = RandomTensor(DType::kF32, {width}, 4);
+    const Tensor sum(DType::kF32, x.shape()), want(DType::kBF16, x.shape()),
+        got(DType::kBF16, x.shape());
+    for (int64_t i = 0; i < 9 * width; ++i) {
+      sum.data<float>()[i] = x.data<float>()[i] + more.data<float>()[i];
+    }
+    LayerNorm(context_, sum, weight, bias, 1e-6f, want);
+    LayerNorm(context_, x, weight, bias, 1e-6f, got, more);
+    EXPECT_EQ(std::memcmp(got.view().raw(), want.view().raw(), got.SizeBytes()), 0) << width;
   }
 }
 

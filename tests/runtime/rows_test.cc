@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -56,13 +57,35 @@ TEST_P(RowsTest, SumsAndDifferencesAreRoundedOnce) {
     Tensor difference(dtype(), {133, width});
     Subtract(ctx_, a, b, difference);
     const Tensor sum = a.Clone();
-    Add(ctx_, difference, sum);
+    Add(ctx_, sum, difference, sum);
     for (int64_t i = 0; i < 133 * width; ++i) {
       const float want = a.data<float>()[i] - b.data<float>()[i];
       const float rounded = dtype() == DType::kF32 ? want : BFloat16::From(want).ToFloat();
       ASSERT_EQ(At(difference, i / width, i % width), rounded);
       ASSERT_EQ(sum.data<float>()[i], a.data<float>()[i] + rounded);
     }
+  }
+}
+
+TEST(RowsDifferenceTest, ListedRowsAreTakenAndNoOthers) {
+  ExecContext ctx({.num_threads = 2});
+  const std::vector<int32_t> indices = {4, 0, 9};
+  const Tensor a = RandomTensor(DType::kF32, {3, 21}, 8),
+               b = RandomTensor(DType::kF32, {12, 21}, 9);
+  const Tensor y = RandomTensor(DType::kF32, {12, 21}, 10), before = y.Clone();
+  SubtractListed(ctx, a, b, indices, y);
+  for (int32_t row = 0; row < 12; ++row) {
+    const auto at = std::find(indices.begin(), indices.end(), row) - indices.begin();
+    for (int64_t d = 0; d < 21; ++d) {
+      const double want = at == 3 ? At(before, row, d) : At(a, at, d) - At(b, row, d);
+      ASSERT_FLOAT_EQ(At(y, row, d), want) << row;
+    }
+  }
+  const Tensor sums(DType::kF32, {3, 21});
+  AddListed(ctx, before, b, indices, sums);
+  for (int64_t i = 0; i < 3 * 21; ++i) {
+    const int64_t row = indices[i / 21], d = i % 21;
+    ASSERT_FLOAT_EQ(sums.data<float>()[i], At(before, row, d) + At(b, row, d));
   }
 }
 
@@ -93,6 +116,34 @@ TEST_P(RowsTest, ACosineWithNothingIsNothing) {
   EXPECT_EQ(cosines.data<float>()[0], 0);
 }
 
+TEST_P(RowsTest, TheNearestRowIsTheFirstOfTheMostAlike) {
+  if (dtype() != DType::kF32) return;
+  for (const int64_t width : {1, 13, 64}) {
+    for (const int64_t count : {1, 2, 17, 98}) {
+      const Tensor a = RandomTensor(DType::kF32, {99, width}, 11);
+      const Tensor b = RandomTensor(DType::kF32, {count, width}, 12);
+      // Ties: the last row of b repeats the first.
+      std::copy_n(b.data<float>(), width, b.data<float>() + (count - 1) * width);
+      std::vector<int32_t> nearest(99);
+      std::vector<float> cosines(99);
+      NearestRows(ctx_, a, b, nearest, cosines);
+      for (int64_t i = 0; i < 99; ++i) {
+        double best = -1e9;
+        for (int64_t j = 0; j < count; ++j) {
+          double dot = 0;
+          for (int64_t d = 0; d < width; ++d) dot += At(a, i, d) * At(b, j, d);
+          best = std::max(best, dot);
+          if (j == nearest[i]) {
+            ASSERT_NEAR(cosines[i], dot, 1e-4);
+          }
+        }
+        ASSERT_NEAR(cosines[i], best, 1e-4);
+        ASSERT_TRUE(count == 1 || nearest[i] < count - 1);
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(AllKernels, RowsTest,
                          ::testing::Combine(::testing::Values(DType::kF32, DType::kBF16),
                                             ::testing::Values(KernelChoice::kFast,
@@ -110,7 +161,7 @@ TEST(RowsCheckTest, NamesWhatDoesNotFit) {
   EXPECT_THAT([&] { GatherRows(ctx, x, three, 2, two); },
               ThrowsMessage<Error>(HasSubstr("multiples of 2 groups")));
   EXPECT_THAT([&] { Subtract(ctx, x, two, x); }, ThrowsMessage<Error>(HasSubstr("b must be")));
-  EXPECT_THAT([&] { Add(ctx, x, two); }, ThrowsMessage<Error>(HasSubstr("y must be")));
+  EXPECT_THAT([&] { Add(ctx, x, x, two); }, ThrowsMessage<Error>(HasSubstr("y must be")));
   EXPECT_THAT([&] { RowCosines(ctx, x, x, two); },
               ThrowsMessage<Error>(HasSubstr("cosines must be [4] f32")));
 }

@@ -3,77 +3,36 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <filesystem>
 #include <map>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "runtime/error.h"
+#include "tests/support/tiny_towers.h"
 
 namespace sluice {
 namespace {
 
-// The encoder of the random checkpoint beside the golden values (6 x 6 patches, a remainder of two
-// pixels, 3 layers of which 2 count).
-std::unique_ptr<VisionEncoder> LoadTiny(DType dtype, int layers_to_run = 2) {
-  const Checkpoint checkpoint =
-      Checkpoint::Open(std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_next_video");
-  WeightStore weights(
-      checkpoint, [](const std::string& name) { return std::optional(name); }, dtype);
-  ClipConfig config;
-  config.hidden_size = 48;
-  config.intermediate_size = 80;
-  config.num_heads = 3;
-  config.layers_to_run = layers_to_run;
-  config.image_size = 74;
-  config.patch_size = 12;
-  config.pool_stride = 2;
-  config.output_size = 48;
-  config.preprocess.width = config.preprocess.height = 74;
-  return LoadClipEncoder(weights, config);
+using ::sluice::testing::kTinyClip;
+using ::sluice::testing::NumberedFrames;
+using ::sluice::testing::RandomPixels;
+using ::sluice::testing::RelativeDifference;
+using ::sluice::testing::TinyTower;
+
+std::unique_ptr<VisionEncoder> LoadTiny(DType dtype, int layers_to_run = kTinyClip.layers) {
+  TinyTower tiny = kTinyClip;
+  tiny.layers = layers_to_run;
+  return tiny.Load(dtype);
 }
 
-Tensor RandomPixels(int64_t frames, uint32_t seed) {
-  std::mt19937 random(seed);
-  std::uniform_real_distribution<float> uniform(-1, 1);
-  Tensor pixels(DType::kF32, {frames, 3, 74, 74});
-  for (int64_t i = 0; i < pixels.shape().NumElements(); ++i) {
-    pixels.data<float>()[i] = uniform(random);
-  }
-  return pixels;
-}
-
-std::vector<FramePtr> Frames(int count) {
-  std::vector<FramePtr> frames;
-  for (int i = 0; i < count; ++i) {
-    auto frame = std::make_shared<Frame>();
-    frame->index = 10 + i;
-    frame->time = MediaTime::FromSeconds(0.5 * i);
-    frames.push_back(frame);
-  }
-  return frames;
-}
-
-double RelativeDifference(ConstTensorView got, ConstTensorView want) {
-  double error = 0, norm = 0;
-  const int64_t count = want.shape().NumElements();
-  for (int64_t i = 0; i < count; ++i) {
-    const double difference = got.data<float>()[i] - want.data<float>()[i];
-    error += difference * difference;
-    norm += double{want.data<float>()[i]} * want.data<float>()[i];
-  }
-  return std::sqrt(error / norm);
-}
-
-class ClipTest : public testing::TestWithParam<DType> {};
+class ClipTest : public ::testing::TestWithParam<DType> {};
 
 TEST_P(ClipTest, FramesEncodedOneByOneEqualTheBatch) {
   const auto encoder = LoadTiny(GetParam());
   ExecContext ctx({.num_threads = 2});
   constexpr int kFrames = 5;
   const Tensor pixels = RandomPixels(kFrames, 1);
-  const std::vector<FramePtr> frames = Frames(kFrames);
+  const std::vector<FramePtr> frames = NumberedFrames(kFrames);
   const VisualTokens all = encoder->Encode(ctx, pixels, frames);
   ASSERT_EQ(all.size(), kFrames * 9);
   // Products of another number of rows may sum in another order: 1e-5 in f32; in bf16 a sum that
@@ -91,7 +50,7 @@ TEST_P(ClipTest, ReferenceKernelsAgreeWithFastOnes) {
   ExecContext fast({.num_threads = 2});
   ExecContext reference({.num_threads = 1, .kernels = KernelChoice::kReference});
   const Tensor pixels = RandomPixels(2, 2);
-  const std::vector<FramePtr> frames = Frames(2);
+  const std::vector<FramePtr> frames = NumberedFrames(2);
   EXPECT_LE(RelativeDifference(encoder->Encode(fast, pixels, frames).features,
                                encoder->Encode(reference, pixels, frames).features),
             GetParam() == DType::kF32 ? 1e-5 : 1e-2);
@@ -110,7 +69,7 @@ Tensor WithoutClassTokens(ConstTensorView value) {
 TEST_P(ClipTest, TheFeatureIsTheChosenLayersWithoutTheClassToken) {
   ExecContext ctx({.num_threads = 2});
   const Tensor pixels = RandomPixels(2, 3);
-  const std::vector<FramePtr> frames = Frames(2);
+  const std::vector<FramePtr> frames = NumberedFrames(2);
   std::map<std::string, Tensor> seen;
   LoadTiny(GetParam())
       ->Encode(ctx, pixels, frames, {.probe = [&](std::string_view name, ConstTensorView value) {
@@ -130,7 +89,7 @@ TEST_P(ClipTest, TheFeatureIsTheChosenLayersWithoutTheClassToken) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Types, ClipTest, testing::Values(DType::kF32, DType::kBF16),
+INSTANTIATE_TEST_SUITE_P(Types, ClipTest, ::testing::Values(DType::kF32, DType::kBF16),
                          [](const auto& info) { return Name(info.param); });
 
 TEST(ClipEncoderTest, TokensKnowTheirFramePlaceAndTime) {
@@ -138,7 +97,7 @@ TEST(ClipEncoderTest, TokensKnowTheirFramePlaceAndTime) {
   ExecContext ctx({.num_threads = 1});
   EXPECT_EQ(encoder->patches_per_frame(), 36);
   EXPECT_EQ(encoder->tokens_per_frame(), 9);
-  const VisualTokens tokens = encoder->Encode(ctx, RandomPixels(2, 4), Frames(2));
+  const VisualTokens tokens = encoder->Encode(ctx, RandomPixels(2, 4), NumberedFrames(2));
   EXPECT_EQ(tokens.grid_rows, 3);
   EXPECT_EQ(tokens.grid_cols, 3);
   const TokenOrigin& origin = tokens.origins[9 + 5];
@@ -152,28 +111,29 @@ TEST(ClipEncoderTest, PixelsBehindTheLastWholePatchAreNotRead) {
   const auto encoder = LoadTiny(DType::kF32);
   ExecContext ctx({.num_threads = 1});
   Tensor pixels = RandomPixels(1, 5);
-  const VisualTokens before = encoder->Encode(ctx, pixels, Frames(1));
+  const VisualTokens before = encoder->Encode(ctx, pixels, NumberedFrames(1));
   for (int64_t plane = 0; plane < 3; ++plane) {
     for (int64_t i = 0; i < 74; ++i) {
       pixels.data<float>()[(plane * 74 + 72) * 74 + i] = NAN;
       pixels.data<float>()[(plane * 74 + i) * 74 + 72] = NAN;
     }
   }
-  EXPECT_EQ(RelativeDifference(encoder->Encode(ctx, pixels, Frames(1)).features, before.features),
-            0);
+  EXPECT_EQ(
+      RelativeDifference(encoder->Encode(ctx, pixels, NumberedFrames(1)).features, before.features),
+      0);
 }
 
 TEST(ClipEncoderTest, PixelsOfAnotherSizeAreRefused) {
   const auto encoder = LoadTiny(DType::kF32);
   ExecContext ctx({.num_threads = 1});
-  EXPECT_THROW(encoder->Encode(ctx, Tensor(DType::kF32, {1, 3, 70, 74}), Frames(1)), Error);
-  EXPECT_THROW(encoder->Encode(ctx, RandomPixels(1, 6), Frames(2)), Error);
+  EXPECT_THROW(encoder->Encode(ctx, Tensor(DType::kF32, {1, 3, 70, 74}), NumberedFrames(1)), Error);
+  EXPECT_THROW(encoder->Encode(ctx, RandomPixels(1, 6), NumberedFrames(2)), Error);
 }
 
 TEST(ClipEncoderTest, TracesTheWorkItsFlopsPromise) {
   const auto encoder = LoadTiny(DType::kF32);
   ExecContext ctx({.num_threads = 1});
-  encoder->Encode(ctx, RandomPixels(3, 7), Frames(3));
+  encoder->Encode(ctx, RandomPixels(3, 7), NumberedFrames(3));
   double flops = 0;
   for (const char* stage : {"patch_embedding", "qkv", "attention", "out", "mlp", "projector"}) {
     flops += ctx.tracer().stages().at(std::string("encode/") + stage).flops;

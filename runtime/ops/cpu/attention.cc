@@ -15,32 +15,42 @@ float ToFloat(BFloat16 value) { return value.ToFloat(); }
 void Store(float value, float* to) { *to = value; }
 void Store(float value, BFloat16* to) { *to = BFloat16::From(value); }
 
-// o = softmax(q K^T * scale) V for one query. key(t) points at the D elements of key t; value(t, d)
-// is element d of value t.
-template <typename T, typename Key, typename Value>
-void AttendOne(const T* q, int64_t num_keys, int head_dim, float scale, const Key& key,
-               const Value& value, T* out) {
+// softmax(q K^T * scale + bias) for one query. key(t) points at the D elements of key t; bias: of
+// the first key, or null.
+template <typename T, typename Key>
+std::vector<float> Probabilities(const T* q, int64_t num_keys, int head_dim, float scale,
+                                 const float* bias, const Key& key) {
   std::vector<float> p(num_keys);
   float max = -INFINITY;
   for (int64_t t = 0; t < num_keys; ++t) {
     const T* k = key(t);
     float dot = 0;
     for (int d = 0; d < head_dim; ++d) dot += ToFloat(q[d]) * ToFloat(k[d]);
-    p[t] = dot * scale;
+    p[t] = dot * scale + (bias ? bias[t] : 0);
     max = std::max(max, p[t]);
   }
   float sum = 0;
   for (float& x : p) sum += x = std::exp(x - max);
+  for (float& x : p) x /= sum;
+  return p;
+}
+
+// o = probabilities V for one query. value(t, d) is element d of value t.
+template <typename T, typename Key, typename Value>
+void AttendOne(const T* q, int64_t num_keys, int head_dim, float scale, const float* bias,
+               const Key& key, const Value& value, T* out) {
+  const std::vector<float> p = Probabilities(q, num_keys, head_dim, scale, bias, key);
   for (int d = 0; d < head_dim; ++d) {
     float o = 0;
     for (int64_t t = 0; t < num_keys; ++t) o += p[t] * ToFloat(value(t, d));
-    Store(o / sum, &out[d]);
+    Store(o, &out[d]);
   }
 }
 
 template <typename T>
 void EncoderRows(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
-                 int64_t batch, int heads, int head_dim, float scale, TensorView out) {
+                 int64_t batch, int heads, int head_dim, float scale, TensorView out,
+                 ConstTensorView key_bias) {
   const int64_t queries = q.dim(0) / batch, keys = k.dim(0) / batch;
   ParallelFor(ctx, batch * heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
@@ -50,9 +60,31 @@ void EncoderRows(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTe
       for (int64_t i = sequence * queries; i < (sequence + 1) * queries; ++i) {
         AttendOne(
             q.data<T>() + i * q.stride0() + column, keys, head_dim, scale,
+            key_bias.empty() ? nullptr : key_bias.data<float>() + sequence * keys,
             [&](int64_t t) { return first_key + t * k.stride0(); },
             [&](int64_t t, int d) { return first_value[t * v.stride0() + d]; },
             out.data<T>() + i * out.stride0() + column);
+      }
+    }
+  });
+}
+
+template <typename T>
+void ReceivedRows(ExecContext& ctx, ConstTensorView q, ConstTensorView k, int64_t batch, int heads,
+                  int head_dim, float scale, ConstTensorView key_bias, TensorView received) {
+  const int64_t queries = q.dim(0) / batch, keys = k.dim(0) / batch;
+  ParallelFor(ctx, batch * heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t sequence = item / heads, column = item % heads * head_dim;
+      const T* first_key = k.data<T>() + sequence * keys * k.stride0() + column;
+      float* sums = received.data<float>() + item * keys;
+      std::fill_n(sums, keys, 0.0f);
+      for (int64_t i = sequence * queries; i < (sequence + 1) * queries; ++i) {
+        const std::vector<float> p =
+            Probabilities(q.data<T>() + i * q.stride0() + column, keys, head_dim, scale,
+                          key_bias.empty() ? nullptr : key_bias.data<float>() + sequence * keys,
+                          [&](int64_t t) { return first_key + t * k.stride0(); });
+        for (int64_t t = 0; t < keys; ++t) sums[t] += p[t] / static_cast<float>(queries);
       }
     }
   });
@@ -70,7 +102,7 @@ void CausalRows(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, f
         return static_cast<const T*>(kv.blocks[t / kKvBlockTokens]);
       };
       AttendOne(
-          q.data<T>() + i * q.stride0() + head * head_dim, begin + i + 1, head_dim, scale,
+          q.data<T>() + i * q.stride0() + head * head_dim, begin + i + 1, head_dim, scale, nullptr,
           [&](int64_t t) { return block(t) + kv_head * area + t % kKvBlockTokens * head_dim; },
           [&](int64_t t, int d) {
             return block(
@@ -85,11 +117,21 @@ void CausalRows(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, f
 
 void EncoderAttentionReference(ExecContext& ctx, ConstTensorView q, ConstTensorView k,
                                ConstTensorView v, int64_t batch, int heads, int head_dim,
-                               float scale, TensorView out) {
+                               float scale, TensorView out, ConstTensorView key_bias) {
   if (q.dtype() == DType::kF32) {
-    EncoderRows<float>(ctx, q, k, v, batch, heads, head_dim, scale, out);
+    EncoderRows<float>(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
   } else {
-    EncoderRows<BFloat16>(ctx, q, k, v, batch, heads, head_dim, scale, out);
+    EncoderRows<BFloat16>(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
+  }
+}
+
+void AttentionReceivedReference(ExecContext& ctx, ConstTensorView q, ConstTensorView k,
+                                int64_t batch, int heads, int head_dim, float scale,
+                                ConstTensorView key_bias, TensorView received) {
+  if (q.dtype() == DType::kF32) {
+    ReceivedRows<float>(ctx, q, k, batch, heads, head_dim, scale, key_bias, received);
+  } else {
+    ReceivedRows<BFloat16>(ctx, q, k, batch, heads, head_dim, scale, key_bias, received);
   }
 }
 

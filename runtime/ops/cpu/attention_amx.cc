@@ -70,7 +70,8 @@ struct RowMap {
   BFloat16* out;
   int64_t out_stride;
   int heads;
-  int64_t count;  // rows in all
+  int64_t count;                    // rows in all
+  const float* key_bias = nullptr;  // of the first key, or null
 };
 
 // Walks over rows without a division for each.
@@ -98,6 +99,7 @@ struct QueryTile {
   float* max;        // [width] m above
   float* sum;        // [width] of probabilities
   int32_t* visible;  // [width] keys [0, visible) count
+  const float* key_bias;
   int64_t first_row;
   int vectors;
   int rows;
@@ -436,6 +438,17 @@ SLUICE_AMX_INLINE void Softmax(QueryTile& tile, const float* s, int64_t first_ke
   for (int v = 0; v < kVectors; ++v) _mm512_store_ps(tile.sum + 16 * v, sum[v]);
 }
 
+// Scores are scaled later.
+template <int kVectors>
+SLUICE_AMX_INLINE void AddBias(const float* bias, int64_t keys, float factor, float* s) {
+  for (int64_t t = 0; t < keys; ++t, s += 16 * kVectors) {
+    const __m512 more = _mm512_set1_ps(bias[t] * factor);
+    for (int v = 0; v < kVectors; ++v) {
+      _mm512_store_ps(s + 16 * v, _mm512_add_ps(_mm512_load_ps(s + 16 * v), more));
+    }
+  }
+}
+
 // Takes one tile over keys [begin, end), which start with blocks[0].
 template <int kVectors>
 SLUICE_AMX_TARGET void AttendRows(QueryTile& tile, const BlockRef* blocks, int64_t k_stride,
@@ -448,6 +461,7 @@ SLUICE_AMX_TARGET void AttendRows(QueryTile& tile, const BlockRef* blocks, int64
       Scores<kVectors>(tile, chunk[t / kKvBlockTokens].k, k_stride, shape.depth,
                        std::min<int64_t>(kKvBlockTokens, keys - t), s + t * 16 * kVectors);
     }
+    if (tile.key_bias) AddBias<kVectors>(tile.key_bias + first, keys, 1 / scale, s);
     BlockRef next = {nullptr, nullptr};
     if (first + keys < end) next = chunk[1];
     if (first + keys <= tile.min_visible && keys % 2 == 0) {
@@ -515,6 +529,7 @@ void AttendGroups(const RowMap& map, const HeadShape& shape, int64_t first, int6
       QueryTile& tile = scratch.tiles[i];
       tile.Place(scratch.tile_floats + i * QueryTile::Floats(shape), shape);
       tile.SetRows(first + i, map.count);
+      tile.key_bias = map.key_bias;
       tile.started = false;
       RowCursor at(map, tile.first_row);
       for (int r = 0; r < 16 * tile.vectors; ++r) {
@@ -574,7 +589,8 @@ SLUICE_AMX_TARGET void Combine(const float* partial, int64_t stride, int64_t ran
 }  // namespace
 
 void EncoderAttentionAmx(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
-                         int64_t batch, int heads, int head_dim, float scale, TensorView out) {
+                         int64_t batch, int heads, int head_dim, float scale, TensorView out,
+                         ConstTensorView key_bias) {
   const HeadShape shape(head_dim);
   const int64_t queries = q.dim(0) / batch, keys = k.dim(0) / batch;
   const int64_t num_blocks = (keys + kKvBlockTokens - 1) / kKvBlockTokens;
@@ -606,7 +622,8 @@ void EncoderAttentionAmx(ExecContext& ctx, ConstTensorView q, ConstTensorView k,
                           out.data<BFloat16>() + frame * queries * out.stride0() + column,
                           out.stride0(),
                           1,
-                          queries};
+                          queries,
+                          key_bias.empty() ? nullptr : key_bias.data<float>() + frame * keys};
       AttendGroups(
           map, shape, unit - item * tiles, last - item * tiles, 0, keys, shape.depth, scale,
           scratch, [&](int64_t) { return keys; },
@@ -706,7 +723,7 @@ namespace sluice::cpu {
 
 // Never chosen: AmxAllowed() is false here.
 void EncoderAttentionAmx(ExecContext&, ConstTensorView, ConstTensorView, ConstTensorView, int64_t,
-                         int, int, float, TensorView) {
+                         int, int, float, TensorView, ConstTensorView) {
   throw Error("[encoder_attention] the AMX kernel needs x86-64");
 }
 void CausalAttentionAmx(ExecContext&, ConstTensorView, int64_t, int, float, const KvLayerView&,

@@ -67,6 +67,7 @@ struct RowMap {
   int64_t out_stride;
   int heads;
   int64_t count;
+  const float* key_bias = nullptr;  // of the first key, or null
 };
 
 // Up to kTileRows queries on their way through the keys. The rows of the arrays are
@@ -77,6 +78,7 @@ struct QueryTile {
   float* max;      // [width] scores * scale * log2(e)
   float* sum;      // [width] of probabilities
   float* visible;  // [width] keys [0, visible) count; exact, positions are below 2^24
+  const float* key_bias;
   int64_t first_row;
   int rows, vectors;
   bool started;
@@ -223,6 +225,18 @@ void Softmax(QueryTile& tile, float* s, int64_t first_key, int64_t keys, int64_t
   for (int v = 0; v < kVectors; ++v) hn::Store(sum[v], d, tile.sum + v * kLanes);
 }
 
+// Scores are scaled later.
+template <int kVectors>
+void AddBias(const float* bias, int64_t keys, float factor, float* s) {
+  const DF d;
+  for (int64_t t = 0; t < keys; ++t, s += kVectors * kLanes) {
+    const VF more = hn::Set(d, bias[t] * factor);
+    for (int v = 0; v < kVectors; ++v) {
+      hn::Store(hn::Add(hn::Load(d, s + v * kLanes), more), d, s + v * kLanes);
+    }
+  }
+}
+
 // Takes one tile over keys [begin, end), which start with blocks[0].
 template <int kVectors>
 void AttendRows(QueryTile& tile, const Block* blocks, Values values, int64_t begin, int64_t end,
@@ -239,6 +253,7 @@ void AttendRows(QueryTile& tile, const Block* blocks, Values values, int64_t beg
       Multiply<kVectors>(block.k, std::min<int64_t>(kKvBlockTokens, keys - t), head_dim, 1, tile.q,
                          head_dim, false, s + t * kWidth, prefetch ? block.v : nullptr);
     }
+    if (tile.key_bias) AddBias<kVectors>(tile.key_bias + first, keys, 1 / scale, s);
     Softmax<kVectors>(tile, s, first, keys, head_dim, scale);
     for (int64_t t = 0; t < keys; t += kKvBlockTokens) {
       const Block* block = chunk + t / kKvBlockTokens;
@@ -369,6 +384,7 @@ void AttendGroups(const RowMap<T>& map, int64_t head_dim, int64_t first, int64_t
       QueryTile& tile = scratch.tiles[i];
       tile.Place(scratch.tile_floats + i * QueryTile::Floats(head_dim), head_dim);
       tile.SetRows(first + i, map.count);
+      tile.key_bias = map.key_bias;
       tile.started = false;
       for (int r = 0; r < tile.width(); ++r) {
         tile.visible[r] = static_cast<float>(visible(tile.first_row + std::min(r, tile.rows - 1)));
@@ -425,7 +441,8 @@ void Combine(const float* partial, int64_t stride, int64_t ranges, int64_t head_
 
 template <typename T>
 void Encoder(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
-             int64_t batch, int heads, int head_dim, float scale, TensorView out) {
+             int64_t batch, int heads, int head_dim, float scale, TensorView out,
+             ConstTensorView key_bias) {
   const int64_t queries = q.dim(0) / batch, keys = k.dim(0) / batch;
   const int64_t num_blocks = CeilDiv(keys, kKvBlockTokens), tiles = CeilDiv(queries, kTileRows);
   const int64_t group = Scratch::Group(head_dim, tiles);
@@ -458,7 +475,8 @@ void Encoder(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensor
                              out.data<T>() + frame * queries * out.stride0() + column,
                              out.stride0(),
                              1,
-                             queries};
+                             queries,
+                             key_bias.empty() ? nullptr : key_bias.data<float>() + first_key};
       AttendGroups(
           map, head_dim, unit - item * tiles, last - item * tiles, 0, keys, Values{head_dim, 1},
           scale, scratch, [&](int64_t) { return keys; },
@@ -551,11 +569,97 @@ void Causal(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float
 }
 
 void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
-                      int64_t batch, int heads, int head_dim, float scale, TensorView out) {
+                      int64_t batch, int heads, int head_dim, float scale, TensorView out,
+                      ConstTensorView key_bias) {
   if (q.dtype() == DType::kF32) {
-    Encoder<float>(ctx, q, k, v, batch, heads, head_dim, scale, out);
+    Encoder<float>(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
   } else {
-    Encoder<BFloat16>(ctx, q, k, v, batch, heads, head_dim, scale, out);
+    Encoder<BFloat16>(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
+  }
+}
+
+// Queries across the lanes, as above: S^T for kTileRows of them and all keys, softmax down its
+// rows, and one sum over lanes a key.
+template <typename T>
+void Received(ExecContext& ctx, ConstTensorView q, ConstTensorView k, int64_t batch, int heads,
+              int64_t head_dim, float scale, ConstTensorView key_bias, TensorView received) {
+  const DF d;
+  const int64_t queries = q.dim(0) / batch, keys = k.dim(0) / batch;
+  const int64_t tiles = CeilDiv(queries, kTileRows), threads = ctx.num_threads();
+  const int64_t units = batch * heads, key_floats = RoundUp(keys * head_dim + 4 * kLanes, 16);
+  const int64_t rows_floats = kTileRows * RoundUp(head_dim + 4, 16);
+  Workspace::Scope scope(ctx.workspace());
+  const TensorView memory = ctx.workspace().Allocate(
+      DType::kF32, {threads, key_floats + rows_floats + keys * kTileRows +
+                                 RoundUp(QueryTile::Floats(head_dim), 16)});
+  ParallelFor(ctx, threads, 1, [&](int64_t thread, int64_t last_thread) {
+    float* packed = memory.data<float>() + thread * memory.stride0();
+    float* rows = packed + key_floats;
+    float* s = rows + rows_floats;
+    QueryTile tile;
+    tile.Place(s + keys * kTileRows, head_dim);
+    const int64_t end = units * last_thread / threads;
+    for (int64_t unit = units * thread / threads; unit < end; ++unit) {
+      const int64_t frame = unit / heads, column = unit % heads * head_dim;
+      const T* first_key = k.data<T>() + frame * keys * k.stride0() + column;
+      for (int64_t t = 0; t < keys; ++t) {
+        WidenRow(first_key + t * k.stride0(), head_dim, packed + t * head_dim);
+      }
+      const RowMap<T> map = {q.data<T>() + frame * queries * q.stride0() + column,
+                             q.stride0(),
+                             nullptr,
+                             0,
+                             1,
+                             queries};
+      float* sums = received.data<float>() + unit * keys;
+      std::fill_n(sums, keys, 0.0f);
+      for (int64_t i = 0; i < tiles; ++i) {
+        tile.SetRows(i, queries);
+        LoadQueries(map, head_dim, rows, tile);
+        const int width = tile.width();
+        if (tile.vectors == 2) {
+          Multiply<2>(packed, keys, head_dim, 1, tile.q, head_dim, false, s, nullptr);
+        } else {
+          Multiply<1>(packed, keys, head_dim, 1, tile.q, head_dim, false, s, nullptr);
+        }
+        for (int first = 0; first < width; first += kLanes) {
+          const VF factor = hn::Set(d, scale * kLog2e);
+          VF max = hn::Set(d, kNothing), sum = hn::Zero(d);
+          for (int64_t t = 0; t < keys; ++t) {
+            float* at = s + t * width + first;
+            const float bias = key_bias.empty() ? 0 : key_bias.data<float>()[frame * keys + t];
+            const VF x = hn::MulAdd(hn::Load(d, at), factor, hn::Set(d, bias * kLog2e));
+            hn::Store(x, d, at);
+            max = hn::Max(max, x);
+          }
+          for (int64_t t = 0; t < keys; ++t) {
+            float* at = s + t * width + first;
+            const VF p = Exp2(hn::Sub(hn::Load(d, at), max));
+            hn::Store(p, d, at);
+            sum = hn::Add(sum, p);
+          }
+          // Lanes without a query count nothing.
+          const VF lane = hn::Add(hn::Iota(d, 0), hn::Set(d, static_cast<float>(first)));
+          const VF share =
+              hn::IfThenElseZero(hn::Lt(lane, hn::Set(d, static_cast<float>(tile.rows))),
+                                 hn::Div(hn::Set(d, 1.0f / static_cast<float>(queries)), sum));
+          for (int64_t t = 0; t < keys; ++t) {
+            const VF p = hn::Mul(hn::Load(d, s + t * width + first), share);
+            sums[t] += hn::GetLane(hn::SumOfLanes(d, p));
+          }
+        }
+      }
+    }
+  });
+}
+
+void AttentionReceived(ExecContext& ctx, ConstTensorView q, ConstTensorView k, int64_t batch,
+                       int heads, int head_dim, float scale, ConstTensorView key_bias,
+                       TensorView received) {
+  if (q.dtype() == DType::kF32) {
+    Received<float>(ctx, q, k, batch, heads, head_dim, scale, key_bias, received);
+  } else {
+    Received<BFloat16>(ctx, q, k, batch, heads, head_dim, scale, key_bias, received);
   }
 }
 
@@ -576,11 +680,21 @@ HWY_AFTER_NAMESPACE();
 namespace sluice::cpu {
 
 HWY_EXPORT(EncoderAttention);
+HWY_EXPORT(AttentionReceived);
 HWY_EXPORT(CausalAttention);
 
 void EncoderAttentionSimd(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
-                          int64_t batch, int heads, int head_dim, float scale, TensorView out) {
-  HWY_DYNAMIC_DISPATCH(EncoderAttention)(ctx, q, k, v, batch, heads, head_dim, scale, out);
+                          int64_t batch, int heads, int head_dim, float scale, TensorView out,
+                          ConstTensorView key_bias) {
+  HWY_DYNAMIC_DISPATCH(EncoderAttention)
+  (ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
+}
+
+void AttentionReceivedSimd(ExecContext& ctx, ConstTensorView q, ConstTensorView k, int64_t batch,
+                           int heads, int head_dim, float scale, ConstTensorView key_bias,
+                           TensorView received) {
+  HWY_DYNAMIC_DISPATCH(AttentionReceived)
+  (ctx, q, k, batch, heads, head_dim, scale, key_bias, received);
 }
 
 void CausalAttentionSimd(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,

@@ -2,13 +2,20 @@
 #include "runtime/ops/cpu/norm.h"
 
 #include <cmath>
+#include <vector>
 
 namespace sluice {
 
 void NormReference(const NormArgs& args) {
   const int64_t width = args.x.dim(1);
   for (int64_t m = 0; m < args.x.dim(0); ++m) {
-    const float* x = args.x.data<float>() + m * args.x.stride0();
+    const float* from = args.x.data<float>() + m * args.x.stride0();
+    std::vector<float> x(from, from + width);
+    if (!args.more.empty()) {
+      for (int64_t i = 0; i < width; ++i) {
+        x[i] += args.more.data<float>()[m * args.more.stride0() + i];
+      }
+    }
     double mean = 0;
     if (args.centre) {
       for (int64_t i = 0; i < width; ++i) mean += x[i];

@@ -9,7 +9,8 @@ namespace sluice {
 
 // One call after its checks.
 struct NormArgs {
-  ConstTensorView x;  // [M, D] f32, rows may be strided
+  ConstTensorView x;          // [M, D] f32, rows may be strided
+  ConstTensorView more = {};  // likewise, added to x; or empty
   const float* weight = nullptr;
   const float* bias = nullptr;  // LayerNorm only
   float eps = 0;

@@ -9,8 +9,10 @@
 #define HWY_TARGET_INCLUDE "runtime/ops/cpu/norm_simd.cc"
 #include <hwy/foreach_target.h>
 // After foreach_target.h.
+#include <hwy/aligned_allocator.h>
 #include <hwy/highway.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "runtime/simd-inl.h"
@@ -133,8 +135,40 @@ HWY_INLINE void NormWholeRows(const float* HWY_RESTRICT x, int64_t x_stride, con
   }
 }
 
+// The sums stay in the first-level cache until their rows are normalised.
+template <typename T>
+void NormSumsTo(const NormArgs& args, int64_t begin, int64_t end) {
+  constexpr int kRows = 4;
+  const DF d;
+  const int64_t width = args.x.dim(1), lanes = hn::Lanes(d), y_stride = args.y.stride0();
+  const auto sums = hwy::AllocateAligned<float>(kRows * width);
+  for (int64_t m = begin; m < end; m += kRows) {
+    const int64_t rows = std::min<int64_t>(kRows, end - m);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* x = args.x.data<float>() + (m + r) * args.x.stride0();
+      const float* more = args.more.data<float>() + (m + r) * args.more.stride0();
+      float* sum = sums.get() + r * width;
+      int64_t i = 0;
+      for (; i + lanes <= width; i += lanes) {
+        StoreFloats(hn::Add(LoadFloats(x + i), LoadFloats(more + i)), sum + i);
+      }
+      for (; i < width; ++i) sum[i] = x[i] + more[i];
+    }
+    T* y = args.y.data<T>() + m * y_stride;
+    if (rows == kRows && width % lanes == 0) {
+      NormWholeRows<kRows>(sums.get(), width, args, width, y, y_stride);
+      continue;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      NormRow(sums.get() + r * width, args.weight, args.bias, args.eps, args.centre, width,
+              y + r * y_stride);
+    }
+  }
+}
+
 template <typename T>
 void NormRowsTo(const NormArgs& args, int64_t begin, int64_t end) {
+  if (!args.more.empty()) return NormSumsTo<T>(args, begin, end);
   const int64_t width = args.x.dim(1), x_stride = args.x.stride0(), y_stride = args.y.stride0();
   const float* x = args.x.data<float>() + begin * x_stride;
   T* y = args.y.data<T>() + begin * y_stride;

@@ -26,9 +26,9 @@ void SubtractReference(ConstTensorView a, ConstTensorView b, TensorView y, int64
   }
 }
 
-void AddReference(ConstTensorView x, TensorView y, int64_t begin, int64_t end) {
+void AddReference(ConstTensorView a, ConstTensorView b, TensorView y, int64_t begin, int64_t end) {
   for (int64_t m = begin; m < end; ++m) {
-    for (int64_t d = 0; d < y.dim(1); ++d) Set(y, m, d, Get(y, m, d) + Get(x, m, d));
+    for (int64_t d = 0; d < y.dim(1); ++d) Set(y, m, d, Get(a, m, d) + Get(b, m, d));
   }
 }
 

@@ -11,10 +11,10 @@ namespace sluice::cpu {
 
 void SubtractReference(ConstTensorView a, ConstTensorView b, TensorView y, int64_t begin,
                        int64_t end);
-void AddReference(ConstTensorView x, TensorView y, int64_t begin, int64_t end);
+void AddReference(ConstTensorView a, ConstTensorView b, TensorView y, int64_t begin, int64_t end);
 
 void SubtractSimd(ConstTensorView a, ConstTensorView b, TensorView y, int64_t begin, int64_t end);
-void AddSimd(ConstTensorView x, TensorView y, int64_t begin, int64_t end);
+void AddSimd(ConstTensorView a, ConstTensorView b, TensorView y, int64_t begin, int64_t end);
 
 }  // namespace sluice::cpu
 

@@ -31,18 +31,19 @@ void SubtractRows(ConstTensorView a, ConstTensorView b, TensorView y, int64_t be
 }
 
 template <typename T>
-void AddRows(ConstTensorView x, TensorView y, int64_t begin, int64_t end) {
+void AddRows(ConstTensorView a, ConstTensorView b, TensorView y, int64_t begin, int64_t end) {
   const int64_t lanes = hn::Lanes(DF()), width = y.dim(1);
   for (int64_t m = begin; m < end; ++m) {
-    const T* from = x.data<T>() + m * x.stride0();
+    const float* from = a.data<float>() + m * a.stride0();
+    const T* more = b.data<T>() + m * b.stride0();
     float* to = y.data<float>() + m * y.stride0();
     int64_t i = 0;
     for (; i + lanes <= width; i += lanes) {
-      StoreFloats(hn::Add(LoadFloats(from + i), LoadFloats(to + i)), to + i);
+      StoreFloats(hn::Add(LoadFloats(from + i), LoadFloats(more + i)), to + i);
     }
     if (i == width) continue;
     const int64_t left = width - i;
-    StoreFloatsN(hn::Add(LoadFloatsN(from + i, left), LoadFloatsN(to + i, left)), to + i, left);
+    StoreFloatsN(hn::Add(LoadFloatsN(from + i, left), LoadFloatsN(more + i, left)), to + i, left);
   }
 }
 
@@ -51,9 +52,9 @@ void SubtractAny(ConstTensorView a, ConstTensorView b, TensorView y, int64_t beg
   SubtractRows<BFloat16>(a, b, y, begin, end);
 }
 
-void AddAny(ConstTensorView x, TensorView y, int64_t begin, int64_t end) {
-  if (x.dtype() == DType::kF32) return AddRows<float>(x, y, begin, end);
-  AddRows<BFloat16>(x, y, begin, end);
+void AddAny(ConstTensorView a, ConstTensorView b, TensorView y, int64_t begin, int64_t end) {
+  if (b.dtype() == DType::kF32) return AddRows<float>(a, b, y, begin, end);
+  AddRows<BFloat16>(a, b, y, begin, end);
 }
 
 }  // namespace HWY_NAMESPACE
@@ -71,8 +72,8 @@ void SubtractSimd(ConstTensorView a, ConstTensorView b, TensorView y, int64_t be
   HWY_DYNAMIC_DISPATCH(SubtractAny)(a, b, y, begin, end);
 }
 
-void AddSimd(ConstTensorView x, TensorView y, int64_t begin, int64_t end) {
-  HWY_DYNAMIC_DISPATCH(AddAny)(x, y, begin, end);
+void AddSimd(ConstTensorView a, ConstTensorView b, TensorView y, int64_t begin, int64_t end) {
+  HWY_DYNAMIC_DISPATCH(AddAny)(a, b, y, begin, end);
 }
 
 }  // namespace cpu

@@ -34,4 +34,19 @@ void RowCosinesReference(ConstTensorView a, ConstTensorView b, TensorView cosine
   }
 }
 
+void NearestRowsReference(ConstTensorView a, ConstTensorView b, std::span<int32_t> nearest,
+                          std::span<float> cosines) {
+  for (int64_t i = 0; i < a.dim(0); ++i) {
+    const float* x = a.data<float>() + i * a.stride0();
+    for (int64_t j = 0; j < b.dim(0); ++j) {
+      const float* y = b.data<float>() + j * b.stride0();
+      float dot = 0;
+      for (int64_t d = 0; d < a.dim(1); ++d) dot += x[d] * y[d];
+      if (j > 0 && dot <= cosines[i]) continue;
+      cosines[i] = dot;
+      nearest[i] = static_cast<int32_t>(j);
+    }
+  }
+}
+
 }  // namespace sluice::cpu

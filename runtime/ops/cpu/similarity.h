@@ -3,6 +3,9 @@
 #ifndef SLUICE_RUNTIME_OPS_CPU_SIMILARITY_H_
 #define SLUICE_RUNTIME_OPS_CPU_SIMILARITY_H_
 
+#include <cstdint>
+#include <span>
+
 #include "runtime/exec_context.h"
 #include "runtime/tensor.h"
 
@@ -10,6 +13,11 @@ namespace sluice::cpu {
 
 void RowCosinesReference(ConstTensorView a, ConstTensorView b, TensorView cosines);
 void RowCosinesSimd(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView cosines);
+
+void NearestRowsReference(ConstTensorView a, ConstTensorView b, std::span<int32_t> nearest,
+                          std::span<float> cosines);
+void NearestRowsSimd(ConstTensorView a, ConstTensorView b, std::span<int32_t> nearest,
+                     std::span<float> cosines);
 
 }  // namespace sluice::cpu
 

@@ -6,6 +6,7 @@
 #define HWY_TARGET_INCLUDE "runtime/ops/cpu/similarity_simd.cc"
 #include <hwy/foreach_target.h>
 // After foreach_target.h.
+#include <hwy/aligned_allocator.h>
 #include <hwy/highway.h>
 
 #include <algorithm>
@@ -47,6 +48,42 @@ void Cosines(ConstTensorView a, ConstTensorView b, int64_t begin, int64_t end, f
   }
 }
 
+// Rows of b across the lanes, so that no product ends with a sum over lanes.
+void Nearest(ConstTensorView a, ConstTensorView b, std::span<int32_t> nearest,
+             std::span<float> cosines) {
+  constexpr int kRows = 4;  // of a at once, to cover the latency of an addition
+  const DF d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  const int64_t width = a.dim(1), count = b.dim(0), padded = (count + lanes - 1) / lanes * lanes;
+  const auto transposed = hwy::AllocateAligned<float>(width * padded);
+  const auto dots = hwy::AllocateAligned<float>(kRows * padded);
+  for (int64_t j = 0; j < padded; ++j) {
+    const float* y = b.data<float>() + std::min(j, count - 1) * b.stride0();
+    for (int64_t i = 0; i < width; ++i) transposed[i * padded + j] = y[i];
+  }
+  for (int64_t m = 0; m < a.dim(0); m += kRows) {
+    const float* x[kRows];
+    for (int64_t r = 0; r < kRows; ++r) {
+      x[r] = a.data<float>() + std::min(m + r, a.dim(0) - 1) * a.stride0();
+    }
+    for (int64_t j = 0; j < padded; j += lanes) {
+      VF sum[kRows];
+      for (int r = 0; r < kRows; ++r) sum[r] = hn::Zero(d);
+      for (int64_t i = 0; i < width; ++i) {
+        const VF y = hn::Load(d, &transposed[i * padded + j]);
+        for (int r = 0; r < kRows; ++r) sum[r] = hn::MulAdd(hn::Set(d, x[r][i]), y, sum[r]);
+      }
+      for (int r = 0; r < kRows; ++r) hn::Store(sum[r], d, &dots[r * padded + j]);
+    }
+    for (int64_t r = 0; r < std::min<int64_t>(kRows, a.dim(0) - m); ++r) {
+      const float* row = &dots[r * padded];
+      const float* best = std::max_element(row, row + count);
+      nearest[m + r] = static_cast<int32_t>(best - row);
+      cosines[m + r] = *best;
+    }
+  }
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace sluice
 HWY_AFTER_NAMESPACE();
@@ -54,6 +91,7 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace sluice {
 HWY_EXPORT(Cosines);
+HWY_EXPORT(Nearest);
 
 namespace cpu {
 
@@ -62,6 +100,11 @@ void RowCosinesSimd(ExecContext& ctx, ConstTensorView a, ConstTensorView b, Tens
   ParallelFor(ctx, a.dim(0), 1 + 16384 / a.dim(1), [&](int64_t begin, int64_t end) {
     HWY_DYNAMIC_DISPATCH(Cosines)(a, b, begin, end, cosines.data<float>());
   });
+}
+
+void NearestRowsSimd(ConstTensorView a, ConstTensorView b, std::span<int32_t> nearest,
+                     std::span<float> cosines) {
+  HWY_DYNAMIC_DISPATCH(Nearest)(a, b, nearest, cosines);
 }
 
 }  // namespace cpu
