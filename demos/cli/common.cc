@@ -27,7 +27,6 @@ void AddClipOptions(CLI::App& command, const ClipOptions& flags) {
   command.add_option("--clips", flags.clips, "How many")
       ->capture_default_str()
       ->check(CLI::Range(1, 1000000));
-  command.add_option("--seed", flags.seed, "Same seed, same clips")->capture_default_str();
   command
       .add_option("--frames", flags.frames,
                   "Length in half seconds (default: 8, 12, 16, 24, 32 in turn)")
@@ -86,6 +85,12 @@ std::string Number(double value, int decimals) {
   if (value == 0 || !std::isfinite(value)) return "-";
   char text[64];
   std::snprintf(text, sizeof text, "%.*f", decimals, value);
+  return text;
+}
+
+std::string Percent(double share) {
+  char text[64];
+  std::snprintf(text, sizeof text, "%.1f", 100 * share);
   return text;
 }
 

@@ -3,11 +3,11 @@
 #include <algorithm>
 
 #include "compression/registry.h"
+#include "runtime/error.h"
 
 namespace sluice::cli {
 
 void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
-  constexpr char kGroup[] = "Methods";
   command
       .add_option(
           "--preset", flags.preset,
@@ -15,14 +15,14 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
           "what stays; fast: fewer frames computed whole, a third of the tokens by merging")
       ->capture_default_str()
       ->check(CLI::IsMember({"exact", "stc", "fast"}))
-      ->group(kGroup);
+      ->group(kMethodGroup);
   auto* reuse =
       command
           .add_flag("--cacher", flags.cacher, "Reuse patch features of earlier frames (STC-Cacher)")
-          ->group(kGroup);
+          ->group(kMethodGroup);
   StcCacherOptions& cacher = flags.cacher_options;
   const auto cacher_option = [&](const char* name, auto& value, const char* help) {
-    command.add_option(name, value, help)->capture_default_str()->needs(reuse)->group(kGroup);
+    command.add_option(name, value, help)->capture_default_str()->needs(reuse)->group(kMethodGroup);
   };
   cacher_option("--cacher-interval", cacher.interval, "One frame of so many is computed whole");
   cacher_option("--cacher-ratio", cacher.ratio, "Share of patches of the others computed afresh");
@@ -33,7 +33,7 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
       .add_flag("--cacher-shared", cacher.shared_selection,
                 "The first layer chooses the patches for all layers")
       ->needs(reuse)
-      ->group(kGroup);
+      ->group(kMethodGroup);
   std::string known;
   for (const CompressorEntry& entry : TokenCompressors()) {
     known += (known.empty() ? "" : "; ") + std::string(entry.name) + ": " +
@@ -43,7 +43,7 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
   command
       .add_option("--compress", flags.compressors,
                   "Select visual tokens with NAME or NAME=NUMBER, in the order given; " + known)
-      ->group(kGroup);
+      ->group(kMethodGroup);
 
   auto* drop =
       command
@@ -52,9 +52,9 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
                       "only what it ranks high), replay (the paper's way, on the last frames), "
                       "query-free or probe (on arrival); MODE=LAMBDA keeps that share at each "
                       "boundary (default: off, lambda 0.5)")
-          ->group(kGroup);
+          ->group(kMethodGroup);
   const auto add = [&](const char* name, auto& value, const char* help) {
-    return command.add_option(name, value, help)->needs(drop)->group(kGroup);
+    return command.add_option(name, value, help)->needs(drop)->group(kMethodGroup);
   };
   add("--pyramid-stages", flags.pyramid_stages, "Groups of decoder layers (default: 4)");
   add("--pyramid-boundaries", flags.pyramid_boundaries,
@@ -71,6 +71,19 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
   add("--pyramid-replay-frames", flags.pyramid_replay_frames,
       "Frames that mode replay remembers (default: 64)");
   add("--pyramid-instruction", flags.pyramid_instruction, "What mode probe looks for");
+}
+
+MethodFlags ParseMethodFlags(const std::string& arguments) {
+  CLI::App app;
+  app.set_help_flag();
+  MethodFlags flags;
+  AddMethodFlags(app, flags);
+  try {
+    app.parse(arguments);
+  } catch (const CLI::ParseError& error) {
+    throw InputError("[methods] '" + arguments + "': " + error.what());
+  }
+  return flags;
 }
 
 void ApplyMethods(const MethodFlags& flags, SessionOptions& options) {

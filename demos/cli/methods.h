@@ -25,7 +25,10 @@ struct MethodFlags {
   std::string pyramid_quota, pyramid_positions, pyramid_instruction;
   std::optional<double> pyramid_frame_share;
 };
+inline constexpr char kMethodGroup[] = "Methods";  // the group of these flags in the help
 void AddMethodFlags(CLI::App& command, MethodFlags& flags);
+// The same flags as one text, as "--cacher --compress tome-merge=0.5". Throws InputError.
+MethodFlags ParseMethodFlags(const std::string& arguments);
 
 // Sets what the preset says, then what the flags say. Throws InputError as the methods do.
 void ApplyMethods(const MethodFlags& flags, SessionOptions& options);

@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -32,7 +33,7 @@ class ProgramTest : public ::testing::Test {
  protected:
   ProgramTest()
       : directory_(std::filesystem::path(::testing::TempDir()) /
-                   ("program_test_" +
+                   ("program_test_" + std::to_string(getpid()) + "_" +
                     std::string(::testing::UnitTest::GetInstance()->current_test_info()->name()))) {
     std::filesystem::create_directories(directory_);
   }
@@ -206,6 +207,41 @@ TEST_F(ProgramTest, EvalTellsWhatPyramidDropSpares) {
   EXPECT_TRUE(plain["methods"].empty());
   EXPECT_EQ(plain["visual_tokens"]["kv_bytes_per_clip"],
             plain["visual_tokens"]["dense_kv_bytes_per_clip"]);
+}
+
+TEST_F(ProgramTest, EvalSweepsConfigurationsOverTheSameClips) {
+  const auto file = directory_ / "sweep.json";
+  const std::string sweep =
+      "eval --clips 2 --frames 8 --questions-per-clip 2 --seeds 3,4 --sweep " + file.string() +
+      model_ +
+      "--sweep-config 'half: --compress tome-merge=4' "
+      "--sweep-config 'reuse: --cacher --cacher-ratio 0.1' ";
+  const Outcome outcome = Sluice(sweep);
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  EXPECT_THAT(outcome.out, HasSubstr("reuse"));
+  const json report = json::parse(ReadFile(file));
+  EXPECT_EQ(report["seeds"], json({3, 4}));
+  const json& all = report["configurations"];
+  ASSERT_EQ(all.size(), 3u);
+  EXPECT_EQ(all[0]["name"], "dense");
+  EXPECT_EQ(all[0]["of_dense"]["ms"], 1.0);
+  for (const json& one : all) {
+    EXPECT_EQ(one["frames"], 32);
+    EXPECT_EQ(one["questions"], all[0]["questions"]);
+    EXPECT_EQ(one["accuracy"]["mean_by_seed"].size(), 2u);
+    EXPECT_GT(one["of_dense"]["ms_per_frame"], 0.0);
+  }
+  EXPECT_EQ(all[1]["tokens_per_frame"], 4.0);
+  EXPECT_LT(all[1]["of_dense"]["gflop"], 1.0);
+  EXPECT_LT(all[2]["encode_gflop_per_frame"], all[0]["encode_gflop_per_frame"]);
+  EXPECT_THAT(ReadFile(directory_ / "sweep.svg"), HasSubstr(">half</text>"));
+
+  ExpectRefused("eval --cacher --sweep " + file.string(), "--sweep");
+  ExpectRefused("eval --sweep-config 'a: --cacher'", "--sweep");
+  ExpectRefused("eval --sweep " + (directory_ / "sweep.txt").string() + model_, ".json");
+  ExpectRefused(sweep + "--sweep-config nameless", "'NAME: FLAGS'");
+  ExpectRefused(sweep + "--sweep-config 'x: --colour red'", "configuration 'x'");
+  ExpectRefused(sweep + "--sweep-config 'x: --compress nonsense'", "configuration 'x'");
 }
 
 // The default model, as shipped. 120 questions tell a model that answers from one that guesses: at
