@@ -9,6 +9,7 @@
 #include "demos/cli/commands.h"
 #include "demos/cli/common.h"
 #include "demos/cli/evaluation.h"
+#include "demos/cli/footage.h"
 #include "demos/cli/methods.h"
 #include "demos/cli/sweep.h"
 #include "runtime/error.h"
@@ -21,6 +22,7 @@ struct EvalFlags {
   MethodFlags methods;
   ClipSet clips;
   SweepFlags sweep;
+  FootageFlags footage;
   bool list_failures = false;
   std::string dump;
   bool json = false;
@@ -67,13 +69,17 @@ class Dump {
   Json shape_;
 };
 
-// What a run was told, for its report.
+Json DescribeModel(const Vlm& vlm) {
+  return {{"model", vlm.info().name}, {"dtype", Name(vlm.info().compute_type)}};
+}
+
+// What a run over clips was told, for its report.
 Json Describe(const EvalFlags& flags, const Vlm& vlm) {
-  return {{"model", vlm.info().name},
-          {"dtype", Name(vlm.info().compute_type)},
-          {"source", flags.clips.source},
-          {"seeds", flags.clips.seeds},
-          {"clips", flags.clips.clips}};
+  Json report = DescribeModel(vlm);
+  report["source"] = flags.clips.source;
+  report["seeds"] = flags.clips.seeds;
+  report["clips"] = flags.clips.clips;
+  return report;
 }
 
 void PrintReport(const EvalFlags& flags, const Evaluation& evaluation) {
@@ -95,10 +101,7 @@ void PrintReport(const EvalFlags& flags, const Evaluation& evaluation) {
               StageTable(evaluation.tracer()).c_str());
 }
 
-void EvalOnce(const EvalFlags& flags, const Engine& engine) {
-  SessionOptions options;
-  options.keep_dialogue = false;
-  ApplyMethods(flags.methods, options);
+void EvalOnce(const EvalFlags& flags, const Engine& engine, const SessionOptions& options) {
   Evaluation evaluation(engine, options);
   Dump dump(flags.dump);
   const auto context = engine.NewContext();
@@ -124,15 +127,19 @@ void EvalOnce(const EvalFlags& flags, const Engine& engine) {
 
 void Eval(const EvalFlags& flags) {
   const Engine engine = OpenEngine(flags.model);
-  if (flags.sweep.file.empty()) {
-    EvalOnce(flags, engine);
-    return;
-  }
-  const Json report = Sweep(engine, flags.clips, flags.sweep, Describe(flags, *engine.vlm()));
-  if (flags.json) {
-    PrintJson(report);
+  const auto print = [&](const Json& report, void (*as_tables)(const Json&)) {
+    flags.json ? PrintJson(report) : as_tables(report);
+  };
+  SessionOptions options;
+  options.keep_dialogue = false;
+  ApplyMethods(flags.methods, options);
+  if (!flags.footage.source.empty()) {
+    print(CompareFootage(engine, options, flags.footage, DescribeModel(*engine.vlm())),
+          PrintFootage);
+  } else if (!flags.sweep.file.empty()) {
+    print(Sweep(engine, flags.clips, flags.sweep, Describe(flags, *engine.vlm())), PrintSweep);
   } else {
-    PrintSweep(report);
+    EvalOnce(flags, engine, options);
   }
 }
 
@@ -169,6 +176,15 @@ void AddEval(CLI::App& app) {
   command->add_option("--dump", flags->dump, "Write frames and answers to this directory")
       ->excludes(sweep);
   command->add_flag("--failures", flags->list_failures, "List every wrong answer")->excludes(sweep);
+  auto* footage = command
+                      ->add_option("--footage", flags->footage.source,
+                                   "Instead: compare features that --cacher reuses with those "
+                                   "computed whole, on this source (as of sluice ask)")
+                      ->excludes(sweep);
+  command->add_option("--fps", flags->footage.fps, "Frames of it to look at per second")
+      ->capture_default_str()
+      ->check(CLI::Range(0.001, 1000.0))
+      ->needs(footage);
   command->add_flag("--json", flags->json, "Print one JSON object");
   command->callback([flags] { Eval(*flags); });
 }

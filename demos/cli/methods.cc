@@ -27,8 +27,8 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
   cacher_option("--cacher-interval", cacher.interval, "One frame of so many is computed whole");
   cacher_option("--cacher-ratio", cacher.ratio, "Share of patches of the others computed afresh");
   cacher_option("--cacher-refresh", cacher.refresh_below,
-                "Cosine of keys below which a patch counts as changed; if more than the ratio "
-                "changed, the frame is computed whole; -1: never");
+                "Cosine of keys, less their mean, below which a patch counts as changed; if more "
+                "than the ratio changed, the frame is computed whole; -1: never");
   command
       .add_flag("--cacher-shared", cacher.shared_selection,
                 "The first layer chooses the patches for all layers")

@@ -244,6 +244,24 @@ TEST_F(ProgramTest, EvalSweepsConfigurationsOverTheSameClips) {
   ExpectRefused(sweep + "--sweep-config 'x: --compress nonsense'", "configuration 'x'");
 }
 
+TEST_F(ProgramTest, EvalComparesReusedFeaturesOnAnySource) {
+  const Outcome outcome =
+      Sluice("eval --json --footage test:ball:4 --fps 4 --cacher --cacher-interval 4" + model_);
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  const json report = json::parse(outcome.out);
+  EXPECT_EQ(report["frames"].size(), 16u);
+  EXPECT_EQ(report["methods"]["stc_cacher"]["frames"], 16);
+  EXPECT_EQ(report["other_reused"]["frames"], 12);
+  for (const json& frame : report["frames"]) {
+    EXPECT_GT(frame["cosine"], frame["how"] == "reused" ? 0.5 : 0.999) << frame;
+    EXPECT_EQ(frame["fresh_patches"] == 1.0, frame["how"] != "reused");
+  }
+  EXPECT_THAT(Sluice("eval --footage test:ball:2 --cacher" + model_).out, HasSubstr("least alike"));
+  ExpectRefused("eval --footage test:ball:2" + model_, "expected --cacher");
+  ExpectRefused("eval --fps 3", "--footage");
+  ExpectRefused("eval --footage /no/such/film --cacher" + model_, "/no/such/film");
+}
+
 // The default model, as shipped. 120 questions tell a model that answers from one that guesses: at
 // a true share of 0.99 fewer than 0.92 right is a matter of one in 10^8 runs, and the clips are
 // fixed.
