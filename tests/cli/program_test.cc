@@ -319,6 +319,17 @@ TEST_F(ProgramTest, BenchMeasuresEveryStageAgainstThePeak) {
   EXPECT_GT(report["encode"]["percent_of_peak"], 0.0);
   EXPECT_GT(report["prefill"]["percent_of_peak"], 0.0);
   EXPECT_GT(report["decode"]["percent_of_read_bandwidth"], 0.0);
+  EXPECT_EQ(report["compress"]["ms_per_frame"], 0.0);
+  EXPECT_EQ(report["compress"]["tokens_per_frame"], 9.0);
+  const std::string few = "bench --json --seconds 0 --batch 3 --context-frames 4 --threads 1 ";
+  const json halved = json::parse(Sluice(few + "--compress uniform-frames=2" + model_).out);
+  EXPECT_EQ(halved["compress"]["tokens_per_frame"], 4.5);
+  EXPECT_EQ(halved["prefill"]["tokens"], 18);
+  EXPECT_LT(halved["prefill"]["gflop_per_frame"], report["prefill"]["gflop_per_frame"]);
+  const json reused = json::parse(Sluice(few + "--cacher --cacher-ratio 0.2" + model_).out);
+  EXPECT_EQ(reused["methods"]["stc_cacher"]["refreshes"], 0);
+  EXPECT_LT(reused["encode"]["gflop_per_frame"], report["encode"]["gflop_per_frame"]);
+  ExpectRefused(few + "--compress uniform-frames=9" + model_, "leave none of the tokens");
   for (const char* mode : {"question", "replay", "query-free", "probe --pyramid-instruction x"}) {
     const Outcome dropped = Sluice(
         "bench --json --seconds 0 --batch 3 --context-frames 4"
