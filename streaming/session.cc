@@ -32,6 +32,7 @@ Session::Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> 
                      std::to_string(options.max_context_tokens));
   }
   prefix_ids = vlm->prompt_format().EncodePrefix(vlm->tokenizer(), options.system_prompt);
+  if (options.duplicate_threshold) duplicates.emplace(*options.duplicate_threshold);
   if (options.cacher) {
     if (!vlm->encoder().can_reuse()) {
       throw InputError("[session] the vision tower of " + vlm->info().architecture +

@@ -4,9 +4,11 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "compression/duplicate_frame_filter.h"
 #include "compression/pyramid_drop.h"
 #include "compression/stc_cacher.h"
 #include "compression/token_compressor.h"
@@ -37,10 +39,11 @@ struct Session {
   // Prefix and visual tokens; during a question also newline, dialogue, question. Stays empty where
   // frames are replayed.
   KvCache cache;
+  std::optional<DuplicateFrameFilter> duplicates;             // before the encoder
   std::unique_ptr<StcCacher> reuse;                           // may be null
   std::vector<std::unique_ptr<TokenCompressor>> compressors;  // applied in order
   std::vector<Turn> transcript;
-  int64_t frames_seen = 0;    // ingested, also those of which compressors left nothing
+  int64_t frames_seen = 0;  // ingested, also duplicates and those of which compressors left nothing
   int64_t visual_tokens = 0;  // that compressors left of them
   MediaTime last_time;        // of the newest frame
 

@@ -385,6 +385,11 @@ void Bench(const BenchFlags& flags) {
   const auto context = engine.NewContext();
   SessionOptions options;
   ApplyMethods(flags.methods, options);
+  if (options.duplicate_threshold) {
+    throw InputError(
+        "[bench] frames here are made up and none repeats another; expected no "
+        "--duplicate-threshold, use sluice eval");
+  }
   const auto session = engine.NewSession(options);
 
   Peak peak;

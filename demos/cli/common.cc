@@ -98,8 +98,9 @@ namespace {
 
 // Where a stage stands on a frame's way; stages unknown here come last.
 size_t OrderOf(std::string_view group) {
-  static constexpr std::string_view kWay[] = {
-      "preprocess", "encode", "compress", "prefill", "question", "prefill_question", "decode"};
+  static constexpr std::string_view kWay[] = {"duplicates",       "preprocess", "encode",
+                                              "compress",         "prefill",    "question",
+                                              "prefill_question", "decode"};
   return static_cast<size_t>(std::find(std::begin(kWay), std::end(kWay), group) - std::begin(kWay));
 }
 

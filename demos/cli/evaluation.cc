@@ -168,7 +168,7 @@ void Evaluation::Play(ExecContext& ctx, const PlayedClip& played, int max_questi
   }
 
   for (const auto& [stage, cost] : ctx.tracer().stages()) tracer_.Add(stage, cost);
-  for (const char* stage : {"encode", "compress", "prefill", "prefill_question"}) {
+  for (const char* stage : {"duplicates", "encode", "compress", "prefill", "prefill_question"}) {
     const StageCost cost = CostOf(ctx.tracer(), stage);
     const bool of_question = std::string_view(stage) == "prefill_question";
     const auto items = static_cast<double>(of_question ? cost.calls : session->frames_seen);
@@ -227,7 +227,7 @@ Json Evaluation::Report() const {
       {"mean", MeanAccuracy(scores)}, {"mean_by_seed", by_seed}, {"by_kind", by_kind}};
   report["majority_baseline"] = majority;
   report["questions_by_kind"] = asked;
-  for (const char* stage : {"encode", "compress", "prefill"}) {
+  for (const char* stage : {"duplicates", "encode", "compress", "prefill"}) {
     report[std::string(stage) + "_ms_per_frame"] = MedianMs(stage);
   }
   report["question_ms"] = MedianMs("prefill_question");

@@ -34,6 +34,12 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
                 "The first layer chooses the patches for all layers")
       ->needs(reuse)
       ->group(kMethodGroup);
+  command
+      .add_option(
+          "--duplicate-threshold", flags.duplicate_threshold,
+          "Pass over frames no part of whose thumbnail differs from the last frame taken by "
+          "more than this, in levels of 255; 4 stands above a camera's noise (default: off)")
+      ->group(kMethodGroup);
   std::string known;
   for (const CompressorEntry& entry : TokenCompressors()) {
     known += (known.empty() ? "" : "; ") + std::string(entry.name) + ": " +
@@ -92,6 +98,7 @@ void ApplyMethods(const MethodFlags& flags, SessionOptions& options) {
     options.compressors = {flags.preset == "stc" ? "stc-pruner-join" : "turbo-merge=0.34"};
     if (flags.preset == "fast") options.cacher->interval = 4;
   }
+  options.duplicate_threshold = flags.duplicate_threshold;
   if (flags.cacher) options.cacher = flags.cacher_options;
   if (!flags.compressors.empty()) options.compressors = flags.compressors;
 
@@ -132,6 +139,7 @@ Json ToJson(const PyramidOptions& options, const PyramidStream& stream) {
 
 void MethodCounts::Add(const Session& session) {
   pyramid_drop = ToJson(session.options.pyramid, session.pyramid);
+  if (session.duplicates) duplicates += session.duplicates->duplicates();
   if (!session.reuse) return;
   const StcCacher::Counts& counts = session.reuse->counts();
   cacher.frames += counts.frames;
@@ -155,6 +163,10 @@ Json ToJson(const SessionOptions& options, const MethodCounts& counts) {
                           {"whole_frames", c.whole},
                           {"refreshes", c.refreshes},
                           {"bytes_per_session", counts.cacher_bytes}};
+  }
+  if (options.duplicate_threshold) {
+    json["duplicate_frames"] = {{"threshold", *options.duplicate_threshold},
+                                {"passed_over", counts.duplicates}};
   }
   if (!options.compressors.empty()) json["compressors"] = options.compressors;
   return json;

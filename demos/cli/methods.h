@@ -18,6 +18,7 @@ struct MethodFlags {
   bool cacher = false;
   StcCacherOptions cacher_options;
   std::vector<std::string> compressors;
+  std::optional<double> duplicate_threshold;
   // PyramidDrop (compression/pyramid_drop.h)
   std::string pyramid_drop;  // MODE or MODE=LAMBDA; empty: off
   std::optional<int> pyramid_stages, pyramid_replay_frames;
@@ -40,6 +41,7 @@ Json ToJson(const PyramidOptions& options, const PyramidStream& stream);
 struct MethodCounts {
   StcCacher::Counts cacher;
   int64_t cacher_bytes = 0;  // of one session, at most
+  int64_t duplicates = 0;    // frames
   Json pyramid_drop;         // of the last session; null where it is off
   void Add(const Session& session);
 };

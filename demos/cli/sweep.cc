@@ -16,7 +16,7 @@ const SweepConfiguration kConfigurations[] = {
     {"cacher N=2 shared", "--cacher --cacher-shared"},
     {"cacher N=4", "--cacher --cacher-interval 4"},
     {"cacher N=4 shared", "--cacher --cacher-interval 4 --cacher-shared"},
-    {"duplicate frames", "--compress duplicate-frames=0.95"},
+    {"duplicates 4", "--duplicate-threshold 4"},
     {"uniform 1/3", "--compress uniform-frames=3"},
     {"pruner 1/3", "--compress stc-pruner=0.34"},
     {"pruner-paper 1/3", "--compress stc-pruner-paper=0.34"},
@@ -82,8 +82,10 @@ struct Cost {
 
 Cost Milliseconds(const Json& report, double clips) {
   const double frames = report["frames"].get<double>() / clips;
-  return {report["encode_ms_per_frame"], report["compress_ms_per_frame"],
-          report["prefill_ms_per_frame"], report["question_ms"].get<double>() / frames};
+  return {
+      report["duplicates_ms_per_frame"].get<double>() + report["encode_ms_per_frame"].get<double>(),
+      report["compress_ms_per_frame"], report["prefill_ms_per_frame"],
+      report["question_ms"].get<double>() / frames};
 }
 
 Cost Gflop(const Json& report, double clips) {
@@ -124,7 +126,8 @@ std::string Draw(const Json& report) {
   chart.groups = {"dense", "encoder", "tokens", "decoder", "several"};
   for (const Json& one : report["configurations"]) {
     const Json& methods = one["methods"];
-    const bool encoder = methods.contains("stc_cacher"), tokens = methods.contains("compressors");
+    const bool encoder = methods.contains("stc_cacher") || methods.contains("duplicate_frames");
+    const bool tokens = methods.contains("compressors");
     const bool decoder = methods.contains("pyramid_drop");
     const int group = encoder + tokens + decoder > 1 ? 4
                       : encoder                      ? 1

@@ -136,6 +136,18 @@ TEST_F(ProgramTest, AskReportsEveryAnswerAsOneObject) {
   }
 }
 
+TEST_F(ProgramTest, AskCountsFramesThatShowNothingNew) {
+  const Outcome outcome = Sluice(
+      "ask --json --source test:smpte75:3 --max-new-tokens 1 --question x --duplicate-threshold 0" +
+      model_);
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  const json report = json::parse(outcome.out);
+  EXPECT_EQ(report["frames"]["sampled"], 6);
+  EXPECT_EQ(
+      report["frames"]["duplicates"].get<int>() + report["stages"]["encode"]["items"].get<int>(),
+      6);
+}
+
 TEST_F(ProgramTest, AskPrintsQuestionsAnswersAndStages) {
   const Outcome outcome = Sluice(
       "ask --stats --source test:smpte:2 --max-new-tokens 4 --question 'What is it?'" + model_);
@@ -304,9 +316,11 @@ TEST_F(ProgramTest, MethodsRefuseSettingsThatMeanNothing) {
   ExpectRefused("eval --cacher --cacher-ratio 0", "[stc-cacher] the ratio of fresh patches");
   ExpectRefused("eval --cacher --cacher-interval 0", "[stc-cacher] the interval");
   ExpectRefused("ask --source test --question x --compress stc-pruner=1.5", "[stc-pruner]");
-  ExpectRefused("ask --source test --question x --compress nonsense", "there are duplicate-frames");
+  ExpectRefused("ask --source test --question x --compress nonsense", "there are stc-pruner");
   ExpectRefused("eval --preset faster", "--preset");
   ExpectRefused("eval --cacher-interval 4", "--cacher");
+  ExpectRefused("eval --duplicate-threshold 255", "[0, 255)");
+  ExpectRefused("bench --duplicate-threshold 4" + model_, "[bench]");
 }
 
 TEST_F(ProgramTest, BenchMeasuresEveryStageAgainstThePeak) {
