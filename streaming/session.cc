@@ -45,6 +45,14 @@ Session::Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> 
   }
 }
 
+int64_t Session::SizeBytes() const {
+  int64_t bytes = cache.SizeBytes() + static_cast<int64_t>(pyramid.ReplayRows().size_bytes());
+  if (reuse) bytes += reuse->SizeBytes();
+  if (duplicates) bytes += duplicates->SizeBytes();
+  for (const auto& compressor : compressors) bytes += compressor->SizeBytes();
+  return bytes;
+}
+
 int64_t Session::context_limit() const { return ContextLimit(*vlm, options); }
 
 }  // namespace sluice

@@ -141,6 +141,7 @@ void Evaluation::Play(ExecContext& ctx, const PlayedClip& played, int max_questi
   frames_ += session->frames_seen;
   visual_tokens_ += session->visual_tokens;
   methods_.Add(*session);
+  session_bytes_ = std::max(session_bytes_, session->SizeBytes());
 
   const world::Scene& scene = played.clip.scene;
   const auto questions =
@@ -238,6 +239,7 @@ Json Evaluation::Report() const {
   report["decode_tokens_per_s"] =
       decode.seconds > 0 ? static_cast<double>(decode.items) / decode.seconds : 0.0;
   report["tokens_per_frame"] = static_cast<double>(visual_tokens_) / frames;
+  report["session_bytes"] = session_bytes_;
   report["methods"] = ToJson(options_, methods_);
   report["visual_tokens"] = VisualWorkPerClip();
   return report;

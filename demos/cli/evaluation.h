@@ -94,6 +94,7 @@ class Evaluation {
   const Engine& engine_;
   const SessionOptions options_;
   std::map<uint64_t, KindScores> seeds_;
+  int64_t session_bytes_ = 0;  // at most
   int64_t clips_ = 0, frames_ = 0, visual_tokens_ = 0, questions_ = 0;
   VisualWork work_;
   Json failures_ = Json::array();
