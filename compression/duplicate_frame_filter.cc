@@ -1,71 +1,77 @@
 #include "compression/duplicate_frame_filter.h"
 
+#include <algorithm>
 #include <cmath>
+#include <string>
 #include <utility>
 
-#include "compression/frame_runs.h"
 #include "runtime/error.h"
 
 namespace sluice {
 namespace {
 
-double Cosine(const float* a, const float* b, int64_t size) {
-  double ab = 0, aa = 0, bb = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    ab += double{a[i]} * b[i];
-    aa += double{a[i]} * a[i];
-    bb += double{b[i]} * b[i];
+constexpr int kCells = 32;    // along a side, at most
+constexpr int kSamples = 16;  // along a side of a cell, at most
+
+std::vector<float> Thumbnail(const Frame& frame) {
+  const int rows = std::min(kCells, frame.height), columns = std::min(kCells, frame.width);
+  const int step_y = std::max(1, frame.height / rows / kSamples);
+  const int step_x = std::max(1, frame.width / columns / kSamples);
+  std::vector<float> cells;
+  cells.reserve(size_t{3} * rows * columns);
+  for (int row = 0; row < rows; ++row) {
+    const int top = row * frame.height / rows, bottom = (row + 1) * frame.height / rows;
+    for (int column = 0; column < columns; ++column) {
+      const int left = column * frame.width / columns;
+      const int right = (column + 1) * frame.width / columns;
+      int sums[3] = {}, count = 0;
+      for (int y = top; y < bottom; y += step_y) {
+        for (int x = left; x < right; x += step_x, ++count) {
+          const uint8_t* pixel = frame.rgb.data() + 3 * (size_t(y) * frame.width + x);
+          for (int c = 0; c < 3; ++c) sums[c] += pixel[c];
+        }
+      }
+      for (const int sum : sums) {
+        cells.push_back(static_cast<float>(sum) / static_cast<float>(count));
+      }
+    }
   }
-  // Two zero vectors are the same; one has no direction to compare.
-  if (aa == 0 || bb == 0) return aa == bb ? 1 : -1;
-  return ab / std::sqrt(aa * bb);
+  return cells;
 }
 
 }  // namespace
 
 DuplicateFrameFilter::DuplicateFrameFilter(double threshold) : threshold_(threshold) {
-  if (!(threshold >= -1 && threshold <= 1)) {
-    throw InputError("[duplicate-frames] the threshold is a cosine in -1..1, got " +
-                     std::to_string(threshold));
+  if (!(threshold >= 0 && threshold < 255)) {
+    throw InputError(
+        "[duplicate-frames] the threshold is in levels of 255 and lies in [0, 255), "
+        "got " +
+        std::to_string(threshold));
   }
 }
 
-bool DuplicateFrameFilter::Duplicates(const VisualTokens& tokens, int64_t begin,
-                                      int64_t end) const {
-  if (last_kept_.origins.size() != static_cast<size_t>(end - begin)) return false;
-  const int64_t width = tokens.features.dim(1);
-  const float* features = tokens.features.data<float>();
-  for (int64_t i = begin; i < end; ++i) {
-    const TokenOrigin& then = last_kept_.origins[i - begin];
-    const TokenOrigin& now = tokens.origins[i];
-    if (then.row != now.row || then.col != now.col) return false;
-    // A little slack, or equal tokens would differ from themselves at threshold 1.
-    constexpr double kRounding = 1e-6;
-    if (Cosine(&last_kept_.features[(i - begin) * width], features + i * width, width) <
-        threshold_ - kRounding) {
+bool DuplicateFrameFilter::Passes(const Frame& frame) {
+  const size_t expected = size_t{3} * std::max(frame.width, 0) * std::max(frame.height, 0);
+  if (expected == 0 || frame.rgb.size() != expected) {
+    throw InputError("[duplicate-frames] a picture of " + std::to_string(frame.width) + "x" +
+                     std::to_string(frame.height) + " has " + std::to_string(expected) +
+                     " bytes of RGB and is not empty, got " + std::to_string(frame.rgb.size()));
+  }
+  std::vector<float> thumbnail = Thumbnail(frame);
+  if (frame.width == width_ && frame.height == height_) {
+    float most = 0;
+    for (size_t i = 0; i < thumbnail.size(); ++i) {
+      most = std::max(most, std::abs(thumbnail[i] - last_[i]));
+    }
+    if (most <= threshold_) {
+      ++duplicates_;
       return false;
     }
   }
+  last_ = std::move(thumbnail);
+  width_ = frame.width;
+  height_ = frame.height;
   return true;
 }
-
-VisualTokens DuplicateFrameFilter::Compress(ExecContext&, VisualTokens tokens) {
-  before_compress_ = last_kept_;
-  const int64_t count = tokens.size();
-  if (count == 0) return tokens;
-  const int64_t width = tokens.features.dim(1);
-  const float* features = tokens.features.data<float>();
-  std::vector<int64_t> kept;
-  for (const auto& [begin, end] : FrameRuns(tokens)) {
-    if (Duplicates(tokens, begin, end)) continue;
-    last_kept_.features.assign(features + begin * width, features + end * width);
-    last_kept_.origins.assign(tokens.origins.begin() + begin, tokens.origins.begin() + end);
-    for (int64_t i = begin; i < end; ++i) kept.push_back(i);
-  }
-  if (static_cast<int64_t>(kept.size()) == count) return tokens;
-  return KeepTokens(tokens, kept);
-}
-
-void DuplicateFrameFilter::Undo() { last_kept_ = before_compress_; }
 
 }  // namespace sluice

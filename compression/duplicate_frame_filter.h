@@ -1,44 +1,42 @@
-// Drops frames that show nothing new: a frame all of whose visual tokens resemble the tokens at the
-// same places of the last kept frame contributes no tokens. A fixed camera on a quiet scene then
-// costs nothing.
+// Tells frames that show nothing new, before anything is spent on them: cameras repeat frames, and
+// a fixed one on a quiet scene sends the same picture for hours.
 //
-// The measure is the lowest cosine over a frame's tokens, not their mean: one small thing that
-// appears changes few tokens, and it is what somebody will ask about. The comparison is with the
-// last *kept* frame, so slow drift is not lost: it adds up until a frame is kept.
+// A frame is compared by its thumbnail, the means of up to 32 x 32 cells of the picture, which
+// noise hardly moves. The measure is the largest difference of a cell, not the mean of all: one
+// small thing that appears changes few cells, and it is what somebody will ask about. The
+// comparison is with the last frame that passed, so slow drift adds up until a frame passes.
 //
-// Costs 3 E multiply-adds a token and remembers one frame of features.
+// Reads at most 16 x 16 pixels of a cell, so that large pictures cost no more than 512 x 512 ones.
 #ifndef SLUICE_COMPRESSION_DUPLICATE_FRAME_FILTER_H_
 #define SLUICE_COMPRESSION_DUPLICATE_FRAME_FILTER_H_
 
-#include <string>
+#include <cstdint>
 #include <vector>
 
-#include "compression/token_compressor.h"
+#include "vision/frame.h"
 
 namespace sluice {
 
-class DuplicateFrameFilter final : public TokenCompressor {
+// One per stream; used by one thread at a time. A copy is a snapshot.
+class DuplicateFrameFilter {
  public:
-  static constexpr double kDefaultThreshold = 0.95;
-
-  // Throws InputError unless -1 <= threshold <= 1. At 1 only frames with the very same directions
-  // count as duplicates (up to rounding).
+  // threshold: in levels of 255; a frame passes when a cell differs by more. At 0 only frames with
+  // the same thumbnail are duplicates. Throws InputError unless in [0, 255).
   explicit DuplicateFrameFilter(double threshold);
 
-  std::string name() const override { return "duplicate-frames"; }
-  VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) override;
-  void Undo() override;
+  // The first frame passes, and so does one of another size than the last that passed. Throws
+  // InputError on an empty picture and on one whose bytes do not fit its size.
+  bool Passes(const Frame& frame);
+
+  double threshold() const { return threshold_; }
+  int64_t duplicates() const { return duplicates_; }  // frames that did not pass
+  int64_t SizeBytes() const { return static_cast<int64_t>(last_.size() * sizeof(float)); }
 
  private:
-  // One frame's tokens: rows of an [M, E] matrix and where they were.
-  struct KeptFrame {
-    std::vector<float> features;
-    std::vector<TokenOrigin> origins;
-  };
-  bool Duplicates(const VisualTokens& tokens, int64_t begin, int64_t end) const;
-
-  const double threshold_;
-  KeptFrame last_kept_, before_compress_;
+  double threshold_;
+  int width_ = 0, height_ = 0;  // of the last frame that passed
+  std::vector<float> last_;     // its thumbnail, [rows, columns, 3]
+  int64_t duplicates_ = 0;
 };
 
 }  // namespace sluice

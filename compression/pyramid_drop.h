@@ -198,7 +198,7 @@ class PyramidStream {
   // What a question's prompt goes through; null where nothing leaves then. Its last `question` rows
   // are the question. In mode replay it begins with `text` rows of text, then ReplayRows. Valid
   // until the next call.
-  PyramidDrop* ForQuestion(int64_t text, int64_t question = 1);
+  PyramidDrop* ForQuestion(int64_t text, int64_t question);
   // The window's embeddings, [rows, E] values.
   std::span<const float> ReplayRows() const { return window_rows_; }
 

@@ -2,7 +2,6 @@
 
 #include <charconv>
 
-#include "compression/duplicate_frame_filter.h"
 #include "compression/stc_pruner.h"
 #include "compression/turbo_merge.h"
 #include "compression/uniform_frames.h"
@@ -12,12 +11,6 @@ namespace sluice {
 namespace {
 
 constexpr CompressorEntry kTokenCompressors[] = {
-    {"duplicate-frames", "skips frames whose tokens all resemble those of the last kept frame",
-     "lowest cosine of a pair of tokens that still counts as the same",
-     DuplicateFrameFilter::kDefaultThreshold,
-     [](double threshold) -> std::unique_ptr<TokenCompressor> {
-       return std::make_unique<DuplicateFrameFilter>(threshold);
-     }},
     {"stc-pruner", "keeps the most novel tokens of each frame",
      "share or number of a frame's tokens", StcPruner::Options().keep,
      [](double keep) -> std::unique_ptr<TokenCompressor> {

@@ -12,7 +12,7 @@
 namespace sluice {
 
 struct CompressorEntry {
-  std::string_view name;       // "duplicate-frames"
+  std::string_view name;       // "stc-pruner"
   std::string_view summary;    // one line for a help text
   std::string_view parameter;  // what the number after '=' means
   double default_value;        // of the parameter
@@ -22,7 +22,7 @@ struct CompressorEntry {
 // All of them; none is on by default.
 std::span<const CompressorEntry> TokenCompressors();
 
-// `spec`: "NAME" or "NAME=NUMBER", e.g. "duplicate-frames=0.97". Throws InputError on an unknown
+// `spec`: "NAME" or "NAME=NUMBER", e.g. "stc-pruner=0.5". Throws InputError on an unknown
 // name, telling those that exist, and on a number that is malformed or out of the method's range.
 std::unique_ptr<TokenCompressor> MakeTokenCompressor(std::string_view spec);
 

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <numeric>
+#include <span>
 #include <string>
 
+#include "runtime/convert.h"
 #include "runtime/error.h"
 #include "runtime/ops/similarity.h"
 
@@ -19,6 +21,33 @@ std::vector<float> Cosines(ExecContext& ctx, ConstTensorView a, ConstTensorView 
 
 ConstTensorView LastRows(const Tensor& x, int64_t count) {
   return x.view().Slice(x.dim(0) - count, x.dim(0));
+}
+
+// Row i of a [N, V] matrix whose rows may be strided, in f32.
+void ReadRow(ConstTensorView x, int64_t i, std::span<float> row) {
+  const ConstTensorView one = x.Slice(i, i + 1);
+  ConvertInto(one, TensorView(row.data(), DType::kF32, one.shape()));
+}
+
+// [N, V] in f32, less `row` in each of its rows.
+TensorView Minus(ExecContext& ctx, ConstTensorView x, std::span<const float> row) {
+  const TensorView out = ctx.workspace().Allocate(DType::kF32, x.shape());
+  for (int64_t i = 0; i < x.dim(0); ++i) {
+    float* to = out.data<float>() + i * x.dim(1);
+    ReadRow(x, i, {to, row.size()});
+    for (size_t d = 0; d < row.size(); ++d) to[d] -= row[d];
+  }
+  return out;
+}
+
+std::vector<float> MeanRow(ConstTensorView x) {
+  std::vector<float> mean(x.dim(1)), row(x.dim(1));
+  for (int64_t i = 0; i < x.dim(0); ++i) {
+    ReadRow(x, i, row);
+    for (size_t d = 0; d < row.size(); ++d) mean[d] += row[d];
+  }
+  for (float& value : mean) value /= static_cast<float>(x.dim(0));
+  return mean;
 }
 
 }  // namespace
@@ -45,7 +74,10 @@ int64_t StcCacher::FreshOf(int64_t patches) const {
 
 bool StcCacher::Changed(ExecContext& ctx, ConstTensorView keys,
                         ConstTensorView reference_keys) const {
-  const std::vector<float> cosines = Cosines(ctx, keys, reference_keys);
+  Workspace::Scope scope(ctx.workspace());
+  const std::vector<float> middle = MeanRow(reference_keys);
+  const std::vector<float> cosines =
+      Cosines(ctx, Minus(ctx, keys, middle), Minus(ctx, reference_keys, middle));
   const auto below = std::count_if(cosines.begin(), cosines.end(), [&](float cosine) {
     return cosine < static_cast<float>(options_.refresh_below);
   });

@@ -28,10 +28,12 @@ struct StcCacherOptions {
   double ratio = 0.25;  // of the patches of the others are computed afresh, in (0, 1]
   // The first layer chooses for all of them: saves comparing keys in the others.
   bool shared_selection = false;
-  // A frame is computed whole out of turn if more than `ratio` of its patches have keys, in the
-  // first layer, whose cosine with the reference's is below this: a cut, a moving camera. In [-1,
-  // 1]; -1 keeps to the schedule.
-  double refresh_below = 0.5;
+  // A frame is computed whole out of turn (a cut, a moving camera) if more than `ratio` of its
+  // patches have changed: if the cosine of their first-layer keys to the reference's, both less the
+  // mean of the reference's keys, is below this. Without the mean, keys of any two patches point
+  // much the same way in some towers; with it what is unrelated is near 0. In [-1, 1]; -1 keeps to
+  // the schedule.
+  double refresh_below = 0.7;
 };
 
 class StcCacher final : public FeatureReuse {

@@ -47,6 +47,10 @@ class StcPruner final : public TokenCompressor {
   VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) override;
   void Undo() override;
 
+  int64_t SizeBytes() const override {
+    return static_cast<int64_t>((memory_.sum.size() + before_compress_.sum.size()) * sizeof(float));
+  }
+
  private:
   // Which rows of a frame's [M, E] f32 stay, ascending; the frame joins the history.
   // Appends every row's novelty, its redundancy with the sign turned, to `scores`.

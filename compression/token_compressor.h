@@ -2,6 +2,7 @@
 #ifndef SLUICE_COMPRESSION_TOKEN_COMPRESSOR_H_
 #define SLUICE_COMPRESSION_TOKEN_COMPRESSOR_H_
 
+#include <cstdint>
 #include <string>
 
 #include "runtime/exec_context.h"
@@ -18,6 +19,8 @@ class TokenCompressor {
   virtual VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) = 0;
   // Forgets the latest Compress, as if it had not been called: what it returned did not find room.
   virtual void Undo() = 0;
+  // What it remembers of the stream.
+  virtual int64_t SizeBytes() const { return 0; }
 };
 
 }  // namespace sluice

@@ -29,6 +29,10 @@ class TurboMerge final : public TokenCompressor {
   VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) override;
   void Undo() override { sum_ = before_compress_; }
 
+  int64_t SizeBytes() const override {
+    return static_cast<int64_t>((sum_.size() + before_compress_.size()) * sizeof(double));
+  }
+
  private:
   // [N] what sparing each row of a frame is worth; the frame joins the history.
   std::vector<float> Values(ConstTensorView x);

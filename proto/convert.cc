@@ -92,6 +92,7 @@ std::string RunReportJson(const RunResult& result, const Tracer& tracer) {
   *report.mutable_source() = ToProto(result.source);
   report.mutable_frames()->set_sampled(Saturated(result.frames));
   report.mutable_frames()->set_dropped(Saturated(result.queue.dropped));
+  report.mutable_frames()->set_duplicates(Saturated(result.duplicates));
   for (const TimedAnswer& answer : result.answers) *report.add_answers() = ToProto(answer);
   for (const auto& [name, cost] : tracer.stages()) {
     (*report.mutable_stages())[Utf8(name)] = ToProto(cost);

@@ -161,6 +161,10 @@ RunResult Run(ExecContext& ctx, Session& session, Source& source,
   if (observer.on_open) observer.on_open(result.source);
   const bool live = result.source.live;
   const int64_t frames_before = session.frames_seen;
+  const auto duplicates = [&] {
+    return session.duplicates ? session.duplicates->duplicates() : int64_t{0};
+  };
+  const int64_t duplicates_before = duplicates();
 
   FrameQueue queue(static_cast<size_t>(session.options.frames_per_batch),
                    live ? DropPolicy::kDropOldest : DropPolicy::kNone);
@@ -177,6 +181,7 @@ RunResult Run(ExecContext& ctx, Session& session, Source& source,
   result.answers = std::move(player.answers);
   result.queue = queue.counts();
   result.frames = session.frames_seen - frames_before;
+  result.duplicates = duplicates() - duplicates_before;
   result.warning = source.warning();
   return result;
 }

@@ -75,6 +75,7 @@ struct RunResult {
   SourceInfo source;
   FrameQueue::Counts queue;
   int64_t frames = 0;
+  int64_t duplicates = 0;              // of them, held back by the duplicate filter
   std::optional<std::string> warning;  // a damaged source that ended early
 };
 

@@ -15,9 +15,12 @@
 namespace sluice {
 
 struct SessionOptions {
-  std::string system_prompt;               // empty: none, as the published templates
-  bool keep_dialogue = true;               // later questions see earlier questions and answers
-  int frames_per_batch = 8;                // frames encoded and prefilled together, at most
+  std::string system_prompt;  // empty: none, as the published templates
+  bool keep_dialogue = true;  // later questions see earlier questions and answers
+  int frames_per_batch = 8;   // frames encoded and prefilled together, at most
+  // Frames that differ less from the last one taken are only counted, not encoded: levels of 255,
+  // compression/duplicate_frame_filter.h. None: all are taken.
+  std::optional<double> duplicate_threshold;
   int64_t max_context_tokens = 0;          // 0: what the model allows
   std::optional<StcCacherOptions> cacher;  // reuses features of earlier frames; none: all whole
   std::optional<TurboOptions> turbo;       // merges tokens inside the tower; not with the cacher

@@ -1,6 +1,7 @@
 #include "streaming/pipeline.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -16,12 +17,14 @@ constexpr int64_t kQuestionTokens = 64;
 // Takes back what a step did to the session, unless it is told to keep it.
 class StepGuard {
  public:
-  explicit StepGuard(Session& session) : session_(session), mark_(session.cache.MarkHere()) {}
+  explicit StepGuard(Session& session)
+      : session_(session), mark_(session.cache.MarkHere()), duplicates_(session.duplicates) {}
   StepGuard(const StepGuard&) = delete;
   StepGuard& operator=(const StepGuard&) = delete;
   ~StepGuard() {
     if (kept_) return;
     session_.cache.RewindTo(mark_);
+    session_.duplicates = duplicates_;
     if (encoded_ && session_.reuse) session_.reuse->Reset();
     for (TokenCompressor* compressor : compressed_) compressor->Undo();
   }
@@ -32,9 +35,19 @@ class StepGuard {
  private:
   Session& session_;
   const KvCache::Mark mark_;
+  const std::optional<DuplicateFrameFilter> duplicates_;
   std::vector<TokenCompressor*> compressed_;
   bool encoded_ = false, kept_ = false;
 };
+
+std::vector<FramePtr> WithoutDuplicates(ExecContext& ctx, Session& session,
+                                        std::span<const FramePtr> frames) {
+  std::vector<FramePtr> taken(frames.begin(), frames.end());
+  if (!session.duplicates) return taken;
+  const TraceScope trace(&ctx.tracer(), "duplicates", static_cast<int64_t>(frames.size()));
+  std::erase_if(taken, [&](const FramePtr& frame) { return !session.duplicates->Passes(*frame); });
+  return taken;
+}
 
 VisualTokens Encode(ExecContext& ctx, Session& session, std::span<const FramePtr> frames) {
   const auto count = static_cast<int64_t>(frames.size());
@@ -190,16 +203,19 @@ GenerateOptions FitToContext(const Session& session, int64_t prompt) {
 void Ingest(ExecContext& ctx, Session& session, std::span<const FramePtr> frames) {
   if (frames.empty()) return;
   StepGuard guard(session);
-  guard.Encoding();
-  VisualTokens tokens = Encode(ctx, session, frames);
-  tokens = Compress(ctx, session, std::move(tokens), guard);
-  if (session.pyramid.replays()) {
-    session.pyramid.Arrived(tokens, 0);
-  } else {
-    Prefill(ctx, session, tokens, frames.size());
+  const std::vector<FramePtr> taken = WithoutDuplicates(ctx, session, frames);
+  if (!taken.empty()) {
+    guard.Encoding();
+    VisualTokens tokens = Encode(ctx, session, taken);
+    tokens = Compress(ctx, session, std::move(tokens), guard);
+    if (session.pyramid.replays()) {
+      session.pyramid.Arrived(tokens, 0);
+    } else {
+      Prefill(ctx, session, tokens, taken.size());
+    }
+    session.visual_tokens += tokens.size();
   }
   session.frames_seen += static_cast<int64_t>(frames.size());
-  session.visual_tokens += tokens.size();
   session.last_time = frames.back()->time;
   guard.Keep();
 }

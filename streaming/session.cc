@@ -37,11 +37,20 @@ Session::Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> 
         "[session] turbo merges the patches that the cacher compares between frames; choose one of "
         "--turbo and --cacher (presets stc and fast turn the cacher on)");
   }
+  if (options.duplicate_threshold) duplicates.emplace(*options.duplicate_threshold);
   if (options.turbo) merge = std::make_unique<TurboTower>(*options.turbo);
   if (options.cacher) reuse = std::make_unique<StcCacher>(*options.cacher);
   for (const std::string& spec : options.compressors) {
     compressors.push_back(MakeTokenCompressor(spec));
   }
+}
+
+int64_t Session::SizeBytes() const {
+  int64_t bytes = cache.SizeBytes() + static_cast<int64_t>(pyramid.ReplayRows().size_bytes());
+  if (reuse) bytes += reuse->SizeBytes();
+  if (duplicates) bytes += duplicates->SizeBytes();
+  for (const auto& compressor : compressors) bytes += compressor->SizeBytes();
+  return bytes;
 }
 
 int64_t Session::context_limit() const { return ContextLimit(*vlm, options); }

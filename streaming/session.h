@@ -4,9 +4,11 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "compression/duplicate_frame_filter.h"
 #include "compression/pyramid_drop.h"
 #include "compression/stc_cacher.h"
 #include "compression/token_compressor.h"
@@ -38,16 +40,20 @@ struct Session {
   // Prefix and visual tokens; during a question also newline, dialogue, question. Stays empty where
   // frames are replayed.
   KvCache cache;
+  std::optional<DuplicateFrameFilter> duplicates;             // before the encoder
   std::unique_ptr<StcCacher> reuse;                           // may be null
   std::unique_ptr<const TurboTower> merge;                    // may be null
   std::vector<std::unique_ptr<TokenCompressor>> compressors;  // applied in order
   std::vector<Turn> transcript;
-  int64_t frames_seen = 0;    // ingested, also those of which compressors left nothing
+  int64_t frames_seen = 0;  // ingested, also duplicates and those of which compressors left nothing
   int64_t visual_tokens = 0;  // that compressors left of them
   MediaTime last_time;        // of the newest frame
 
   // Positions the cache may hold: the model's, or fewer by option.
   int64_t context_limit() const;
+  // What the stream holds: KV cache, references of the cacher, frames to replay, what the duplicate
+  // filter and the compressors remember. All but the KV cache stay the same however long it lasts.
+  int64_t SizeBytes() const;
 };
 
 }  // namespace sluice

@@ -11,7 +11,10 @@
 #include <numeric>
 #include <span>
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "compression/registry.h"
 #include "demos/cli/commands.h"
 #include "demos/cli/common.h"
 #include "demos/cli/methods.h"
@@ -117,15 +120,20 @@ double MeasureRead(ExecContext& ctx, double seconds) {
   return static_cast<double>(kWords) * 8e-9 / fastest;
 }
 
+// One picture of noise, a tenth of which is drawn anew in every frame: what can be reused, is.
 std::vector<FramePtr> NoiseFrames(int count) {
   std::vector<FramePtr> frames;
   world::Random random(3);
+  std::vector<uint8_t> rgb(size_t{640} * 360 * 3);
+  for (uint8_t& value : rgb) value = static_cast<uint8_t>(random.Next());
   for (int i = 0; i < count; ++i) {
     auto frame = std::make_shared<Frame>();
     frame->width = 640;
     frame->height = 360;
-    frame->rgb.resize(size_t{640} * 360 * 3);
-    for (uint8_t& value : frame->rgb) value = static_cast<uint8_t>(random.Next());
+    frame->rgb = rgb;
+    for (size_t j = 0; j < rgb.size() / 10; ++j) {
+      frame->rgb[j] = static_cast<uint8_t>(random.Next());
+    }
     frame->index = i;
     frame->time = MediaTime::FromSeconds(0.5 * i);
     frames.push_back(std::move(frame));
@@ -167,10 +175,10 @@ double FlopsSince(const Decoder& decoder, const KvCache& cache, int64_t first) {
 }
 
 // Random tokens of `count` frames.
-VisualTokens RandomFrames(const Vlm& vlm, int64_t count) {
+VisualTokens RandomFrames(const Vlm& vlm, int64_t count, uint64_t seed) {
   VisualTokens tokens;
   const int64_t each = vlm.encoder().tokens_per_frame();
-  tokens.features = RandomTensor(DType::kF32, {count * each, vlm.decoder().hidden_size()}, 4);
+  tokens.features = RandomTensor(DType::kF32, {count * each, vlm.decoder().hidden_size()}, seed);
   tokens.grid_rows = 1;
   tokens.grid_cols = static_cast<int>(each);
   tokens.origins.resize(count * each);
@@ -185,27 +193,74 @@ void NumberFrames(VisualTokens& tokens, int64_t first) {
   }
 }
 
-// Prefills the visual tokens of `context_frames` frames, a batch of frames at a time, as the
-// session's methods let them arrive.
-Json MeasurePrefill(ExecContext& ctx, const BenchFlags& flags, const Peak& peak, Session& session) {
-  const Vlm& vlm = *session.vlm;
-  const Decoder& decoder = vlm.decoder();
+// What the decoder reads of `context_frames` frames, a batch of frames at a time: what the
+// session's compressors leave of random tokens.
+struct Arrivals {
+  std::vector<VisualTokens> batches;
+  int64_t tokens = 0;
+  double compress_seconds = 0;  // all batches; 0 without compressors
+};
+
+Arrivals MeasureCompress(ExecContext& ctx, const BenchFlags& flags, const Session& session) {
+  std::vector<VisualTokens> whole;
+  for (int64_t done = 0; done < flags.context_frames; done += flags.batch) {
+    const int64_t count = std::min<int64_t>(flags.batch, flags.context_frames - done);
+    whole.push_back(RandomFrames(*session.vlm, count, 4 + done));
+    NumberFrames(whole.back(), done);
+  }
+  const auto clones = [&] {
+    std::vector<VisualTokens> batches;
+    for (const VisualTokens& batch : whole) {
+      batches.push_back(
+          {batch.features.Clone(), batch.origins, batch.grid_rows, batch.grid_cols, {}});
+    }
+    return batches;
+  };
+  Arrivals arrivals;
+  arrivals.batches = clones();
+  if (!session.options.compressors.empty()) {
+    arrivals.compress_seconds = FastestSeconds(flags.seconds / 2, [&] {
+      std::vector<std::unique_ptr<TokenCompressor>> compressors;  // new ones: they remember frames
+      for (const std::string& spec : session.options.compressors) {
+        compressors.push_back(MakeTokenCompressor(spec));
+      }
+      arrivals.batches = clones();
+      for (VisualTokens& tokens : arrivals.batches) {
+        for (const auto& compressor : compressors) {
+          tokens = compressor->Compress(ctx, std::move(tokens));
+        }
+      }
+    });
+    // Copying what they take is not theirs.
+    arrivals.compress_seconds -= FastestSeconds(flags.seconds / 4, [&] { clones(); });
+  }
+  for (const VisualTokens& tokens : arrivals.batches) arrivals.tokens += tokens.size();
+  if (arrivals.tokens == 0) {
+    throw InputError("[bench] the compressors leave none of the tokens of " +
+                     std::to_string(flags.context_frames) +
+                     " frames; use more --context-frames or another --compress");
+  }
+  return arrivals;
+}
+
+// Prefills what arrives as the session's methods let it.
+Json MeasurePrefill(ExecContext& ctx, const BenchFlags& flags, const Peak& peak,
+                    const Arrivals& arrivals, Session& session) {
+  const Decoder& decoder = session.vlm->decoder();
   KvCache& cache = session.cache;
-  const int64_t frames = flags.context_frames, left = frames % flags.batch;
-  VisualTokens whole = RandomFrames(vlm, flags.batch), rest = RandomFrames(vlm, left);
   if (session.pyramid.wanted_instruction()) {
     QueryRecorder recorder(session.pyramid.plan());
     KvCache apart(cache.pool());
-    Step(ctx, decoder, apart, whole.features.view().Slice(0, 1), {}, &recorder);
+    const Tensor row = RandomTensor(DType::kF32, {1, decoder.hidden_size()}, 7);
+    Step(ctx, decoder, apart, row, {}, &recorder);
     session.pyramid.SetQueries(std::move(recorder.queries));
   }
   double flops = 0;
   const double seconds = FastestSeconds(flags.seconds, [&] {
     cache.RewindTo({0});
     flops = 0;
-    for (int64_t done = 0; done < frames; done += flags.batch) {
-      VisualTokens& tokens = frames - done < flags.batch ? rest : whole;
-      NumberFrames(tokens, done);
+    for (const VisualTokens& tokens : arrivals.batches) {
+      if (tokens.size() == 0) continue;
       const int64_t first = cache.length();
       if (!session.pyramid.replays()) {
         Step(ctx, decoder, cache, tokens.features, {}, session.pyramid.ForFrames(tokens, first));
@@ -214,13 +269,15 @@ Json MeasurePrefill(ExecContext& ctx, const BenchFlags& flags, const Peak& peak,
       flops += FlopsSince(decoder, cache, first);
     }
   });
-  const int64_t tokens = frames * vlm.encoder().tokens_per_frame();
+  const auto frames = static_cast<double>(flags.context_frames);
+  const auto tokens = static_cast<double>(arrivals.tokens);
   const double gflops = 1e-9 * flops / seconds;
-  return {{"tokens", tokens},
-          {"chunk_tokens", whole.size()},
-          {"ms_per_frame", 1e3 * seconds / static_cast<double>(frames)},
-          {"tokens_per_s", static_cast<double>(tokens) / seconds},
-          {"gflop_per_token", 1e-9 * flops / static_cast<double>(tokens)},
+  return {{"tokens", arrivals.tokens},
+          {"chunk_tokens", arrivals.batches.front().size()},
+          {"ms_per_frame", 1e3 * seconds / frames},
+          {"tokens_per_s", tokens / seconds},
+          {"gflop_per_frame", 1e-9 * flops / frames},
+          {"gflop_per_token", 1e-9 * flops / tokens},
           {"gflops", gflops},
           {"percent_of_peak", 100 * gflops / peak.gflops},
           {"kv_rows_per_layer", cache.MeanRows()}};
@@ -241,7 +298,7 @@ Json MeasureQuestion(ExecContext& ctx, const BenchFlags& flags, const Peak& peak
   const KvCache::Mark frames = cache.MarkHere();
   const double seconds = FastestSeconds(flags.seconds / 2, [&] {
     cache.RewindTo(frames);
-    Step(ctx, decoder, cache, rows, logits, session.pyramid.ForQuestion(0));
+    Step(ctx, decoder, cache, rows, logits, session.pyramid.ForQuestion(0, kText));
   });
   const double flops = FlopsSince(decoder, cache, frames.length) + decoder.LmHeadFlops();
   const double gflops = 1e-9 * flops / seconds;
@@ -294,16 +351,23 @@ void PrintReport(const Json& report) {
               peak["read_gbps"].get<double>());
   const Json &encode = report["encode"], &prefill = report["prefill"], &decode = report["decode"];
   const Json& question = report["question"];
-  Table table({"stage", "rate", "", "GFLOP/s", "GB/s", "% of peak"});
+  const Json& compress = report["compress"];
+  Table table({"stage", "rate", "", "ms/frame", "GFLOP/s", "GB/s", "% of peak"});
   table.Add({"preprocess", Number(1e3 / encode["preprocess_ms_per_frame"].get<double>(), 1),
-             "frames/s", "-", "-", "-"});
-  table.Add({"encode", Number(encode["frames_per_s"], 2), "frames/s", Number(encode["gflops"], 0),
-             "-", Number(encode["percent_of_peak"], 1)});
+             "frames/s", Number(encode["preprocess_ms_per_frame"], 3), "-", "-", "-"});
+  table.Add({"encode", Number(encode["frames_per_s"], 2), "frames/s",
+             Number(encode["ms_per_frame"], 3), Number(encode["gflops"], 0), "-",
+             Number(encode["percent_of_peak"], 1)});
+  if (compress["ms_per_frame"] != 0.0) {
+    table.Add({"compress", Number(compress["tokens_per_frame"], 1), "tokens left",
+               Number(compress["ms_per_frame"], 3), "-", "-", "-"});
+  }
   table.Add({"prefill", Number(prefill["tokens_per_s"], 1), "tokens/s",
-             Number(prefill["gflops"], 0), "-", Number(prefill["percent_of_peak"], 1)});
-  table.Add({"question", Number(question["ms"], 2), "ms", Number(question["gflops"], 0), "-",
+             Number(prefill["ms_per_frame"], 3), Number(prefill["gflops"], 0), "-",
+             Number(prefill["percent_of_peak"], 1)});
+  table.Add({"question", Number(question["ms"], 2), "ms", "-", Number(question["gflops"], 0), "-",
              Number(question["percent_of_peak"], 1)});
-  table.Add({"decode", Number(decode["tokens_per_s"], 1), "tokens/s", "-",
+  table.Add({"decode", Number(decode["tokens_per_s"], 1), "tokens/s", "-", "-",
              Number(decode["gbps"], 1), Number(decode["percent_of_read_bandwidth"], 1)});
   std::printf("%s", table.ToString().c_str());
 }
@@ -321,6 +385,11 @@ void Bench(const BenchFlags& flags) {
   const auto context = engine.NewContext();
   SessionOptions options;
   ApplyMethods(flags.methods, options);
+  if (options.duplicate_threshold) {
+    throw InputError(
+        "[bench] frames here are made up and none repeats another; expected no "
+        "--duplicate-threshold, use sluice eval");
+  }
   const auto session = engine.NewSession(options);
 
   Peak peak;
@@ -339,7 +408,11 @@ void Bench(const BenchFlags& flags) {
   MethodCounts counts;
   counts.Add(*session);
   report["methods"] = ToJson(options, counts);
-  report["prefill"] = MeasurePrefill(*context, flags, peak, *session);
+  const Arrivals arrivals = MeasureCompress(*context, flags, *session);
+  report["compress"] = {
+      {"ms_per_frame", 1e3 * arrivals.compress_seconds / flags.context_frames},
+      {"tokens_per_frame", static_cast<double>(arrivals.tokens) / flags.context_frames}};
+  report["prefill"] = MeasurePrefill(*context, flags, peak, arrivals, *session);
   KvCache window(session->cache.pool(), session->pyramid.positions());  // of frames replayed
   KvCache& cache = session->pyramid.replays() ? window : session->cache;
   report["question"] = MeasureQuestion(*context, flags, peak, *session, cache);

@@ -1,9 +1,13 @@
 #include "demos/cli/clips.h"
 
 #include <iterator>
+#include <string>
+#include <utility>
 
 #include "demos/cli/video_writer.h"
 #include "demos/world/random.h"
+#include "runtime/error.h"
+#include "streaming/source.h"
 
 namespace sluice::cli {
 namespace {
@@ -49,6 +53,21 @@ void WriteClip(const world::Scene& scene, const world::Atlas& atlas,
     writer.Write(rgb);
   }
   writer.Finish();
+}
+
+std::vector<FramePtr> ReadBack(const world::Scene& scene, const world::Atlas& atlas,
+                               const std::filesystem::path& mp4) {
+  WriteClip(scene, atlas, mp4);
+  SourceOptions options;
+  options.rate.fps = 1.0 / world::kSampleSeconds;
+  const auto source = Source::Open(mp4.string(), options);
+  std::vector<FramePtr> frames;
+  while (FramePtr frame = source->Next()) frames.push_back(std::move(frame));
+  if (static_cast<int>(frames.size()) != scene.frames) {
+    throw Error("[eval] wrote " + std::to_string(scene.frames) + " sampled frames to " +
+                mp4.string() + ", read back " + std::to_string(frames.size()));
+  }
+  return frames;
 }
 
 }  // namespace sluice::cli

@@ -33,6 +33,10 @@ std::vector<FramePtr> RenderFrames(const world::Scene& scene, const world::Atlas
 void WriteClip(const world::Scene& scene, const world::Atlas& atlas,
                const std::filesystem::path& mp4);
 
+// The sampled frames of a scene after a way through H.264 and back; writes `mp4` on the way.
+std::vector<FramePtr> ReadBack(const world::Scene& scene, const world::Atlas& atlas,
+                               const std::filesystem::path& mp4);
+
 }  // namespace sluice::cli
 
 #endif  // SLUICE_DEMOS_CLI_CLIPS_H_

@@ -27,7 +27,6 @@ void AddClipOptions(CLI::App& command, const ClipOptions& flags) {
   command.add_option("--clips", flags.clips, "How many")
       ->capture_default_str()
       ->check(CLI::Range(1, 1000000));
-  command.add_option("--seed", flags.seed, "Same seed, same clips")->capture_default_str();
   command
       .add_option("--frames", flags.frames,
                   "Length in half seconds (default: 8, 12, 16, 24, 32 in turn)")
@@ -89,12 +88,19 @@ std::string Number(double value, int decimals) {
   return text;
 }
 
+std::string Percent(double share) {
+  char text[64];
+  std::snprintf(text, sizeof text, "%.1f", 100 * share);
+  return text;
+}
+
 namespace {
 
 // Where a stage stands on a frame's way; stages unknown here come last.
 size_t OrderOf(std::string_view group) {
-  static constexpr std::string_view kWay[] = {
-      "preprocess", "encode", "compress", "prefill", "question", "prefill_question", "decode"};
+  static constexpr std::string_view kWay[] = {"duplicates",       "preprocess", "encode",
+                                              "compress",         "prefill",    "question",
+                                              "prefill_question", "decode"};
   return static_cast<size_t>(std::find(std::begin(kWay), std::end(kWay), group) - std::begin(kWay));
 }
 

@@ -31,7 +31,6 @@ void AddModelFlags(CLI::App& command, ModelFlags& flags);
 // Which clips of the demo world, and how many questions about each; what they hold are defaults.
 struct ClipOptions {
   int& clips;
-  uint64_t& seed;
   int& frames;
   int& questions;
 };
@@ -60,6 +59,9 @@ class Table {
 
 // `value` with `decimals` digits after the point; "-" for zero, which here means "not counted".
 std::string Number(double value, int decimals);
+
+// A share as per cent with one decimal.
+std::string Percent(double share);
 
 // One line a stage: calls, items, time, rates.
 std::string StageTable(const Tracer& tracer);

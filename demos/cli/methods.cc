@@ -3,11 +3,11 @@
 #include <algorithm>
 
 #include "compression/registry.h"
+#include "runtime/error.h"
 
 namespace sluice::cli {
 
 void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
-  constexpr char kGroup[] = "Methods";
   command
       .add_option(
           "--preset", flags.preset,
@@ -15,38 +15,44 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
           "what stays; fast: fewer frames computed whole, a third of the tokens by merging")
       ->capture_default_str()
       ->check(CLI::IsMember({"exact", "stc", "fast"}))
-      ->group(kGroup);
+      ->group(kMethodGroup);
   auto* reuse =
       command
           .add_flag("--cacher", flags.cacher, "Reuse patch features of earlier frames (STC-Cacher)")
-          ->group(kGroup);
+          ->group(kMethodGroup);
   StcCacherOptions& cacher = flags.cacher_options;
   const auto cacher_option = [&](const char* name, auto& value, const char* help) {
-    command.add_option(name, value, help)->capture_default_str()->needs(reuse)->group(kGroup);
+    command.add_option(name, value, help)->capture_default_str()->needs(reuse)->group(kMethodGroup);
   };
   cacher_option("--cacher-interval", cacher.interval, "One frame of so many is computed whole");
   cacher_option("--cacher-ratio", cacher.ratio, "Share of patches of the others computed afresh");
   cacher_option("--cacher-refresh", cacher.refresh_below,
-                "Cosine of keys below which a patch counts as changed; if more than the ratio "
-                "changed, the frame is computed whole; -1: never");
+                "Cosine of keys, less their mean, below which a patch counts as changed; if more "
+                "than the ratio changed, the frame is computed whole; -1: never");
   command
       .add_flag("--cacher-shared", cacher.shared_selection,
                 "The first layer chooses the patches for all layers")
       ->needs(reuse)
-      ->group(kGroup);
+      ->group(kMethodGroup);
   auto* turbo =
       command
           .add_option("--turbo", flags.turbo,
                       "Merge so many similar tokens in each block of the vision tower (Turbo), or "
                       "that share of them if below 1; not with --cacher")
-          ->group(kGroup);
+          ->group(kMethodGroup);
   command
       .add_option("--turbo-lambda", flags.turbo_lambda,
                   "What sparing tokens that much is attended to is worth beside similarity; 0: "
                   "nothing (default: " +
                       Number(TurboOptions().lambda, 2) + ")")
       ->needs(turbo)
-      ->group(kGroup);
+      ->group(kMethodGroup);
+  command
+      .add_option(
+          "--duplicate-threshold", flags.duplicate_threshold,
+          "Pass over frames no part of whose thumbnail differs from the last frame taken by "
+          "more than this, in levels of 255; 4 stands above a camera's noise (default: off)")
+      ->group(kMethodGroup);
   std::string known;
   for (const CompressorEntry& entry : TokenCompressors()) {
     known += (known.empty() ? "" : "; ") + std::string(entry.name) + ": " +
@@ -56,7 +62,7 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
   command
       .add_option("--compress", flags.compressors,
                   "Select visual tokens with NAME or NAME=NUMBER, in the order given; " + known)
-      ->group(kGroup);
+      ->group(kMethodGroup);
 
   auto* drop =
       command
@@ -65,9 +71,9 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
                       "only what it ranks high), replay (the paper's way, on the last frames), "
                       "query-free or probe (on arrival); MODE=LAMBDA keeps that share at each "
                       "boundary (default: off, lambda 0.5)")
-          ->group(kGroup);
+          ->group(kMethodGroup);
   const auto add = [&](const char* name, auto& value, const char* help) {
-    return command.add_option(name, value, help)->needs(drop)->group(kGroup);
+    return command.add_option(name, value, help)->needs(drop)->group(kMethodGroup);
   };
   add("--pyramid-stages", flags.pyramid_stages, "Groups of decoder layers (default: 4)");
   add("--pyramid-boundaries", flags.pyramid_boundaries,
@@ -89,12 +95,26 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
   add("--pyramid-instruction", flags.pyramid_instruction, "What mode probe looks for");
 }
 
+MethodFlags ParseMethodFlags(const std::string& arguments) {
+  CLI::App app;
+  app.set_help_flag();
+  MethodFlags flags;
+  AddMethodFlags(app, flags);
+  try {
+    app.parse(arguments);
+  } catch (const CLI::ParseError& error) {
+    throw InputError("[methods] '" + arguments + "': " + error.what());
+  }
+  return flags;
+}
+
 void ApplyMethods(const MethodFlags& flags, SessionOptions& options) {
   if (flags.preset != "exact") {
     options.cacher = StcCacherOptions{.shared_selection = true};
     options.compressors = {flags.preset == "stc" ? "stc-pruner-join" : "turbo-merge=0.34"};
     if (flags.preset == "fast") options.cacher->interval = 4;
   }
+  options.duplicate_threshold = flags.duplicate_threshold;
   if (flags.cacher) options.cacher = flags.cacher_options;
   if (flags.turbo) options.turbo = TurboOptions{.remove = *flags.turbo};
   if (flags.turbo_lambda) options.turbo->lambda = *flags.turbo_lambda;
@@ -141,6 +161,7 @@ Json ToJson(const PyramidOptions& options, const PyramidStream& stream) {
 
 void MethodCounts::Add(const Session& session) {
   pyramid_drop = ToJson(session.options.pyramid, session.pyramid);
+  if (session.duplicates) duplicates += session.duplicates->duplicates();
   if (!session.reuse) return;
   const StcCacher::Counts& counts = session.reuse->counts();
   cacher.frames += counts.frames;
@@ -167,6 +188,10 @@ Json ToJson(const SessionOptions& options, const MethodCounts& counts) {
   }
   if (options.turbo) {
     json["turbo"] = {{"remove", options.turbo->remove}, {"lambda", options.turbo->lambda}};
+  }
+  if (options.duplicate_threshold) {
+    json["duplicate_frames"] = {{"threshold", *options.duplicate_threshold},
+                                {"passed_over", counts.duplicates}};
   }
   if (!options.compressors.empty()) json["compressors"] = options.compressors;
   return json;

@@ -20,6 +20,7 @@ struct MethodFlags {
   std::optional<double> turbo;  // tokens or share that leave each block of the tower
   std::optional<double> turbo_lambda;
   std::vector<std::string> compressors;
+  std::optional<double> duplicate_threshold;
   // PyramidDrop (compression/pyramid_drop.h)
   std::string pyramid_drop;  // MODE or MODE=LAMBDA; empty: off
   std::optional<int> pyramid_stages, pyramid_replay_frames;
@@ -27,7 +28,10 @@ struct MethodFlags {
   std::string pyramid_quota, pyramid_rank, pyramid_positions, pyramid_instruction;
   std::optional<double> pyramid_frame_share;
 };
+inline constexpr char kMethodGroup[] = "Methods";  // the group of these flags in the help
 void AddMethodFlags(CLI::App& command, MethodFlags& flags);
+// The same flags as one text, as "--cacher --compress tome-merge=0.5". Throws InputError.
+MethodFlags ParseMethodFlags(const std::string& arguments);
 
 // Sets what the preset says, then what the flags say. Throws InputError as the methods do.
 void ApplyMethods(const MethodFlags& flags, SessionOptions& options);
@@ -39,6 +43,7 @@ Json ToJson(const PyramidOptions& options, const PyramidStream& stream);
 struct MethodCounts {
   StcCacher::Counts cacher;
   int64_t cacher_bytes = 0;  // of one session, at most
+  int64_t duplicates = 0;    // frames
   Json pyramid_drop;         // of the last session; null where it is off
   void Add(const Session& session);
 };

@@ -86,7 +86,8 @@ void AddRender(CLI::App& app) {
   command->add_option("--out", flags->out, "Directory to write to")->required();
   command->add_option("--name", flags->name, "Files are NAME-0000.mp4 ... and NAME.jsonl")
       ->capture_default_str();
-  AddClipOptions(*command, {flags->clips, flags->seed, flags->frames, flags->questions});
+  AddClipOptions(*command, {flags->clips, flags->frames, flags->questions});
+  command->add_option("--seed", flags->seed, "Same seed, same clips")->capture_default_str();
   command
       ->add_option("--times", flags->times, "Ask at so many moments of the clip, the last its end")
       ->capture_default_str()

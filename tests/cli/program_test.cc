@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -32,7 +33,7 @@ class ProgramTest : public ::testing::Test {
  protected:
   ProgramTest()
       : directory_(std::filesystem::path(::testing::TempDir()) /
-                   ("program_test_" +
+                   ("program_test_" + std::to_string(getpid()) + "_" +
                     std::string(::testing::UnitTest::GetInstance()->current_test_info()->name()))) {
     std::filesystem::create_directories(directory_);
   }
@@ -135,6 +136,18 @@ TEST_F(ProgramTest, AskReportsEveryAnswerAsOneObject) {
   }
 }
 
+TEST_F(ProgramTest, AskCountsFramesThatShowNothingNew) {
+  const Outcome outcome = Sluice(
+      "ask --json --source test:smpte75:3 --max-new-tokens 1 --question x --duplicate-threshold 0" +
+      model_);
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  const json report = json::parse(outcome.out);
+  EXPECT_EQ(report["frames"]["sampled"], 6);
+  EXPECT_EQ(
+      report["frames"]["duplicates"].get<int>() + report["stages"]["encode"]["items"].get<int>(),
+      6);
+}
+
 TEST_F(ProgramTest, AskPrintsQuestionsAnswersAndStages) {
   const Outcome outcome = Sluice(
       "ask --stats --source test:smpte:2 --max-new-tokens 4 --question 'What is it?'" + model_);
@@ -209,6 +222,59 @@ TEST_F(ProgramTest, EvalTellsWhatPyramidDropSpares) {
             plain["visual_tokens"]["dense_kv_bytes_per_clip"]);
 }
 
+TEST_F(ProgramTest, EvalSweepsConfigurationsOverTheSameClips) {
+  const auto file = directory_ / "sweep.json";
+  const std::string sweep =
+      "eval --clips 2 --frames 8 --questions-per-clip 2 --seeds 3,4 --sweep " + file.string() +
+      model_ +
+      "--sweep-config 'half: --compress tome-merge=4' "
+      "--sweep-config 'reuse: --cacher --cacher-ratio 0.1' ";
+  const Outcome outcome = Sluice(sweep);
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  EXPECT_THAT(outcome.out, HasSubstr("reuse"));
+  const json report = json::parse(ReadFile(file));
+  EXPECT_EQ(report["seeds"], json({3, 4}));
+  const json& all = report["configurations"];
+  ASSERT_EQ(all.size(), 3u);
+  EXPECT_EQ(all[0]["name"], "dense");
+  EXPECT_EQ(all[0]["of_dense"]["ms"], 1.0);
+  for (const json& one : all) {
+    EXPECT_EQ(one["frames"], 32);
+    EXPECT_EQ(one["questions"], all[0]["questions"]);
+    EXPECT_EQ(one["accuracy"]["mean_by_seed"].size(), 2u);
+    EXPECT_GT(one["of_dense"]["ms_per_frame"], 0.0);
+  }
+  EXPECT_EQ(all[1]["tokens_per_frame"], 4.0);
+  EXPECT_LT(all[1]["of_dense"]["gflop"], 1.0);
+  EXPECT_LT(all[2]["encode_gflop_per_frame"], all[0]["encode_gflop_per_frame"]);
+  EXPECT_THAT(ReadFile(directory_ / "sweep.svg"), HasSubstr(">half</text>"));
+
+  ExpectRefused("eval --cacher --sweep " + file.string(), "--sweep");
+  ExpectRefused("eval --sweep-config 'a: --cacher'", "--sweep");
+  ExpectRefused("eval --sweep " + (directory_ / "sweep.txt").string() + model_, ".json");
+  ExpectRefused(sweep + "--sweep-config nameless", "'NAME: FLAGS'");
+  ExpectRefused(sweep + "--sweep-config 'x: --colour red'", "configuration 'x'");
+  ExpectRefused(sweep + "--sweep-config 'x: --compress nonsense'", "configuration 'x'");
+}
+
+TEST_F(ProgramTest, EvalComparesReusedFeaturesOnAnySource) {
+  const Outcome outcome =
+      Sluice("eval --json --footage test:ball:4 --fps 4 --cacher --cacher-interval 4" + model_);
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  const json report = json::parse(outcome.out);
+  EXPECT_EQ(report["frames"].size(), 16u);
+  EXPECT_EQ(report["methods"]["stc_cacher"]["frames"], 16);
+  EXPECT_EQ(report["other_reused"]["frames"], 12);
+  for (const json& frame : report["frames"]) {
+    EXPECT_GT(frame["cosine"], frame["how"] == "reused" ? 0.5 : 0.999) << frame;
+    EXPECT_EQ(frame["fresh_patches"] == 1.0, frame["how"] != "reused");
+  }
+  EXPECT_THAT(Sluice("eval --footage test:ball:2 --cacher" + model_).out, HasSubstr("least alike"));
+  ExpectRefused("eval --footage test:ball:2" + model_, "expected --cacher");
+  ExpectRefused("eval --fps 3", "--footage");
+  ExpectRefused("eval --footage /no/such/film --cacher" + model_, "/no/such/film");
+}
+
 // The default model, as shipped. 120 questions tell a model that answers from one that guesses: at
 // a true share of 0.99 fewer than 0.92 right is a matter of one in 10^8 runs, and the clips are
 // fixed.
@@ -255,7 +321,7 @@ TEST_F(ProgramTest, MethodsRefuseSettingsThatMeanNothing) {
   ExpectRefused("eval --cacher --cacher-ratio 0", "[stc-cacher] the ratio of fresh patches");
   ExpectRefused("eval --cacher --cacher-interval 0", "[stc-cacher] the interval");
   ExpectRefused("ask --source test --question x --compress stc-pruner=1.5", "[stc-pruner]");
-  ExpectRefused("ask --source test --question x --compress nonsense", "there are duplicate-frames");
+  ExpectRefused("ask --source test --question x --compress nonsense", "there are stc-pruner");
   ExpectRefused("eval --preset faster", "--preset");
   ExpectRefused("eval --cacher-interval 4", "--cacher");
   ExpectRefused("eval --turbo 8 --cacher", "choose one of --turbo and --cacher");
@@ -263,6 +329,8 @@ TEST_F(ProgramTest, MethodsRefuseSettingsThatMeanNothing) {
   ExpectRefused("eval --turbo -3", "[turbo]");
   ExpectRefused("eval --turbo 8 --turbo-lambda -1", "[turbo] lambda");
   ExpectRefused("eval --turbo-lambda 1", "--turbo");
+  ExpectRefused("eval --duplicate-threshold 255", "[0, 255)");
+  ExpectRefused("bench --duplicate-threshold 4" + model_, "[bench]");
 }
 
 TEST_F(ProgramTest, BenchMeasuresEveryStageAgainstThePeak) {
@@ -275,6 +343,17 @@ TEST_F(ProgramTest, BenchMeasuresEveryStageAgainstThePeak) {
   EXPECT_GT(report["encode"]["percent_of_peak"], 0.0);
   EXPECT_GT(report["prefill"]["percent_of_peak"], 0.0);
   EXPECT_GT(report["decode"]["percent_of_read_bandwidth"], 0.0);
+  EXPECT_EQ(report["compress"]["ms_per_frame"], 0.0);
+  EXPECT_EQ(report["compress"]["tokens_per_frame"], 9.0);
+  const std::string few = "bench --json --seconds 0 --batch 3 --context-frames 4 --threads 1 ";
+  const json halved = json::parse(Sluice(few + "--compress uniform-frames=2" + model_).out);
+  EXPECT_EQ(halved["compress"]["tokens_per_frame"], 4.5);
+  EXPECT_EQ(halved["prefill"]["tokens"], 18);
+  EXPECT_LT(halved["prefill"]["gflop_per_frame"], report["prefill"]["gflop_per_frame"]);
+  const json reused = json::parse(Sluice(few + "--cacher --cacher-ratio 0.2" + model_).out);
+  EXPECT_EQ(reused["methods"]["stc_cacher"]["refreshes"], 0);
+  EXPECT_LT(reused["encode"]["gflop_per_frame"], report["encode"]["gflop_per_frame"]);
+  ExpectRefused(few + "--compress uniform-frames=9" + model_, "leave none of the tokens");
   for (const char* mode : {"question", "replay", "query-free", "probe --pyramid-instruction x"}) {
     const Outcome dropped = Sluice(
         "bench --json --seconds 0 --batch 3 --context-frames 4"

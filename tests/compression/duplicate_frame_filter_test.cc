@@ -3,86 +3,88 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <vector>
+#include <random>
+
+#include "runtime/error.h"
 
 namespace sluice {
 namespace {
 
-// Frames of two tokens of width 2, each given by the angle of its features.
-VisualTokens FromAngles(int first_frame, const std::vector<std::pair<double, double>>& frames) {
-  VisualTokens tokens;
-  tokens.grid_rows = 1;
-  tokens.grid_cols = 2;
-  const auto count = static_cast<int64_t>(frames.size());
-  tokens.features = Tensor(DType::kF32, {2 * count, 2});
-  float* out = tokens.features.data<float>();
-  for (int64_t f = 0; f < count; ++f) {
-    for (int16_t col = 0; col < 2; ++col) {
-      const double angle = col == 0 ? frames[f].first : frames[f].second;
-      tokens.origins.push_back({static_cast<int32_t>(first_frame + f), 0, col,
-                                MediaTime::FromSeconds(static_cast<double>(first_frame + f))});
-      *out++ = static_cast<float>(3 * std::cos(angle));
-      *out++ = static_cast<float>(3 * std::sin(angle));
-    }
+// Noise of a few levels around a picture, as a camera adds it.
+Frame Noisy(uint32_t seed, int width, int height, int level, int noise) {
+  std::mt19937 random(seed);
+  std::uniform_int_distribution<int> wobble(-noise, noise);
+  Frame frame;
+  frame.width = width;
+  frame.height = height;
+  frame.rgb.resize(size_t{3} * width * height);
+  for (size_t i = 0; i < frame.rgb.size(); ++i) {
+    frame.rgb[i] =
+        static_cast<uint8_t>(level + static_cast<int>(i / 3) % width * 40 / width + wobble(random));
   }
-  return tokens;
+  return frame;
 }
 
-std::vector<int> KeptFrames(const VisualTokens& tokens) {
-  std::vector<int> frames;
-  for (int64_t i = 0; i < tokens.size(); i += 2) frames.push_back(tokens.origins[i].frame);
-  return frames;
+TEST(DuplicateFrameFilterTest, TheFirstFramePassesAndItsCopiesDoNot) {
+  for (const double threshold : {0.0, 4.0, 254.0}) {
+    DuplicateFrameFilter filter(threshold);
+    const Frame frame = Noisy(1, 100, 70, 90, 20);
+    EXPECT_TRUE(filter.Passes(frame));
+    for (int i = 0; i < 3; ++i) EXPECT_FALSE(filter.Passes(frame));
+    EXPECT_EQ(filter.duplicates(), 3);
+  }
 }
 
-const double kThreshold = std::cos(0.2);
-
-TEST(DuplicateFrameFilterTest, DropsFramesLikeTheLastKeptOneWithinABatch) {
-  ExecContext ctx({});
-  DuplicateFrameFilter filter(kThreshold);
-  const VisualTokens out = filter.Compress(
-      ctx, FromAngles(0, {{0.0, 1.0}, {0.1, 1.0}, {0.0, 1.5}, {0.1, 1.4}, {0.0, 1.0}}));
-  EXPECT_EQ(KeptFrames(out), (std::vector<int>{0, 2, 4}));
-  // The features moved up with their origins.
-  EXPECT_FLOAT_EQ(out.features.data<float>()[2 * 3], static_cast<float>(3 * std::cos(1.5)));
+TEST(DuplicateFrameFilterTest, NoiseOfACameraIsNothingNew) {
+  DuplicateFrameFilter filter(4);
+  EXPECT_TRUE(filter.Passes(Noisy(1, 640, 360, 90, 8)));
+  for (uint32_t i = 2; i < 12; ++i) EXPECT_FALSE(filter.Passes(Noisy(i, 640, 360, 90, 8))) << i;
 }
 
-TEST(DuplicateFrameFilterTest, RemembersAcrossBatches) {
-  ExecContext ctx({});
-  DuplicateFrameFilter filter(kThreshold);
-  EXPECT_EQ(filter.Compress(ctx, FromAngles(0, {{0, 0}})).size(), 2);
-  EXPECT_EQ(filter.Compress(ctx, FromAngles(1, {{0.1, 0.1}})).size(), 0);
-  EXPECT_EQ(filter.Compress(ctx, FromAngles(2, {{0.3, 0}})).size(), 2);
+TEST(DuplicateFrameFilterTest, ASmallThingThatAppearsIsNew) {
+  DuplicateFrameFilter filter(4);
+  Frame frame = Noisy(1, 640, 360, 90, 4);
+  EXPECT_TRUE(filter.Passes(frame));
+  for (int y = 200; y < 212; ++y) {
+    for (int x = 400; x < 412; ++x) frame.rgb[3 * (y * 640 + x)] = 250;
+  }
+  EXPECT_TRUE(filter.Passes(frame));
+  EXPECT_FALSE(filter.Passes(frame));
 }
 
-TEST(DuplicateFrameFilterTest, KeepsAFrameInWhichASingleTokenChanged) {
-  ExecContext ctx({});
-  DuplicateFrameFilter filter(kThreshold);
-  EXPECT_EQ(KeptFrames(filter.Compress(ctx, FromAngles(0, {{0, 0}, {0, 0.3}}))),
-            (std::vector<int>{0, 1}));
+TEST(DuplicateFrameFilterTest, SlowDriftAddsUpUntilAFramePasses) {
+  DuplicateFrameFilter filter(4);
+  int passed = 0;
+  for (int level = 60; level < 120; ++level) passed += filter.Passes(Noisy(1, 64, 64, level, 0));
+  EXPECT_EQ(passed, 12);  // every fifth: 5 levels are more than 4
 }
 
-TEST(DuplicateFrameFilterTest, LetsSlowDriftAddUpUntilAFrameIsKept) {
-  ExecContext ctx({});
-  DuplicateFrameFilter filter(kThreshold);
-  std::vector<std::pair<double, double>> drift;
-  for (int i = 0; i < 10; ++i) drift.push_back({0.06 * i, 0});
-  EXPECT_EQ(KeptFrames(filter.Compress(ctx, FromAngles(0, drift))), (std::vector<int>{0, 4, 8}));
+TEST(DuplicateFrameFilterTest, AFrameOfAnotherSizeIsNew) {
+  DuplicateFrameFilter filter(254);
+  EXPECT_TRUE(filter.Passes(Noisy(1, 64, 48, 90, 0)));
+  EXPECT_TRUE(filter.Passes(Noisy(1, 48, 64, 90, 0)));
+  EXPECT_TRUE(filter.Passes(Noisy(1, 1, 1, 90, 0)));
+  EXPECT_FALSE(filter.Passes(Noisy(1, 1, 1, 91, 0)));
 }
 
-TEST(DuplicateFrameFilterTest, NeverComparesFramesWhoseTokensSitElsewhere) {
-  ExecContext ctx({});
-  DuplicateFrameFilter filter(-1);
-  filter.Compress(ctx, FromAngles(0, {{0, 0}}));
-  VisualTokens moved = FromAngles(1, {{0, 0}});
-  moved.origins[1].row = 1;
-  EXPECT_EQ(filter.Compress(ctx, std::move(moved)).size(), 2);
+TEST(DuplicateFrameFilterTest, MemoryIsThatOfOneThumbnail) {
+  DuplicateFrameFilter filter(0);
+  filter.Passes(Noisy(1, 640, 360, 90, 8));
+  EXPECT_EQ(filter.SizeBytes(), 32 * 32 * 3 * 4);
 }
 
-TEST(DuplicateFrameFilterTest, FindsACopyEvenAtThresholdOne) {
-  ExecContext ctx({});
-  DuplicateFrameFilter filter(1);
-  EXPECT_EQ(KeptFrames(filter.Compress(ctx, FromAngles(0, {{0.7, 2}, {0.7, 2}, {0.7, 2.01}}))),
-            (std::vector<int>{0, 2}));
+TEST(DuplicateFrameFilterTest, PicturesThatDoNotFitTheirSizeAreRefused) {
+  DuplicateFrameFilter filter(0);
+  Frame frame = Noisy(1, 8, 8, 90, 0);
+  frame.rgb.pop_back();
+  EXPECT_THROW(filter.Passes(frame), InputError);
+  EXPECT_THROW(filter.Passes(Frame()), InputError);
+}
+
+TEST(DuplicateFrameFilterTest, ThresholdsOutOfRangeAreRefused) {
+  for (const double threshold : {-1.0, 255.0, std::nan("")}) {
+    EXPECT_THROW(DuplicateFrameFilter filter(threshold), InputError) << threshold;
+  }
 }
 
 }  // namespace

@@ -106,15 +106,15 @@ INSTANTIATE_TEST_SUITE_P(All, TokenCompressorTest,
 
 TEST(CompressionRegistryTest, NamesWhatItHasWhenAskedForSomethingElse) {
   EXPECT_THAT([] { MakeTokenCompressor("turbid"); },
-              ThrowsMessage<InputError>(HasSubstr("there are duplicate-frames")));
+              ThrowsMessage<InputError>(HasSubstr("there are stc-pruner")));
   EXPECT_THAT([] { MakeTokenCompressor(""); }, ThrowsMessage<InputError>(HasSubstr("there are")));
 }
 
 TEST(CompressionRegistryTest, ReadsTheParameterAndRefusesNonsense) {
-  EXPECT_EQ(MakeTokenCompressor("duplicate-frames")->name(), "duplicate-frames");
-  EXPECT_EQ(MakeTokenCompressor("duplicate-frames=0.5")->name(), "duplicate-frames");
-  for (const char* spec : {"duplicate-frames=", "duplicate-frames=high", "duplicate-frames=0.9x",
-                           "duplicate-frames=1.5", "duplicate-frames=nan"}) {
+  EXPECT_EQ(MakeTokenCompressor("tome-merge")->name(), "tome-merge");
+  EXPECT_EQ(MakeTokenCompressor("tome-merge=0.5")->name(), "tome-merge");
+  for (const char* spec :
+       {"tome-merge=", "tome-merge=high", "tome-merge=0.9x", "tome-merge=1.5", "tome-merge=nan"}) {
     EXPECT_THROW(MakeTokenCompressor(spec), InputError) << spec;
   }
 }

@@ -290,11 +290,45 @@ TEST(StcCacherTest, ACutIsComputedWholeOutOfTurn) {
   constexpr int64_t kFrame = 3 * kSide * kSide;
   std::copy_n(other.data<float>(), 3 * kFrame, pixels.data<float>() + 3 * kFrame);
   const VisualTokens dense = Encode(*encoder, pixels, nullptr);
-  StcCacher cacher({.interval = 100, .ratio = 0.2, .refresh_below = 0.9});
+  StcCacher cacher({.interval = 100, .ratio = 0.2});
   const VisualTokens cached = Encode(*encoder, pixels, &cacher, 2);
   EXPECT_EQ(cacher.counts().whole, 2);
   EXPECT_EQ(cacher.counts().refreshes, 1);
   EXPECT_LE(Distance(cached.features, dense.features, 3), 1e-5);
+}
+
+// What all keys of a tower have in common says nothing of the picture.
+TEST(StcCacherTest, ACutShowsHoweverMuchKeysHaveInCommon) {
+  constexpr int64_t kPatches = 50, kWidth = 96;
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    for (const float common : {0.0f, 10.0f}) {
+      std::mt19937 random(12);
+      std::normal_distribution<float> normal;
+      const auto keys_of = [&](const Tensor* like, float change) {
+        Tensor keys(DType::kF32, {kPatches, kWidth});
+        for (int64_t i = 0; i < kPatches * kWidth; ++i) {
+          keys.data<float>()[i] =
+              like ? like->data<float>()[i] + change * normal(random) : common + normal(random);
+        }
+        return keys;
+      };
+      const Tensor first = keys_of(nullptr, 0), moved = keys_of(&first, 0.3f);
+      const Tensor other = keys_of(nullptr, 0);
+      StcCacher cacher({.interval = 100});
+      const auto whole = [&](const Tensor& keys) {
+        ExecContext ctx({});
+        const Tensor narrow = ConvertTo(keys, dtype);
+        const ConstTensorView of_frame = narrow;
+        const bool is_whole = cacher.ChooseWhole(ctx, 1, {&of_frame, 1})[0];
+        if (is_whole) cacher.reference(0).keys = narrow.Clone();
+        return is_whole;
+      };
+      EXPECT_TRUE(whole(first));
+      EXPECT_FALSE(whole(moved)) << Name(dtype) << " " << common;
+      EXPECT_TRUE(whole(other)) << Name(dtype) << " " << common;
+      EXPECT_EQ(cacher.counts().refreshes, 1);
+    }
+  }
 }
 
 TEST(StcCacherTest, InterleavedStreamsAreEachAsIfAlone) {

@@ -118,11 +118,12 @@ TEST_P(StreamTest, AStillSceneCostsOneFrameWithTheDuplicateFilter) {
   SourceOptions sampling;
   sampling.rate.fps = 5;
   SessionOptions options;
-  options.compressors = {"duplicate-frames"};
+  options.duplicate_threshold = 4;
   const auto source = Source::Open("test:white:2", sampling);
   const auto session = engine_.NewSession(options);
   const RunResult run = sluice::Run(*ctx_, *session, *source, {{"What is it?", {}}}, {});
   EXPECT_EQ(run.frames, 10);
+  EXPECT_EQ(run.duplicates, 9);
   EXPECT_EQ(session->visual_tokens, engine_.vlm()->encoder().tokens_per_frame());
 }
 

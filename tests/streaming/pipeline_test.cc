@@ -147,41 +147,44 @@ TEST_F(PipelineTest, AnExhaustedPoolLeavesTheSessionAsItWas) {
 
 TEST_F(PipelineTest, AStepThatFailsLeavesTheSessionAsItWas) {
   SessionOptions options;
-  options.compressors = {"duplicate-frames=0.999"};
+  options.duplicate_threshold = 1;
   const auto session = NewSession(options);
   Show(*session, {FakeFrame(0, 5)});
   const Snapshot before = Look(*session);
   vlm_->decoder().fail_next_step = true;
   EXPECT_THROW(Show(*session, {FakeFrame(1, 200)}), Error);
   EXPECT_EQ(Look(*session), before);
-  // The compressor has forgotten the frame as well: it is no duplicate when it comes again.
+  // The filter has forgotten the frame as well: it is no duplicate when it comes again.
   Show(*session, {FakeFrame(1, 200)});
   EXPECT_EQ(session->visual_tokens, 2 * kFakeTokensPerFrame);
 }
 
 TEST_F(PipelineTest, DuplicateFramesAreSeenButNotRemembered) {
   SessionOptions options;
-  options.compressors = {"duplicate-frames=0.999999"};
+  options.duplicate_threshold = 0;
   const auto session = NewSession(options);
   Show(*session, {FakeFrame(0, 9), FakeFrame(1, 9), FakeFrame(2, 30), FakeFrame(3, 30)});
   Show(*session, {FakeFrame(4, 30)});
   EXPECT_EQ(Memory(*session), kPrefix + " f9.0 f9.1 f30.0 f30.1");
   EXPECT_EQ(session->frames_seen, 5);
+  EXPECT_EQ(session->duplicates->duplicates(), 3);
   EXPECT_EQ(session->visual_tokens, 4);
   EXPECT_EQ(session->last_time, MediaTime::FromSeconds(2));
 }
 
 TEST_F(PipelineTest, TracesWhereTheTimeGoes) {
   SessionOptions options;
-  options.compressors = {"duplicate-frames=1"};
+  options.duplicate_threshold = 0;
+  options.compressors = {"stc-pruner=2"};  // all of them
   const auto session = NewSession(options);
   Show(*session, {FakeFrame(0, 9), FakeFrame(1, 9), FakeFrame(2, 30)});
   Question(*session, "Why?");
   const auto& stages = ctx_.tracer().stages();
-  EXPECT_EQ(stages.at("preprocess").items, 3);
-  EXPECT_EQ(stages.at("encode").items, 3);
-  EXPECT_EQ(stages.at("encode").flops, 3000);
-  EXPECT_EQ(stages.at("compress").items, 6);
+  EXPECT_EQ(stages.at("duplicates").items, 3);
+  EXPECT_EQ(stages.at("preprocess").items, 2);
+  EXPECT_EQ(stages.at("encode").items, 2);
+  EXPECT_EQ(stages.at("encode").flops, 2000);
+  EXPECT_EQ(stages.at("compress").items, 4);
   EXPECT_EQ(stages.at("prefill").items, static_cast<int64_t>(session->prefix_ids.size()) + 4);
   EXPECT_EQ(stages.at("question").items, 1 + static_cast<int64_t>(("\nWhy?" + kEnd).size()) - 9 -
                                              11);  // two control strings are one id each

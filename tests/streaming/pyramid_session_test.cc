@@ -141,7 +141,7 @@ TEST(PyramidFamiliesTest, SharesOfOneRememberAndAnswerAsWithoutTheMethodBitForBi
         const Tensor row(DType::kF32, {1, decoder.hidden_size()});
         decoder.Embed(*ctx, std::vector<int32_t>{5}, row);
         const Tensor logits(DType::kF32, {1, decoder.vocab_size()});
-        SequenceStep step{&session->cache, row, logits, session->pyramid.ForQuestion(0)};
+        SequenceStep step{&session->cache, row, logits, session->pyramid.ForQuestion(0, 1)};
         decoder.Step(*ctx, {&step, 1});
         result.insert(result.end(), logits.data<float>(),
                       logits.data<float>() + decoder.vocab_size());
