@@ -5,49 +5,21 @@
 #include <span>
 #include <string>
 
-#include "runtime/convert.h"
 #include "runtime/error.h"
 #include "runtime/ops/similarity.h"
 
 namespace sluice {
 namespace {
 
-std::vector<float> Cosines(ExecContext& ctx, ConstTensorView a, ConstTensorView b) {
-  Workspace::Scope scope(ctx.workspace());
-  const TensorView cosines = ctx.workspace().Allocate(DType::kF32, {a.dim(0)});
-  RowCosines(ctx, a, b, cosines);
-  return {cosines.data<float>(), cosines.data<float>() + a.dim(0)};
+std::vector<float> Cosines(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
+                           std::span<const float> center = {}) {
+  std::vector<float> cosines(a.dim(0));
+  RowCosines(ctx, a, b, TensorView(cosines.data(), DType::kF32, {a.dim(0)}), center);
+  return cosines;
 }
 
 ConstTensorView LastRows(const Tensor& x, int64_t count) {
   return x.view().Slice(x.dim(0) - count, x.dim(0));
-}
-
-// Row i of a [N, V] matrix whose rows may be strided, in f32.
-void ReadRow(ConstTensorView x, int64_t i, std::span<float> row) {
-  const ConstTensorView one = x.Slice(i, i + 1);
-  ConvertInto(one, TensorView(row.data(), DType::kF32, one.shape()));
-}
-
-// [N, V] in f32, less `row` in each of its rows.
-TensorView Minus(ExecContext& ctx, ConstTensorView x, std::span<const float> row) {
-  const TensorView out = ctx.workspace().Allocate(DType::kF32, x.shape());
-  for (int64_t i = 0; i < x.dim(0); ++i) {
-    float* to = out.data<float>() + i * x.dim(1);
-    ReadRow(x, i, {to, row.size()});
-    for (size_t d = 0; d < row.size(); ++d) to[d] -= row[d];
-  }
-  return out;
-}
-
-std::vector<float> MeanRow(ConstTensorView x) {
-  std::vector<float> mean(x.dim(1)), row(x.dim(1));
-  for (int64_t i = 0; i < x.dim(0); ++i) {
-    ReadRow(x, i, row);
-    for (size_t d = 0; d < row.size(); ++d) mean[d] += row[d];
-  }
-  for (float& value : mean) value /= static_cast<float>(x.dim(0));
-  return mean;
 }
 
 }  // namespace
@@ -74,14 +46,21 @@ int64_t StcCacher::FreshOf(int64_t patches) const {
 
 bool StcCacher::Changed(ExecContext& ctx, ConstTensorView keys,
                         ConstTensorView reference_keys) const {
-  Workspace::Scope scope(ctx.workspace());
-  const std::vector<float> middle = MeanRow(reference_keys);
-  const std::vector<float> cosines =
-      Cosines(ctx, Minus(ctx, keys, middle), Minus(ctx, reference_keys, middle));
+  std::vector<float> middle(keys.dim(1));
+  MeanRow(ctx, reference_keys, middle);
+  const std::vector<float> cosines = Cosines(ctx, keys, reference_keys, middle);
   const auto below = std::count_if(cosines.begin(), cosines.end(), [&](float cosine) {
     return cosine < static_cast<float>(options_.refresh_below);
   });
   return below > FreshOf(keys.dim(0));
+}
+
+std::vector<bool> StcCacher::Schedule(int64_t frames) const {
+  std::vector<bool> whole(frames);
+  for (int64_t f = 0; f < frames; ++f) {
+    whole[f] = IsDue(next_ + f) || (f == 0 && !HasReference());
+  }
+  return whole;
 }
 
 std::vector<bool> StcCacher::ChooseWhole(ExecContext& ctx, int layers,
@@ -89,10 +68,9 @@ std::vector<bool> StcCacher::ChooseWhole(ExecContext& ctx, int layers,
   const auto frames = static_cast<int64_t>(first_keys.size());
   references_.resize(layers);
   first_choice_.assign(frames, {});
-  std::vector<bool> whole(frames);
+  std::vector<bool> whole = Schedule(frames);
   int64_t latest = -1;  // whole frame of this batch
-  for (int64_t f = 0; f < frames; ++f, ++next_) {
-    whole[f] = next_ % options_.interval == 0 || (latest < 0 && !HasReference());
+  for (int64_t f = 0; f < frames; ++f) {
     if (!whole[f] && options_.refresh_below > -1) {
       const ConstTensorView keys = first_keys[f];
       // Behind a class token, if there is one.
@@ -101,9 +79,15 @@ std::vector<bool> StcCacher::ChooseWhole(ExecContext& ctx, int layers,
       whole[f] = Changed(ctx, keys, reference);
       counts_.refreshes += whole[f];
     }
-    if (whole[f]) latest = f;
-    counts_.whole += whole[f];
+    if (whole[f]) {
+      latest = f;
+      ++counts_.whole;
+    } else {
+      counts_.patches += layers * first_keys[f].dim(0);
+      counts_.fresh += layers * FreshOf(first_keys[f].dim(0));
+    }
   }
+  next_ += frames;
   counts_.frames += frames;
   return whole;
 }
@@ -124,8 +108,6 @@ void StcCacher::ChooseFresh(ExecContext& ctx, int layer, int64_t frame, ConstTen
     std::sort(choice.begin(), choice.end());
   }
   fresh.insert(fresh.end(), choice.begin(), choice.end());
-  counts_.patches += keys.dim(0);
-  counts_.fresh += static_cast<int64_t>(choice.size());
 }
 
 void StcCacher::Reset() {

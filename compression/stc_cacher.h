@@ -41,10 +41,12 @@ class StcCacher final : public FeatureReuse {
   // Throws InputError on an interval below 1, a ratio outside (0, 1], or a cosine outside [-1, 1].
   explicit StcCacher(const StcCacherOptions& options);
 
+  std::vector<bool> Schedule(int64_t frames) const override;
   std::vector<bool> ChooseWhole(ExecContext& ctx, int layers,
                                 std::span<const ConstTensorView> first_keys) override;
   void ChooseFresh(ExecContext& ctx, int layer, int64_t frame, ConstTensorView keys,
                    ConstTensorView reference_keys, std::vector<int32_t>& fresh) override;
+  bool KeepsReference() const override { return !IsDue(next_); }
   LayerReference& reference(int layer) override { return references_[layer]; }
 
   // Forgets the reference: the next frame is computed whole, and the schedule begins there.
@@ -62,6 +64,7 @@ class StcCacher final : public FeatureReuse {
   int64_t SizeBytes() const;  // of the reference
 
  private:
+  bool IsDue(int64_t frame) const { return frame % options_.interval == 0; }
   bool HasReference() const { return !references_.empty() && !references_[0].keys.empty(); }
   // Whether a frame with these first-layer keys must be computed whole.
   bool Changed(ExecContext& ctx, ConstTensorView keys, ConstTensorView reference_keys) const;

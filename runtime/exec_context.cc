@@ -2,6 +2,7 @@
 
 #include <omp.h>
 
+#include <exception>
 #include <string>
 
 #include "runtime/error.h"
@@ -22,6 +23,41 @@ ExecContext::~ExecContext() = default;
 
 void ExecContext::UseThreads() const {
   if (omp_get_max_threads() != options_.num_threads) omp_set_num_threads(options_.num_threads);
+}
+
+void ExecContext::Split(int parts, const std::function<void(ExecContext&, int)>& body) {
+  if (parts > num_threads()) {
+    throw Error("[exec_context] " + std::to_string(parts) + " parts need as many threads, got " +
+                std::to_string(num_threads()));
+  }
+  if (parts <= 1) {
+    if (parts == 1) body(*this, 0);
+    return;
+  }
+  while (static_cast<int>(parts_.size()) < parts) {
+    parts_.push_back(
+        std::make_unique<ExecContext>(ExecOptions{.num_threads = 1, .kernels = options_.kernels}));
+  }
+  UseThreads();  // the contexts just made have set their own number
+  std::vector<std::exception_ptr> errors(parts);
+#pragma omp parallel for num_threads(parts) schedule(static, 1)
+  for (int i = 0; i < parts; ++i) {
+    try {
+      body(*parts_[i], i);
+    } catch (...) {
+      errors[i] = std::current_exception();
+    }
+  }
+  for (int i = 0; i < parts; ++i) {
+    for (auto [name, cost] : parts_[i]->tracer_.stages()) {
+      cost.seconds /= parts;
+      tracer_.Add(name, cost);
+    }
+    parts_[i]->tracer_.Clear();
+  }
+  for (const std::exception_ptr& error : errors) {
+    if (error) std::rethrow_exception(error);
+  }
 }
 
 }  // namespace sluice

@@ -3,7 +3,9 @@
 #ifndef SLUICE_RUNTIME_EXEC_CONTEXT_H_
 #define SLUICE_RUNTIME_EXEC_CONTEXT_H_
 
+#include <functional>
 #include <memory>
+#include <vector>
 
 #include "runtime/trace.h"
 #include "runtime/workspace.h"
@@ -32,6 +34,11 @@ class ExecContext {
   // this thread. OpenMP keeps that number for each thread, and a context may be used from another
   // thread than the one that made it: call this before every such call, it costs nanoseconds.
   void UseThreads() const;
+  // Calls body(own, i) for all i < parts at once, each on a thread of its own with a context of one
+  // thread; with one part, on this thread with this context. For work that falls into parts which
+  // need nothing of each other: they stay in their cores' caches. parts <= num_threads(). What is
+  // traced is added to tracer(), seconds as the mean of the threads. Rethrows what a body throws.
+  void Split(int parts, const std::function<void(ExecContext& own, int part)>& body);
   bool reference_kernels() const { return options_.kernels == KernelChoice::kReference; }
   Workspace& workspace() { return workspace_; }
   Tracer& tracer() { return tracer_; }
@@ -42,6 +49,7 @@ class ExecContext {
   Workspace workspace_;
   Tracer tracer_;
   std::unique_ptr<ProductCache> product_cache_;
+  std::vector<std::unique_ptr<ExecContext>> parts_;  // made when first needed
 };
 
 }  // namespace sluice

@@ -2,6 +2,8 @@
 #ifndef SLUICE_RUNTIME_PARALLEL_H_
 #define SLUICE_RUNTIME_PARALLEL_H_
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cstdint>
 
@@ -10,13 +12,14 @@
 namespace sluice {
 
 // Calls body(begin, end) on disjoint ranges that cover [0, count), one range a thread, each at
-// least `grain` long. The body must not throw.
+// least `grain` long; all on this thread where threads already share out an outer loop. The body
+// must not throw.
 template <typename Body>
 void ParallelFor(ExecContext& ctx, int64_t count, int64_t grain, const Body& body) {
   if (count <= 0) return;
   const int64_t most = (count + grain - 1) / std::max<int64_t>(grain, 1);
   const int threads = static_cast<int>(std::min<int64_t>(ctx.num_threads(), most));
-  if (threads <= 1) {
+  if (threads <= 1 || omp_in_parallel()) {
     body(int64_t{0}, count);
     return;
   }

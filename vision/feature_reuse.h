@@ -34,19 +34,27 @@ class FeatureReuse {
  public:
   virtual ~FeatureReuse() = default;
 
+  // Which frames of the coming batch are computed whole, one flag a frame, as far as that is known
+  // before their keys are. Changes nothing.
+  virtual std::vector<bool> Schedule(int64_t frames) const = 0;
+
   // Called once for each batch of frames. Returns which of them are computed whole, one flag a
-  // frame. The first one is, unless there is a reference() of an earlier batch. layers: of the
-  // tower. first_keys: the first layer's keys of each frame, [N, V] in the compute dtype.
+  // frame: all that are scheduled, maybe more. The first one is, unless there is a reference() of
+  // an earlier batch. layers: of the tower. first_keys: the first layer's keys of each frame, [N,
+  // V] in the compute dtype.
   virtual std::vector<bool> ChooseWhole(ExecContext& ctx, int layers,
                                         std::span<const ConstTensorView> first_keys) = 0;
 
   // Appends to `fresh`, ascending, the patches of one frame that `layer` computes afresh: at least
   // one, and as many for every frame of a batch. keys, reference_keys: [N, V], rows may be strided.
-  // frame: which of the batch.
+  // frame: which of the batch. Threads may call this for different frames at once.
   virtual void ChooseFresh(ExecContext& ctx, int layer, int64_t frame, ConstTensorView keys,
                            ConstTensorView reference_keys, std::vector<int32_t>& fresh) = 0;
 
-  // What is kept of the last whole frame of all batches; layers are filled in one after another.
+  // Whether the frame after this batch may need the last whole frame's reference().
+  virtual bool KeepsReference() const = 0;
+  // What is kept of the last whole frame of all batches; layers are filled in one after another, in
+  // batches after which it is kept.
   virtual LayerReference& reference(int layer) = 0;
 };
 

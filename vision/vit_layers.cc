@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
+#include <numeric>
 #include <span>
 #include <utility>
 
@@ -15,29 +17,65 @@
 #include "runtime/parallel.h"
 
 namespace sluice {
-namespace {
 
-// Which frames of a batch are computed whole, and what the others refer to.
+// Frames of a batch that follow each other: which are computed whole, what the others refer to.
 struct ReusePlan {
   static constexpr int64_t kEarlier = -1;  // the reference kept of an earlier batch
-  struct Other {
-    int64_t frame;      // of the batch
-    int64_t reference;  // index in `whole`, or kEarlier
-  };
-  std::vector<int64_t> whole;  // frames of the batch, ascending
-  std::vector<Other> others;
 
-  explicit ReusePlan(const std::vector<bool>& is_whole) {
-    for (size_t f = 0; f < is_whole.size(); ++f) {
+  int64_t first;                    // frame of the batch
+  std::vector<int64_t> order;       // frames of the batch: the others, then those computed whole
+  std::vector<int64_t> references;  // of the others: which of those computed whole, or kEarlier
+
+  ReusePlan(const std::vector<bool>& is_whole, int64_t begin, int64_t end) : first(begin) {
+    std::vector<int64_t> whole;
+    for (int64_t f = begin; f < end; ++f) {
       if (is_whole[f]) {
         whole.push_back(f);
       } else {
-        others.push_back({static_cast<int64_t>(f), static_cast<int64_t>(whole.size()) - 1});
+        order.push_back(f);
+        references.push_back(static_cast<int64_t>(whole.size()) - 1);
       }
     }
+    order.insert(order.end(), whole.begin(), whole.end());
   }
-  bool UsesEarlier() const { return !others.empty() && others[0].reference == kEarlier; }
+  int64_t frames() const { return static_cast<int64_t>(order.size()); }
+  int64_t others() const { return static_cast<int64_t>(references.size()); }
+  bool UsesEarlier() const { return !references.empty() && references[0] == kEarlier; }
 };
+
+namespace {
+
+// The batch in at most `parts` plans of about equal work. All but the first begin with a frame
+// computed whole, so that none needs another.
+std::vector<ReusePlan> CutPlans(const std::vector<bool>& is_whole, int parts) {
+  constexpr double kOther = 0.4;  // of the time of a frame computed whole
+  const auto frames = static_cast<int64_t>(is_whole.size());
+  std::vector<double> work(frames + 1);  // of all frames before
+  for (int64_t f = 0; f < frames; ++f) work[f + 1] = work[f] + (is_whole[f] ? 1 : kOther);
+  std::vector<ReusePlan> plans;
+  int64_t begin = 0;
+  for (int part = 1; part < parts; ++part) {
+    const double wanted = work[frames] * part / parts;
+    int64_t cut = begin;
+    for (int64_t f = begin + 1; f < frames; ++f) {
+      if (!is_whole[f]) continue;
+      if (cut == begin || std::abs(work[f] - wanted) < std::abs(work[cut] - wanted)) cut = f;
+    }
+    if (cut == begin) break;
+    plans.emplace_back(is_whole, begin, cut);
+    begin = cut;
+  }
+  plans.emplace_back(is_whole, begin, frames);
+  return plans;
+}
+
+// Calls body(i) for all i < count, shared out among the threads. With one, all threads are inside.
+template <typename Body>
+void ForEach(ExecContext& ctx, int64_t count, const Body& body) {
+  ParallelFor(ctx, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
+}
 
 // y [M, V / heads] f32 = the mean of x's heads. x: [M, V].
 void MeanOverHeads(ExecContext& ctx, ConstTensorView x, int heads, TensorView y) {
@@ -59,6 +97,14 @@ void MeanOverHeads(ExecContext& ctx, ConstTensorView x, int heads, TensorView y)
 
 }  // namespace
 
+// Normalised rows of a plan's frames: the others', those of frames computed whole, and room for the
+// fresh ones of the former. Keys are made of the first two together, everything else of the last
+// two.
+struct VitLayers::ReuseRoom {
+  TensorView narrow;  // [2 * rows, V], the first layer's already there
+  TensorView keys;    // [rows, V] likewise
+};
+
 NormWeights::NormWeights(WeightStore& weights, const std::string& name, int64_t size,
                          float norm_eps)
     : weight(weights.TakeF32(name + ".weight", {size})),
@@ -70,6 +116,11 @@ void NormWeights::Apply(ExecContext& ctx, ConstTensorView hidden, TensorView y,
   TraceScope trace(&ctx.tracer(), "encode/norm", hidden.dim(0));
   trace.AddWork(8.0 * hidden.shape().NumElements(),
                 static_cast<double>(hidden.SizeBytes()) + more.SizeBytes() + y.SizeBytes());
+  Run(ctx, hidden, y, more);
+}
+
+void NormWeights::Run(ExecContext& ctx, ConstTensorView hidden, TensorView y,
+                      ConstTensorView more) const {
   LayerNorm(ctx, hidden, weight, bias, eps, y, more);
 }
 
@@ -152,118 +203,179 @@ void VitLayers::RunMlp(ExecContext& ctx, const Layer& layer, TensorView hidden) 
   TracedLinear(ctx, "encode/mlp", inner, layer.fc2, hidden, {.accumulate = true});
 }
 
+double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView hidden) const {
+  Workspace::Scope scope(ctx.workspace());
+  const int64_t per_frame = rows(), width = config_.hidden_size;
+  const int64_t all_rows = hidden.dim(0), frames = all_rows / per_frame;
+  const TensorView narrow = ctx.workspace().Allocate(dtype_, {2 * all_rows, width});
+  const TensorView keys = ctx.workspace().Allocate(dtype_, {all_rows, width});
+  const auto room_of = [&](const ReusePlan& plan) {
+    const int64_t begin = plan.first * per_frame, end = begin + plan.frames() * per_frame;
+    return ReuseRoom{narrow.Slice(2 * begin, 2 * end), keys.Slice(begin, end)};
+  };
+
+  // The schedule nearly always holds, so the first layer's keys, which tell for sure, are made in
+  // its order.
+  std::vector<bool> whole = reuse.Schedule(frames);
+  std::vector<ReusePlan> plans;
+  const auto make_first_keys = [&] {
+    plans = CutPlans(whole, ctx.num_threads());
+    ctx.Split(static_cast<int>(plans.size()), [&](ExecContext& own, int part) {
+      const ReusePlan& plan = plans[part];
+      const ReuseRoom room = room_of(plan);
+      for (int64_t i = 0; i < plan.frames(); ++i) {
+        const int64_t frame = plan.order[i];
+        layers_[0].norm1.Apply(own, hidden.Slice(frame * per_frame, (frame + 1) * per_frame),
+                               room.narrow.Slice(i * per_frame, (i + 1) * per_frame));
+      }
+      TracedLinear(own, "encode/keys", room.narrow.Slice(0, room.keys.dim(0)), layers_[0].keys,
+                   room.keys);
+    });
+  };
+  make_first_keys();
+  double flops = 0;
+  {
+    std::vector<ConstTensorView> patch_keys(frames);
+    for (const ReusePlan& plan : plans) {
+      for (int64_t i = 0; i < plan.frames(); ++i) {
+        const int64_t row = (plan.first + i) * per_frame;
+        patch_keys[plan.order[i]] = keys.Slice(row + config_.class_tokens, row + per_frame);
+      }
+    }
+    TraceScope trace(&ctx.tracer(), "encode/choose");
+    std::vector<bool> chosen = reuse.ChooseWhole(ctx, static_cast<int>(layers_.size()), patch_keys);
+    if (chosen != whole) {
+      whole = std::move(chosen);
+      make_first_keys();
+      flops += 2.0 * all_rows * width * width;
+    }
+  }
+
+  // The last whole frame becomes the reference of the next batch, if that may need one: in place,
+  // unless frames of this batch still read the one before it.
+  const bool keep = reuse.KeepsReference() && !plans.back().order.empty() &&
+                    plans.back().others() < plans.back().frames();
+  std::vector<LayerReference> kept(keep && plans[0].UsesEarlier() ? layers_.size() : 0);
+  std::vector<double> flops_of(plans.size());
+  ctx.Split(static_cast<int>(plans.size()), [&](ExecContext& own, int part) {
+    const auto kept_of = [&](int layer) -> LayerReference* {
+      if (!keep || part + 1 < static_cast<int>(plans.size())) return nullptr;
+      return kept.empty() ? &reuse.reference(layer) : &kept[layer];
+    };
+    flops_of[part] = RunPlan(own, reuse, plans[part], room_of(plans[part]), kept_of, hidden);
+  });
+  for (size_t l = 0; l < kept.size(); ++l)
+    reuse.reference(static_cast<int>(l)) = std::move(kept[l]);
+  return std::accumulate(flops_of.begin(), flops_of.end(), flops);
+}
+
 // A row that is not computed afresh moves as its reference does, so its distance to it stays what
 // it was. That distance is what is kept of frames that are not computed whole: rows that stay
 // behind cost no more than their norm and keys.
-double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView hidden) const {
+double VitLayers::RunPlan(ExecContext& ctx, FeatureReuse& reuse, const ReusePlan& plan,
+                          const ReuseRoom& space,
+                          const std::function<LayerReference*(int)>& kept_of,
+                          TensorView hidden) const {
   Workspace& workspace = ctx.workspace();
   Workspace::Scope scope(workspace);
   const int64_t per_frame = rows(), width = config_.hidden_size,
                 class_tokens = config_.class_tokens;
-  const int64_t frames = hidden.dim(0) / per_frame;
+  const int64_t frames = plan.frames(), all_rows = frames * per_frame;
   const auto rows_of = [&](auto x, int64_t frame) {
     return x.Slice(frame * per_frame, (frame + 1) * per_frame);
   };
-  const auto patches_of = [&](ConstTensorView x, int64_t frame) {
-    return rows_of(x, frame).Slice(class_tokens, per_frame);
+  const auto patches_of = [&](ConstTensorView x, int64_t place) {
+    return rows_of(x, place).Slice(class_tokens, per_frame);
   };
-
-  // In the order of the batch, what the first layer chooses by.
-  const TensorView first_narrow = workspace.Allocate(dtype_, hidden.shape());
-  const TensorView first_keys = workspace.Allocate(dtype_, hidden.shape());
-  layers_[0].norm1.Apply(ctx, hidden, first_narrow);
-  TracedLinear(ctx, "encode/keys", first_narrow, layers_[0].keys, first_keys);
-  std::vector<ConstTensorView> patch_keys;
-  for (int64_t f = 0; f < frames; ++f) patch_keys.push_back(patches_of(first_keys, f));
-  const ReusePlan plan(reuse.ChooseWhole(ctx, static_cast<int>(layers_.size()), patch_keys));
-  const auto others = static_cast<int64_t>(plan.others.size());
-  const int64_t other_rows = others * per_frame, all_rows = hidden.dim(0);
+  const TensorView narrow = space.narrow, keys = space.keys;
+  double flops = 0;
+  const int64_t others = plan.others(), other_rows = others * per_frame;
   const int64_t whole_rows = all_rows - other_rows;
 
-  // Normalised rows: the other frames', those of frames computed whole, and room for the fresh ones
-  // of the former. Keys are made of the first two together, everything else of the last two.
-  const TensorView narrow = workspace.Allocate(dtype_, {all_rows + other_rows, width});
-  const TensorView keys = workspace.Allocate(dtype_, {all_rows, width});
   // Residual stream of the last two.
   const TensorView room = workspace.Allocate(DType::kF32, {all_rows, width});
   const TensorView whole = room.Slice(0, whole_rows);
-  const auto in_order = [&](const auto& move) {  // move(frame of the batch, place)
-    for (int64_t i = 0; i < others; ++i) move(plan.others[i].frame, i);
-    for (size_t i = 0; i < plan.whole.size(); ++i) move(plan.whole[i], others + i);
-  };
-  in_order([&](int64_t frame, int64_t place) {
-    if (place >= others) CopyRows(ctx, rows_of(hidden, frame), rows_of(whole, place - others));
-    CopyRows(ctx, rows_of(first_narrow, frame), rows_of(narrow, place));
-    CopyRows(ctx, rows_of(first_keys, frame), rows_of(keys, place));
-  });
-
   // What the others are the distance to. Of an earlier reference only the way it went matters.
   const TensorView earlier = workspace.Allocate(DType::kF32, {per_frame, width});
   if (plan.UsesEarlier()) std::memset(earlier.raw(), 0, earlier.SizeBytes());
   const auto reference_of = [&](int64_t i, ConstTensorView kept, ConstTensorView of_batch) {
-    const int64_t place = plan.others[i].reference;
+    const int64_t place = plan.references[i];
     return place == ReusePlan::kEarlier ? kept : rows_of(of_batch, place);
   };
   const TensorView distance = workspace.Allocate(DType::kF32, {other_rows, width});
-  for (int64_t i = 0; i < others; ++i) {
-    Subtract(ctx, rows_of(hidden, plan.others[i].frame), reference_of(i, earlier, whole),
-             rows_of(distance, i));
+  {
+    const TraceScope trace(&ctx.tracer(), "encode/reuse", all_rows);
+    ForEach(ctx, frames, [&](int64_t place) {
+      const ConstTensorView from = rows_of(hidden, plan.order[place]);
+      if (place >= others) {
+        CopyRows(ctx, from, rows_of(whole, place - others));
+        return;
+      }
+      const int64_t reference = plan.references[place];
+      Subtract(ctx, from,
+               reference == ReusePlan::kEarlier ? ConstTensorView(earlier)
+                                                : rows_of(hidden, plan.order[others + reference]),
+               rows_of(distance, place));
+    });
   }
 
-  double flops = 0;
   for (size_t l = 0; l < layers_.size(); ++l) {
     const Layer& layer = layers_[l];
-    LayerReference& reference = reuse.reference(static_cast<int>(l));
+    const LayerReference& reference = reuse.reference(static_cast<int>(l));
     Workspace::Scope layer_scope(workspace);
     if (l > 0) {
-      for (int64_t i = 0; i < others; ++i) {
-        layer.norm1.Apply(ctx, reference_of(i, earlier, whole), rows_of(narrow, i),
-                          rows_of(distance, i));
+      {
+        const TraceScope trace(&ctx.tracer(), "encode/norm", all_rows);
+        // Rows of the others take longer, so every thread gets some of every frame.
+        ParallelFor(ctx, per_frame, 32, [&](int64_t begin, int64_t end) {
+          for (int64_t i = 0; i < frames; ++i) {
+            const TensorView to = rows_of(narrow, i).Slice(begin, end);
+            if (i < others) {
+              layer.norm1.Run(ctx, reference_of(i, earlier, whole).Slice(begin, end), to,
+                              rows_of(distance, i).Slice(begin, end));
+            } else {
+              layer.norm1.Run(ctx, rows_of(whole, i - others).Slice(begin, end), to);
+            }
+          }
+        });
       }
-      if (whole_rows > 0) layer.norm1.Apply(ctx, whole, narrow.Slice(other_rows, all_rows));
       TracedLinear(ctx, "encode/keys", narrow.Slice(0, all_rows), layer.keys, keys);
     }
     const TensorView whole_keys = keys.Slice(other_rows, all_rows);
 
-    std::vector<int32_t> fresh;
+    std::vector<std::vector<int32_t>> fresh(others);  // rows of each
     {
       const TraceScope trace(&ctx.tracer(), "encode/choose", other_rows);
-      for (int64_t i = 0; i < others; ++i) {
-        const auto first = static_cast<int64_t>(fresh.size());
-        for (int32_t t = 0; t < class_tokens; ++t) fresh.push_back(t);
-        const auto begin = static_cast<int64_t>(fresh.size());
+      ForEach(ctx, others, [&](int64_t i) {
+        for (int32_t t = 0; t < class_tokens; ++t) fresh[i].push_back(t);
         reuse.ChooseFresh(
-            ctx, static_cast<int>(l), plan.others[i].frame, patches_of(keys, i),
-            reference_of(i, reference.keys, whole_keys).Slice(class_tokens, per_frame), fresh);
-        for (size_t j = begin; j < fresh.size(); ++j) fresh[j] += config_.class_tokens;
-        const auto chosen = static_cast<int64_t>(fresh.size()) - first;
-        if (static_cast<int64_t>(fresh.size()) == begin || chosen * (i + 1) != first + chosen) {
-          throw Error(
-              "[encode] feature reuse must choose as many patches of every frame, at least "
-              "one; of frame " +
-              std::to_string(plan.others[i].frame) + " it chose " +
-              std::to_string(fresh.size() - begin));
-        }
-      }
+            ctx, static_cast<int>(l), plan.order[i], patches_of(keys, i),
+            reference_of(i, reference.keys, whole_keys).Slice(class_tokens, per_frame), fresh[i]);
+        for (size_t j = class_tokens; j < fresh[i].size(); ++j) fresh[i][j] += class_tokens;
+      });
     }
-    const auto fresh_rows = static_cast<int64_t>(fresh.size());
-    const int64_t end = all_rows + fresh_rows;
-    const TensorView active = room.Slice(0, whole_rows + fresh_rows);
-    // Those of one frame.
-    const int64_t each = others > 0 ? fresh_rows / others : 0;
-    const auto fresh_of = [&](int64_t i) {
-      return std::span<const int32_t>(fresh).subspan(i * each, each);
-    };
-    const auto fresh_room = [&](int64_t i) {
-      return room.Slice(whole_rows + i * each, whole_rows + (i + 1) * each);
+    const int64_t each = others > 0 ? fresh[0].size() : 0;
+    for (int64_t i = 0; i < others; ++i) {
+      const auto chosen = static_cast<int64_t>(fresh[i].size());
+      if (chosen == each && chosen > class_tokens) continue;
+      throw Error(
+          "[encode] feature reuse must choose as many patches of every frame, at least one; of "
+          "frame " +
+          std::to_string(plan.order[i]) + " it chose " + std::to_string(chosen - class_tokens));
+    }
+    const int64_t end = all_rows + others * each;
+    const TensorView active = room.Slice(0, whole_rows + others * each);
+    // The fresh rows of one frame.
+    const auto fresh_of = [&](auto x, int64_t first, int64_t i) {
+      return x.Slice(first + i * each, first + (i + 1) * each);
     };
     {
-      const TraceScope trace(&ctx.tracer(), "encode/gather", fresh_rows);
-      GatherRows(ctx, narrow.Slice(0, other_rows), fresh, others, narrow.Slice(all_rows, end));
-      for (int64_t i = 0; i < others; ++i) {
-        AddListed(ctx, reference_of(i, earlier, whole), rows_of(distance, i), fresh_of(i),
-                  fresh_room(i));
-      }
+      const TraceScope trace(&ctx.tracer(), "encode/gather", others * each);
+      ForEach(ctx, others, [&](int64_t i) {
+        GatherRows(ctx, rows_of(narrow, i), fresh[i], 1, fresh_of(narrow, all_rows, i));
+        AddListed(ctx, reference_of(i, earlier, whole), rows_of(distance, i), fresh[i],
+                  fresh_of(room, whole_rows, i));
+      });
     }
     const TensorView queries_values = workspace.Allocate(dtype_, {active.dim(0), 2 * width});
     TracedLinear(ctx, "encode/qkv", narrow.Slice(other_rows, end), layer.queries_values,
@@ -274,21 +386,24 @@ double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView h
     const TensorView values = workspace.Allocate(dtype_, {other_rows, width});
     {
       const TraceScope trace(&ctx.tracer(), "encode/gather", other_rows);
-      for (int64_t i = 0; i < others; ++i) {
+      ForEach(ctx, others, [&](int64_t i) {
         CopyRows(ctx, reference_of(i, reference.values, whole_values), rows_of(values, i));
-      }
-      ScatterRows(ctx, new_values.Slice(whole_rows, active.dim(0)), fresh, others, values);
+        ScatterRows(ctx, fresh_of(new_values, whole_rows, i), fresh[i], 1, rows_of(values, i));
+      });
     }
-    // The last whole frame becomes the reference of the next batch: its update is what it will have
-    // gained.
-    const TensorView before = workspace.Allocate(DType::kF32, {per_frame, width});
+    // The update of a frame to be kept is what it will have gained.
+    LayerReference* const kept = kept_of(static_cast<int>(l));
     const int64_t last = whole_rows - per_frame;
-    if (whole_rows > 0) CopyRows(ctx, whole.Slice(last, whole_rows), before);
+    TensorView before;
+    if (kept) {
+      before = workspace.Allocate(DType::kF32, {per_frame, width});
+      CopyRows(ctx, whole.Slice(last, whole_rows), before);
+    }
 
     const TensorView mixed = narrow.Slice(other_rows, end);
     if (whole_rows > 0) {
-      Attend(ctx, queries.Slice(0, whole_rows), whole_keys, whole_values,
-             static_cast<int64_t>(plan.whole.size()), mixed.Slice(0, whole_rows));
+      Attend(ctx, queries.Slice(0, whole_rows), whole_keys, whole_values, frames - others,
+             mixed.Slice(0, whole_rows));
     }
     if (others > 0) {
       Attend(ctx, queries.Slice(whole_rows, active.dim(0)), keys.Slice(0, other_rows), values,
@@ -296,30 +411,31 @@ double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView h
     }
     TracedLinear(ctx, "encode/out", mixed, layer.out, active, {.accumulate = true});
     RunMlp(ctx, layer, active);
-    flops += plan.whole.size() * LayerFlops(per_frame) + others * LayerFlops(each);
+    flops += (frames - others) * LayerFlops(per_frame) + others * LayerFlops(each);
 
     const TraceScope trace(&ctx.tracer(), "encode/reuse", other_rows);
     if (plan.UsesEarlier()) Add(ctx, earlier, reference.update, earlier);
-    for (int64_t i = 0; i < others; ++i) {
-      SubtractListed(ctx, fresh_room(i), reference_of(i, earlier, whole), fresh_of(i),
+    ForEach(ctx, others, [&](int64_t i) {
+      SubtractListed(ctx, fresh_of(room, whole_rows, i), reference_of(i, earlier, whole), fresh[i],
                      rows_of(distance, i));
-    }
-    if (whole_rows > 0) {
-      if (reference.keys.empty()) {
+    });
+    if (kept) {
+      if (kept->keys.empty()) {
         const Shape shape = {per_frame, width};
-        reference = {Tensor(dtype_, shape), Tensor(dtype_, shape), Tensor(dtype_, shape)};
+        *kept = {Tensor(dtype_, shape), Tensor(dtype_, shape), Tensor(dtype_, shape)};
       }
-      CopyRows(ctx, whole_keys.Slice(last, whole_rows), reference.keys);
-      CopyRows(ctx, whole_values.Slice(last, whole_rows), reference.values);
-      Subtract(ctx, whole.Slice(last, whole_rows), before, reference.update);
+      CopyRows(ctx, whole_keys.Slice(last, whole_rows), kept->keys);
+      CopyRows(ctx, whole_values.Slice(last, whole_rows), kept->values);
+      Subtract(ctx, whole.Slice(last, whole_rows), before, kept->update);
     }
   }
-  in_order([&](int64_t frame, int64_t place) {
+  const TraceScope trace(&ctx.tracer(), "encode/reuse", all_rows);
+  ForEach(ctx, frames, [&](int64_t place) {
+    const TensorView to = rows_of(hidden, plan.order[place]);
     if (place < others) {
-      Add(ctx, reference_of(place, earlier, whole), rows_of(distance, place),
-          rows_of(hidden, frame));
+      Add(ctx, reference_of(place, earlier, whole), rows_of(distance, place), to);
     } else {
-      CopyRows(ctx, rows_of(whole, place - others), rows_of(hidden, frame));
+      CopyRows(ctx, rows_of(whole, place - others), to);
     }
   });
   return flops;

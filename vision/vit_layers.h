@@ -8,6 +8,7 @@
 #define SLUICE_VISION_VIT_LAYERS_H_
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -28,6 +29,8 @@ struct NormWeights {
   // y = LN(hidden + more), traced as "encode/norm". hidden, more: f32; y: f32 or bf16.
   void Apply(ExecContext& ctx, ConstTensorView hidden, TensorView y,
              ConstTensorView more = {}) const;
+  // The same, not traced: threads may do it at once.
+  void Run(ExecContext& ctx, ConstTensorView hidden, TensorView y, ConstTensorView more = {}) const;
 };
 
 struct VitConfig {
@@ -40,6 +43,8 @@ struct VitConfig {
   float layer_norm_eps = 0;
   Activation activation = Activation::kNone;  // between fc1 and fc2
 };
+
+struct ReusePlan;
 
 class VitLayers {
  public:
@@ -69,7 +74,12 @@ class VitLayers {
   void RunMlp(ExecContext& ctx, const Layer& layer, TensorView hidden) const;
   void Attend(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
               int64_t frames, TensorView out, ConstTensorView key_bias = {}) const;
+  struct ReuseRoom;
   double RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView hidden) const;
+  // kept_of(layer): where what is kept of the last frame computed whole goes, or null.
+  double RunPlan(ExecContext& ctx, FeatureReuse& reuse, const ReusePlan& plan,
+                 const ReuseRoom& space, const std::function<LayerReference*(int)>& kept_of,
+                 TensorView hidden) const;
   double RunMerging(ExecContext& ctx, const TokenMerge& merge, TensorView hidden) const;
   // The attention that each of a frame's tokens receives from as many of its queries, [F, n] f32.
   void AverageAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, int64_t frames,

@@ -7,7 +7,8 @@
 
 namespace sluice {
 
-void RowCosines(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView cosines) {
+void RowCosines(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView cosines,
+                std::span<const float> center) {
   if (a.shape().rank() != 2 || a.dim(1) == 0 ||
       (a.dtype() != DType::kF32 && a.dtype() != DType::kBF16)) {
     throw Error("[row_cosines] a must be [M, D] f32 or bf16, got " + a.shape().ToString() + " " +
@@ -21,10 +22,31 @@ void RowCosines(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorVi
     throw Error("[row_cosines] cosines must be " + Shape{a.dim(0)}.ToString() + " f32, got " +
                 cosines.shape().ToString() + " " + Name(cosines.dtype()));
   }
+  if (!center.empty() && static_cast<int64_t>(center.size()) != a.dim(1)) {
+    throw Error("[row_cosines] the center must hold " + std::to_string(a.dim(1)) + " values, got " +
+                std::to_string(center.size()));
+  }
   if (ctx.reference_kernels()) {
-    cpu::RowCosinesReference(a, b, cosines);
+    cpu::RowCosinesReference(a, b, cosines, center);
   } else {
-    cpu::RowCosinesSimd(ctx, a, b, cosines);
+    cpu::RowCosinesSimd(ctx, a, b, cosines, center);
+  }
+}
+
+void MeanRow(ExecContext& ctx, ConstTensorView x, std::span<float> mean) {
+  if (x.shape().rank() != 2 || x.dim(0) < 1 ||
+      (x.dtype() != DType::kF32 && x.dtype() != DType::kBF16)) {
+    throw Error("[mean_row] x must be [M, D] f32 or bf16 with M >= 1, got " + x.shape().ToString() +
+                " " + Name(x.dtype()));
+  }
+  if (static_cast<int64_t>(mean.size()) != x.dim(1)) {
+    throw Error("[mean_row] mean must hold " + std::to_string(x.dim(1)) + " values, got " +
+                std::to_string(mean.size()));
+  }
+  if (ctx.reference_kernels()) {
+    cpu::MeanRowReference(x, mean);
+  } else {
+    cpu::MeanRowSimd(x, mean);
   }
 }
 

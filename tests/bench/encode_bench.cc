@@ -1,5 +1,6 @@
 // The vision tower of the default model on frames that resemble each other: every frame whole, and
-// every second one from the features of the one before it (STC-Cacher at its published settings).
+// all but every second or fourth from the features of that one (STC-Cacher at its published
+// settings, patches chosen in every layer or in the first).
 // Counters: milliseconds a frame, in all and by stage, and GFLOP a frame. Machines that do
 // something else beside: compare minima of interleaved repetitions,
 //   build/release/bin/encode_bench --benchmark_enable_random_interleaving=true
@@ -27,28 +28,31 @@ const Vlm& Model() {
   return *model;
 }
 
-// Noise of which every frame renews a tenth of the pixels, in lines as a moving object would.
+// Noise, and before it a square of other noise that moves a step to the right with every frame.
 Tensor Film(const PreprocessConfig& config) {
   std::mt19937 random(1);
   std::uniform_real_distribution<float> uniform(-1, 1);
   Tensor pixels(DType::kF32, {kFrames, 3, config.height, config.width});
   const int64_t frame = int64_t{3} * config.height * config.width;
+  const int side = config.height / 5;
   for (int64_t i = 0; i < kFrames * frame; ++i) {
-    const bool renewed =
-        i < frame || i / config.width % config.height / (config.height / 10) == i / frame;
-    pixels.data<float>()[i] = renewed ? uniform(random) : pixels.data<float>()[i - frame];
+    const int64_t row = i / config.width % config.height, column = i % config.width;
+    const int64_t left = 8 * (i / frame);
+    const bool moving = row >= side && row < 2 * side && column >= left && column < left + side;
+    pixels.data<float>()[i] =
+        i < frame || moving ? uniform(random) : pixels.data<float>()[i % frame];
   }
   return pixels;
 }
 
 // Argument: threads.
-void Encode(benchmark::State& state, bool cached) {
+void Encode(benchmark::State& state, const StcCacherOptions& options) {
   const VisionEncoder& encoder = Model().encoder();
   ExecContext ctx({.num_threads = static_cast<int>(state.range(0))});
   const Tensor pixels = Film(encoder.preprocess_config());
   const std::vector<FramePtr> frames(kFrames, std::make_shared<Frame>());
-  StcCacher cacher({});
-  const EncodeHooks hooks = {.reuse = cached ? &cacher : nullptr};
+  StcCacher cacher(options);
+  const EncodeHooks hooks = {.reuse = options.interval > 1 ? &cacher : nullptr};
   encoder.Encode(ctx, pixels, frames, hooks);
   ctx.tracer().Clear();
   for (auto _ : state) encoder.Encode(ctx, pixels, frames, hooks);
@@ -59,12 +63,29 @@ void Encode(benchmark::State& state, bool cached) {
   const StageCost& all = ctx.tracer().stages().find("encode")->second;
   state.counters["gflop"] = 1e-9 * all.flops / static_cast<double>(all.items);
 }
-BENCHMARK_CAPTURE(Encode, Whole, false)
+BENCHMARK_CAPTURE(Encode, Whole, StcCacherOptions{.interval = 1})
     ->Arg(1)
     ->Arg(2)
     ->UseRealTime()
     ->Unit(benchmark::kMillisecond);
-BENCHMARK_CAPTURE(Encode, Cached, true)
+BENCHMARK_CAPTURE(Encode, EverySecond, StcCacherOptions{.interval = 2})
+    ->Arg(1)
+    ->Arg(2)
+    ->UseRealTime()
+    ->Unit(benchmark::kMillisecond);
+BENCHMARK_CAPTURE(Encode, EverySecondShared,
+                  (StcCacherOptions{.interval = 2, .shared_selection = true}))
+    ->Arg(1)
+    ->Arg(2)
+    ->UseRealTime()
+    ->Unit(benchmark::kMillisecond);
+BENCHMARK_CAPTURE(Encode, EveryFourth, StcCacherOptions{.interval = 4})
+    ->Arg(1)
+    ->Arg(2)
+    ->UseRealTime()
+    ->Unit(benchmark::kMillisecond);
+BENCHMARK_CAPTURE(Encode, EveryFourthShared,
+                  (StcCacherOptions{.interval = 4, .shared_selection = true}))
     ->Arg(1)
     ->Arg(2)
     ->UseRealTime()

@@ -10,27 +10,48 @@ float ToFloat(float value) { return value; }
 float ToFloat(BFloat16 value) { return value.ToFloat(); }
 
 template <typename T>
-void Rows(ConstTensorView a, ConstTensorView b, TensorView cosines) {
+void Rows(ConstTensorView a, ConstTensorView b, TensorView cosines, std::span<const float> center) {
   for (int64_t m = 0; m < a.dim(0); ++m) {
     const T* x = a.data<T>() + m * a.stride0();
     const T* y = b.data<T>() + m * b.stride0();
     float xy = 0, xx = 0, yy = 0;
     for (int64_t d = 0; d < a.dim(1); ++d) {
-      xy += ToFloat(x[d]) * ToFloat(y[d]);
-      xx += ToFloat(x[d]) * ToFloat(x[d]);
-      yy += ToFloat(y[d]) * ToFloat(y[d]);
+      const float middle = center.empty() ? 0 : center[d];
+      const float u = ToFloat(x[d]) - middle, v = ToFloat(y[d]) - middle;
+      xy += u * v;
+      xx += u * u;
+      yy += v * v;
     }
     cosines.data<float>()[m] = xy / std::max(std::sqrt(xx) * std::sqrt(yy), 1e-8f);
   }
 }
 
+template <typename T>
+void Mean(ConstTensorView x, std::span<float> mean) {
+  std::fill(mean.begin(), mean.end(), 0.0f);
+  for (int64_t m = 0; m < x.dim(0); ++m) {
+    const T* row = x.data<T>() + m * x.stride0();
+    for (size_t d = 0; d < mean.size(); ++d) mean[d] += ToFloat(row[d]);
+  }
+  for (float& value : mean) value /= static_cast<float>(x.dim(0));
+}
+
 }  // namespace
 
-void RowCosinesReference(ConstTensorView a, ConstTensorView b, TensorView cosines) {
+void RowCosinesReference(ConstTensorView a, ConstTensorView b, TensorView cosines,
+                         std::span<const float> center) {
   if (a.dtype() == DType::kF32) {
-    Rows<float>(a, b, cosines);
+    Rows<float>(a, b, cosines, center);
   } else {
-    Rows<BFloat16>(a, b, cosines);
+    Rows<BFloat16>(a, b, cosines, center);
+  }
+}
+
+void MeanRowReference(ConstTensorView x, std::span<float> mean) {
+  if (x.dtype() == DType::kF32) {
+    Mean<float>(x, mean);
+  } else {
+    Mean<BFloat16>(x, mean);
   }
 }
 

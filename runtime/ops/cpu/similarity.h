@@ -11,8 +11,13 @@
 
 namespace sluice::cpu {
 
-void RowCosinesReference(ConstTensorView a, ConstTensorView b, TensorView cosines);
-void RowCosinesSimd(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView cosines);
+void RowCosinesReference(ConstTensorView a, ConstTensorView b, TensorView cosines,
+                         std::span<const float> center);
+void RowCosinesSimd(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView cosines,
+                    std::span<const float> center);
+
+void MeanRowReference(ConstTensorView x, std::span<float> mean);
+void MeanRowSimd(ConstTensorView x, std::span<float> mean);
 
 void NearestRowsReference(ConstTensorView a, ConstTensorView b, std::span<int32_t> nearest,
                           std::span<float> cosines);

@@ -1,4 +1,4 @@
-// RowCosines: one pass over both rows. Bytes moved: 2 D SizeOf(T) read a row.
+// RowCosines: one pass over both rows. Bytes moved: 2 D SizeOf(T) read a row, MeanRow half of that.
 #include "runtime/ops/cpu/similarity.h"
 #include "runtime/parallel.h"
 
@@ -18,8 +18,10 @@ HWY_BEFORE_NAMESPACE();
 namespace sluice {
 namespace HWY_NAMESPACE {
 
-template <typename T>
-void CosinesOf(ConstTensorView a, ConstTensorView b, int64_t begin, int64_t end, float* cosines) {
+// kCentered: less the values at `center`.
+template <typename T, bool kCentered>
+void CosinesOf(ConstTensorView a, ConstTensorView b, int64_t begin, int64_t end, float* cosines,
+               const float* center) {
   const DF d;
   const int64_t lanes = hn::Lanes(d), width = a.dim(1);
   for (int64_t m = begin; m < end; ++m) {
@@ -32,19 +34,63 @@ void CosinesOf(ConstTensorView a, ConstTensorView b, int64_t begin, int64_t end,
       yy = hn::MulAdd(v, v, yy);
     };
     int64_t i = 0;
-    for (; i + lanes <= width; i += lanes) add(LoadFloats(x + i), LoadFloats(y + i));
-    if (i < width) add(LoadFloatsN(x + i, width - i), LoadFloatsN(y + i, width - i));
+    for (; i + lanes <= width; i += lanes) {
+      VF u = LoadFloats(x + i), v = LoadFloats(y + i);
+      if constexpr (kCentered) {
+        const VF middle = LoadFloats(center + i);
+        u = hn::Sub(u, middle);
+        v = hn::Sub(v, middle);
+      }
+      add(u, v);
+    }
+    if (i < width) {
+      VF u = LoadFloatsN(x + i, width - i), v = LoadFloatsN(y + i, width - i);
+      if constexpr (kCentered) {
+        const VF middle = LoadFloatsN(center + i, width - i);
+        u = hn::Sub(u, middle);
+        v = hn::Sub(v, middle);
+      }
+      add(u, v);
+    }
     const float norms = std::sqrt(hn::GetLane(hn::SumOfLanes(d, xx))) *
                         std::sqrt(hn::GetLane(hn::SumOfLanes(d, yy)));
     cosines[m] = hn::GetLane(hn::SumOfLanes(d, xy)) / std::max(norms, 1e-8f);
   }
 }
 
-void Cosines(ConstTensorView a, ConstTensorView b, int64_t begin, int64_t end, float* cosines) {
-  if (a.dtype() == DType::kF32) {
-    CosinesOf<float>(a, b, begin, end, cosines);
+void Cosines(ConstTensorView a, ConstTensorView b, int64_t begin, int64_t end, float* cosines,
+             const float* center) {
+  const bool f32 = a.dtype() == DType::kF32;
+  if (center == nullptr) {
+    f32 ? CosinesOf<float, false>(a, b, begin, end, cosines, center)
+        : CosinesOf<BFloat16, false>(a, b, begin, end, cosines, center);
   } else {
-    CosinesOf<BFloat16>(a, b, begin, end, cosines);
+    f32 ? CosinesOf<float, true>(a, b, begin, end, cosines, center)
+        : CosinesOf<BFloat16, true>(a, b, begin, end, cosines, center);
+  }
+}
+
+template <typename T>
+void MeanOf(ConstTensorView x, std::span<float> mean) {
+  const DF d;
+  const int64_t lanes = hn::Lanes(d), width = x.dim(1);
+  const VF share = hn::Set(d, 1.0f / static_cast<float>(x.dim(0)));
+  for (int64_t i = 0; i < width; i += lanes) {
+    const int64_t count = std::min(lanes, width - i);
+    VF sum = hn::Zero(d);
+    for (int64_t m = 0; m < x.dim(0); ++m) {
+      const T* from = x.data<T>() + m * x.stride0() + i;
+      sum = hn::Add(sum, count == lanes ? LoadFloats(from) : LoadFloatsN(from, count));
+    }
+    StoreFloatsN(hn::Mul(sum, share), mean.data() + i, count);
+  }
+}
+
+void Mean(ConstTensorView x, std::span<float> mean) {
+  if (x.dtype() == DType::kF32) {
+    MeanOf<float>(x, mean);
+  } else {
+    MeanOf<BFloat16>(x, mean);
   }
 }
 
@@ -91,16 +137,21 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace sluice {
 HWY_EXPORT(Cosines);
+HWY_EXPORT(Mean);
 HWY_EXPORT(Nearest);
 
 namespace cpu {
 
-void RowCosinesSimd(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView cosines) {
+void RowCosinesSimd(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView cosines,
+                    std::span<const float> center) {
   // Waking a thread costs about as much as reading 64 KB.
   ParallelFor(ctx, a.dim(0), 1 + 16384 / a.dim(1), [&](int64_t begin, int64_t end) {
-    HWY_DYNAMIC_DISPATCH(Cosines)(a, b, begin, end, cosines.data<float>());
+    HWY_DYNAMIC_DISPATCH(Cosines)
+    (a, b, begin, end, cosines.data<float>(), center.empty() ? nullptr : center.data());
   });
 }
+
+void MeanRowSimd(ConstTensorView x, std::span<float> mean) { HWY_DYNAMIC_DISPATCH(Mean)(x, mean); }
 
 void NearestRowsSimd(ConstTensorView a, ConstTensorView b, std::span<int32_t> nearest,
                      std::span<float> cosines) {
