@@ -16,10 +16,10 @@
 //   probe       The same, ranked by a standing instruction: the queries that its last token has in
 //               the ranking layers when nothing but the instruction was read.
 //
-// Where this differs from the released code: all rows of a question rank by default instead of the
-// prompt's last (PyramidRank), shallow models have boundaries of their own, rows of several frames
-// have quotas (PyramidQuota), no stage keeps less than one row, ties go to the earlier row, grouped
-// queries are supported, and positions may stay those of the tokens.
+// Where this differs from the released code: all rows of a question rank in mode replay instead of
+// the prompt's last (PyramidRank), shallow models have boundaries of their own, rows of several
+// frames have quotas (PyramidQuota), no stage keeps less than one row, ties go to the earlier row,
+// grouped queries are supported, and positions may stay those of the tokens.
 #ifndef SLUICE_COMPRESSION_PYRAMID_DROP_H_
 #define SLUICE_COMPRESSION_PYRAMID_DROP_H_
 
@@ -72,8 +72,9 @@ struct PyramidOptions {
   // Default: hybrid where a question ranks. Where rows leave on arrival it can only be frame: what
   // stays must not depend on which frames came together.
   std::optional<PyramidQuota> quota;
-  double frame_share = 0.5;         // of a hybrid quota, in [0, 1]
-  std::optional<PyramidRank> rank;  // default: mean; only where a question ranks
+  double frame_share = 0.5;  // of a hybrid quota, in [0, 1]
+  // Only where a question ranks. Default: last, but mean for replay, which answers better by it.
+  std::optional<PyramidRank> rank;
   // Default: those of rows (the paper's, "compact") where rows leave, those of tokens ("preserve")
   // for mode question, which knows no other: its keys were rotated when the frames came.
   std::optional<KvPositions> positions;
@@ -184,7 +185,9 @@ class PyramidStream {
   bool ranks_by_question() const { return replays() || options_.mode == PyramidMode::kQuestion; }
   const PyramidPlan& plan() const { return plan_; }
   KvPositions positions() const;
-  PyramidRank rank() const { return options_.rank.value_or(PyramidRank::kMean); }
+  PyramidRank rank() const {
+    return options_.rank.value_or(replays() ? PyramidRank::kMean : PyramidRank::kLast);
+  }
 
   // For mode probe: the instruction whose queries are wanted, until SetQueries.
   const std::string* wanted_instruction() const;

@@ -9,10 +9,9 @@ namespace sluice::cli {
 
 void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
   command
-      .add_option(
-          "--preset", flags.preset,
-          "exact: none; stc: cacher and pruner at the published settings, what is pruned joining "
-          "what stays; fast: fewer frames computed whole, a third of the tokens by merging")
+      .add_option("--preset", flags.preset,
+                  "exact: none; stc: cacher and pruner at the published settings; fast: fewer "
+                  "frames computed whole, a third of the tokens by merging")
       ->capture_default_str()
       ->check(CLI::IsMember({"exact", "stc", "fast"}))
       ->group(kMethodGroup);
@@ -41,10 +40,10 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
                       "that share of them if below 1; not with --cacher")
           ->group(kMethodGroup);
   command
-      .add_option("--turbo-lambda", flags.turbo_lambda,
-                  "What sparing tokens that much is attended to is worth beside similarity; 0: "
-                  "nothing (default: " +
-                      Number(TurboOptions().lambda, 2) + ")")
+      .add_option(
+          "--turbo-lambda", flags.turbo_lambda,
+          "What sparing tokens that much is attended to is worth beside similarity (default: 0, "
+          "nothing)")
       ->needs(turbo)
       ->group(kMethodGroup);
   command
@@ -77,7 +76,8 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
   };
   add("--pyramid-stages", flags.pyramid_stages, "Groups of decoder layers (default: 4)");
   add("--pyramid-boundaries", flags.pyramid_boundaries,
-      "First layers of the later stages, as 2,4,6 (default: an even split)")
+      "First layers of the later stages, as 2,4,6 (default: an even split; below 16 layers the "
+      "second layer and the last two)")
       ->delimiter(',');
   add("--pyramid-quota", flags.pyramid_quota,
       "Choose the best of all frames (global), of each frame, or some of each (hybrid)")
@@ -85,7 +85,8 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
   add("--pyramid-frame-share", flags.pyramid_frame_share,
       "Part of a hybrid quota that each frame is sure of (default: 0.5)");
   add("--pyramid-rank", flags.pyramid_rank,
-      "A question ranks by its prompt's last token (last) or by all of its own (mean)")
+      "A question ranks by its prompt's last token (last) or by all of its own (mean; default "
+      "for replay)")
       ->check(CLI::IsMember({"last", "mean"}));
   add("--pyramid-positions", flags.pyramid_positions,
       "Count positions anew in each stage (compact) or keep them (preserve)")
@@ -111,7 +112,7 @@ MethodFlags ParseMethodFlags(const std::string& arguments) {
 void ApplyMethods(const MethodFlags& flags, SessionOptions& options) {
   if (flags.preset != "exact") {
     options.cacher = StcCacherOptions{.shared_selection = true};
-    options.compressors = {flags.preset == "stc" ? "stc-pruner-join" : "turbo-merge=0.34"};
+    options.compressors = {flags.preset == "stc" ? "stc-pruner" : "turbo-merge=0.34"};
     if (flags.preset == "fast") options.cacher->interval = 4;
   }
   options.duplicate_threshold = flags.duplicate_threshold;

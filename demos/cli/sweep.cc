@@ -16,6 +16,8 @@ const SweepConfiguration kConfigurations[] = {
     {"cacher N=2 shared", "--cacher --cacher-shared"},
     {"cacher N=4", "--cacher --cacher-interval 4"},
     {"cacher N=4 shared", "--cacher --cacher-interval 4 --cacher-shared"},
+    {"turbo 16", "--turbo 16"},
+    {"turbo 0.2", "--turbo 0.2"},
     {"duplicates 4", "--duplicate-threshold 4"},
     {"uniform 1/3", "--compress uniform-frames=3"},
     {"pruner 1/3", "--compress stc-pruner=0.34"},

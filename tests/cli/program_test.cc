@@ -304,7 +304,7 @@ TEST_F(ProgramTest, MethodsSaveWorkAndSayHowMuch) {
   const json stc = json::parse(Sluice(eval + " --preset stc").out);
   EXPECT_EQ(stc["methods"]["stc_cacher"]["frames"], 16);
   EXPECT_GE(stc["methods"]["stc_cacher"]["whole_frames"], 8);
-  EXPECT_EQ(stc["methods"]["compressors"], json::array({"stc-pruner-join"}));
+  EXPECT_EQ(stc["methods"]["compressors"], json::array({"stc-pruner"}));
   EXPECT_EQ(stc["tokens_per_frame"], 16.0);  // floor(49 / 3)
   EXPECT_LT(stc["encode_gflop_per_frame"], 0.75 * dense["encode_gflop_per_frame"].get<double>());
   EXPECT_LT(stc["prefill_gflop_per_frame"], 0.4 * dense["prefill_gflop_per_frame"].get<double>());

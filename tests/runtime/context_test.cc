@@ -116,6 +116,46 @@ TEST(ExecContextTest, SetsTheThreadCountOfWhoeverUsesIt) {
   }).join();
 }
 
+TEST(ExecContextTest, SplitsWorkAmongContextsOfOneThread) {
+  ExecContext ctx({.num_threads = 3, .kernels = KernelChoice::kReference});
+  for (int round = 0; round < 2; ++round) {
+    std::vector<const ExecContext*> used(3);
+    std::vector<int> inner(3);
+    ctx.tracer().Clear();
+    ctx.Split(3, [&](ExecContext& own, int part) {
+      used[part] = &own;
+      EXPECT_TRUE(own.reference_kernels());
+      const Workspace::Scope scope(own.workspace());
+      own.workspace().Allocate(DType::kF32, {1000}).data<float>()[999] = 1;
+      own.tracer().Add("work", {.calls = 1, .items = part, .seconds = 3});
+      ParallelFor(own, 10, 1, [&](int64_t begin, int64_t end) { inner[part] += end - begin; });
+    });
+    EXPECT_THAT(inner, ::testing::Each(10));
+    EXPECT_NE(used[0], used[1]);
+    EXPECT_NE(used[1], used[2]);
+    const StageCost& work = ctx.tracer().stages().at("work");
+    EXPECT_EQ(work.calls, 3);
+    EXPECT_EQ(work.items, 3);
+    EXPECT_DOUBLE_EQ(work.seconds, 3);  // they ran beside each other
+  }
+  const ExecContext* alone = nullptr;
+  ctx.Split(1, [&](ExecContext& own, int) { alone = &own; });
+  EXPECT_EQ(alone, &ctx);
+}
+
+TEST(ExecContextTest, SplitHandsOnWhatAPartThrows) {
+  ExecContext ctx({.num_threads = 2});
+  EXPECT_THAT(
+      [&] {
+        ctx.Split(2, [](ExecContext&, int part) {
+          if (part == 1) throw Error("[part] broken");
+        });
+      },
+      ThrowsMessage<Error>(HasSubstr("[part] broken")));
+  EXPECT_THAT([&] { ctx.Split(3, [](ExecContext&, int) {}); },
+              ThrowsMessage<Error>(HasSubstr("3 parts")));
+}
+
 TEST(ParallelForTest, CoversEveryIndexOnceWhateverTheGrain) {
   ExecContext context({.num_threads = 4});
   for (int64_t count : {0, 1, 2, 3, 7, 64, 1001}) {

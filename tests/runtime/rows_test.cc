@@ -109,6 +109,36 @@ TEST_P(RowsTest, CosinesAgreeWithDoublePrecision) {
   }
 }
 
+// Rows far from the origin: rounding of the center and of the rows less it, about 1e-7 of both.
+TEST_P(RowsTest, CosinesAroundACenterAgreeWithDoublePrecision) {
+  for (const int64_t width : {1, 15, 72, 1152}) {
+    const Tensor storage = RandomTensor(dtype(), {49, width + 3}, 8);
+    const TensorView a = Strided(storage, 49, width, 3);
+    const Tensor b = RandomTensor(dtype(), {49, width}, 9);
+    std::vector<float> center(width);
+    MeanRow(ctx_, b, center);
+    std::vector<double> middle(width);
+    for (int64_t d = 0; d < width; ++d) {
+      for (int64_t i = 0; i < 49; ++i) middle[d] += At(b, i, d) / 49;
+      ASSERT_NEAR(center[d], middle[d], 1e-6) << "width " << width;
+    }
+    Tensor cosines(DType::kF32, {49});
+    RowCosines(ctx_, a, b, cosines, center);
+    for (int64_t i = 0; i < 49; ++i) {
+      double ab = 0, aa = 0, bb = 0;
+      for (int64_t d = 0; d < width; ++d) {
+        const double x = At(a, i, d) - middle[d], y = At(b, i, d) - middle[d];
+        ab += x * y;
+        aa += x * x;
+        bb += y * y;
+      }
+      // With one value a row the cosine is a sign, and there may be next to nothing of it.
+      if (std::sqrt(aa * bb) < 1e-3) continue;
+      ASSERT_NEAR(cosines.data<float>()[i], ab / std::sqrt(aa * bb), 1e-4) << "width " << width;
+    }
+  }
+}
+
 TEST_P(RowsTest, ACosineWithNothingIsNothing) {
   Tensor none(dtype(), {2, 8}), cosines(DType::kF32, {2});
   std::memset(none.view().raw(), 0, none.SizeBytes());
@@ -162,6 +192,9 @@ TEST(RowsCheckTest, NamesWhatDoesNotFit) {
               ThrowsMessage<Error>(HasSubstr("multiples of 2 groups")));
   EXPECT_THAT([&] { Subtract(ctx, x, two, x); }, ThrowsMessage<Error>(HasSubstr("b must be")));
   EXPECT_THAT([&] { Add(ctx, x, x, two); }, ThrowsMessage<Error>(HasSubstr("y must be")));
+  std::vector<float> short_row(1);
+  EXPECT_THAT([&] { MeanRow(ctx, x, short_row); },
+              ThrowsMessage<Error>(HasSubstr("[mean_row] mean must hold")));
   EXPECT_THAT([&] { RowCosines(ctx, x, x, two); },
               ThrowsMessage<Error>(HasSubstr("cosines must be [4] f32")));
 }
