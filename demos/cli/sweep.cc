@@ -128,7 +128,8 @@ std::string Draw(const Json& report) {
   chart.groups = {"dense", "encoder", "tokens", "decoder", "several"};
   for (const Json& one : report["configurations"]) {
     const Json& methods = one["methods"];
-    const bool encoder = methods.contains("stc_cacher") || methods.contains("duplicate_frames");
+    const bool encoder = methods.contains("stc_cacher") || methods.contains("turbo") ||
+                         methods.contains("duplicate_frames");
     const bool tokens = methods.contains("compressors");
     const bool decoder = methods.contains("pyramid_drop");
     const int group = encoder + tokens + decoder > 1 ? 4
