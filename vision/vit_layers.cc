@@ -45,8 +45,9 @@ struct ReusePlan {
 
 namespace {
 
-// The batch in at most `parts` plans of about equal work. All but the first begin with a frame
-// computed whole, so that none needs another.
+// The batch in `parts` plans of about equal work, all but the first beginning with a frame computed
+// whole, so that none needs another; in one where that cannot be, for threads without a plan would
+// stand idle.
 std::vector<ReusePlan> CutPlans(const std::vector<bool>& is_whole, int parts) {
   constexpr double kOther = 0.4;  // of the time of a frame computed whole
   const auto frames = static_cast<int64_t>(is_whole.size());
@@ -61,7 +62,7 @@ std::vector<ReusePlan> CutPlans(const std::vector<bool>& is_whole, int parts) {
       if (!is_whole[f]) continue;
       if (cut == begin || std::abs(work[f] - wanted) < std::abs(work[cut] - wanted)) cut = f;
     }
-    if (cut == begin) break;
+    if (cut == begin) return {ReusePlan(is_whole, 0, frames)};
     plans.emplace_back(is_whole, begin, cut);
     begin = cut;
   }
@@ -264,8 +265,9 @@ double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView h
     };
     flops_of[part] = RunPlan(own, reuse, plans[part], room_of(plans[part]), kept_of, hidden);
   });
-  for (size_t l = 0; l < kept.size(); ++l)
+  for (size_t l = 0; l < kept.size(); ++l) {
     reuse.reference(static_cast<int>(l)) = std::move(kept[l]);
+  }
   return std::accumulate(flops_of.begin(), flops_of.end(), flops);
 }
 
