@@ -22,6 +22,15 @@ void CheckKeep(const std::string& method, double keep) {
                    std::to_string(keep));
 }
 
+int64_t CheckedKeptOf(const std::string& method, double keep, int64_t tokens) {
+  if (keep >= 1 && static_cast<int64_t>(keep) > tokens) {
+    throw InputError("[" + method + "] cannot keep " + std::to_string(static_cast<int64_t>(keep)) +
+                     " of the " + std::to_string(tokens) +
+                     " tokens of a frame; give so many at most, or a share below 1");
+  }
+  return KeptOf(keep, tokens);
+}
+
 std::vector<FrameRun> FrameRuns(const VisualTokens& tokens) {
   std::vector<FrameRun> runs;
   for (int64_t i = 0; i < tokens.size(); ++i) {

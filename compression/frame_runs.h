@@ -21,6 +21,9 @@ int64_t KeptOf(double keep, int64_t tokens);
 // Throws InputError, in the name of `method`, unless `keep` is in (0, 1) or a whole number.
 void CheckKeep(const std::string& method, double keep);
 
+// KeptOf; throws InputError, in the name of `method`, where there are fewer tokens than to be kept.
+int64_t CheckedKeptOf(const std::string& method, double keep, int64_t tokens);
+
 // The runs of tokens of the same frame, in order.
 std::vector<FrameRun> FrameRuns(const VisualTokens& tokens);
 

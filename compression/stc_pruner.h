@@ -23,6 +23,7 @@
 #include <string>
 #include <vector>
 
+#include "compression/frame_runs.h"
 #include "compression/token_compressor.h"
 
 namespace sluice {
@@ -44,6 +45,9 @@ class StcPruner final : public TokenCompressor {
   explicit StcPruner(const Options& options);
 
   std::string name() const override;
+  int64_t TokensLeft(int64_t tokens) const override {
+    return CheckedKeptOf(name(), options_.keep, tokens);
+  }
   VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) override;
   void Undo() override;
 

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "compression/frame_runs.h"
 #include "compression/token_compressor.h"
 
 namespace sluice {
@@ -26,6 +27,9 @@ class TurboMerge final : public TokenCompressor {
   explicit TurboMerge(const Options& options);
 
   std::string name() const override { return options_.lambda == 0 ? "tome-merge" : "turbo-merge"; }
+  int64_t TokensLeft(int64_t tokens) const override {
+    return CheckedKeptOf(name(), options_.keep, tokens);
+  }
   VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) override;
   void Undo() override { sum_ = before_compress_; }
 

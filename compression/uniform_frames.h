@@ -15,6 +15,7 @@ class UniformFrames final : public TokenCompressor {
   explicit UniformFrames(double every);
 
   std::string name() const override { return "uniform-frames"; }
+  int64_t TokensLeft(int64_t tokens) const override { return tokens; }
   VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) override;
   void Undo() override { next_ = before_compress_; }
 

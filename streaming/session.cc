@@ -38,10 +38,21 @@ Session::Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> 
         "--turbo and --cacher (presets stc and fast turn the cacher on)");
   }
   if (options.duplicate_threshold) duplicates.emplace(*options.duplicate_threshold);
-  if (options.turbo) merge = std::make_unique<TurboTower>(*options.turbo);
+  if (options.turbo) {
+    merge = std::make_unique<TurboTower>(*options.turbo);
+    const int patches = vlm->encoder().patches_per_frame();
+    if (options.turbo->remove > patches / 2) {
+      throw InputError("[session] a block can merge half of the tower's " +
+                       std::to_string(patches) + " patches at most, got turbo " +
+                       std::to_string(static_cast<int64_t>(options.turbo->remove)) +
+                       "; give so many or fewer");
+    }
+  }
   if (options.cacher) reuse = std::make_unique<StcCacher>(*options.cacher);
+  int64_t tokens = vlm->encoder().tokens_per_frame();
   for (const std::string& spec : options.compressors) {
     compressors.push_back(MakeTokenCompressor(spec));
+    tokens = compressors.back()->TokensLeft(tokens);
   }
 }
 

@@ -326,6 +326,11 @@ TEST_F(ProgramTest, MethodsRefuseSettingsThatMeanNothing) {
   ExpectRefused("eval --cacher-interval 4", "--cacher");
   ExpectRefused("eval --turbo 8 --cacher", "choose one of --turbo and --cacher");
   ExpectRefused("eval --turbo 0.6", "a share in (0, 0.5]");
+  ExpectRefused("eval --clips 1 --turbo 100000" + model_, "patches at most, got turbo 100000");
+  ExpectRefused("eval --clips 1 --compress stc-pruner=100000" + model_,
+                "[stc-pruner] cannot keep 100000 of the");
+  ExpectRefused("eval --clips 1 --compress turbo-merge=1 --compress tome-merge=2" + model_,
+                "[tome-merge] cannot keep 2 of the 1 tokens");
   ExpectRefused("eval --turbo -3", "[turbo]");
   ExpectRefused("eval --turbo 8 --turbo-lambda -1", "[turbo] lambda");
   ExpectRefused("eval --turbo-lambda 1", "--turbo");
