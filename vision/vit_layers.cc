@@ -254,8 +254,7 @@ double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView h
 
   // The last whole frame becomes the reference of the next batch, if that may need one: in place,
   // unless frames of this batch still read the one before it.
-  const bool keep = reuse.KeepsReference() && !plans.back().order.empty() &&
-                    plans.back().others() < plans.back().frames();
+  const bool keep = reuse.KeepsReference() && plans.back().others() < plans.back().frames();
   std::vector<LayerReference> kept(keep && plans[0].UsesEarlier() ? layers_.size() : 0);
   std::vector<double> flops_of(plans.size());
   ctx.Split(static_cast<int>(plans.size()), [&](ExecContext& own, int part) {

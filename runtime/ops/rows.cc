@@ -67,6 +67,25 @@ void ForIndices(ExecContext& ctx, ConstTensorView whole, std::span<const int32_t
   });
 }
 
+// Rows [begin, end) by the kernels of the context.
+void SubtractRange(const ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView y,
+                   int64_t begin, int64_t end) {
+  if (ctx.reference_kernels()) {
+    cpu::SubtractReference(a, b, y, begin, end);
+  } else {
+    cpu::SubtractSimd(a, b, y, begin, end);
+  }
+}
+
+void AddRange(const ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView y,
+              int64_t begin, int64_t end) {
+  if (ctx.reference_kernels()) {
+    cpu::AddReference(a, b, y, begin, end);
+  } else {
+    cpu::AddSimd(a, b, y, begin, end);
+  }
+}
+
 }  // namespace
 
 void CopyRows(ExecContext& ctx, ConstTensorView x, TensorView y) {
@@ -98,13 +117,8 @@ void Subtract(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView
   CheckMatrix("subtract", "y", y);
   CheckSame("subtract", "a", a, y.shape(), DType::kF32);
   CheckSame("subtract", "b", b, y.shape(), DType::kF32);
-  ParallelFor(ctx, y.dim(0), Grain(a), [&](int64_t begin, int64_t end) {
-    if (ctx.reference_kernels()) {
-      cpu::SubtractReference(a, b, y, begin, end);
-    } else {
-      cpu::SubtractSimd(a, b, y, begin, end);
-    }
-  });
+  ParallelFor(ctx, y.dim(0), Grain(a),
+              [&](int64_t begin, int64_t end) { SubtractRange(ctx, a, b, y, begin, end); });
 }
 
 void SubtractListed(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
@@ -113,12 +127,7 @@ void SubtractListed(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
   CheckSame("subtract_listed", "b", b, y.shape(), DType::kF32);
   CheckSame("subtract_listed", "y", y, b.shape(), DType::kF32);
   ForIndices(ctx, y, indices, 1, [&](int64_t to, int64_t from) {
-    const ConstTensorView less = b.Slice(to, to + 1);
-    if (ctx.reference_kernels()) {
-      cpu::SubtractReference(a.Slice(from, from + 1), less, y.Slice(to, to + 1), 0, 1);
-    } else {
-      cpu::SubtractSimd(a.Slice(from, from + 1), less, y.Slice(to, to + 1), 0, 1);
-    }
+    SubtractRange(ctx, a.Slice(from, from + 1), b.Slice(to, to + 1), y.Slice(to, to + 1), 0, 1);
   });
 }
 
@@ -128,12 +137,7 @@ void AddListed(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
   CheckSame("add_listed", "a", a, b.shape(), DType::kF32);
   CheckSame("add_listed", "b", b, a.shape(), DType::kF32);
   ForIndices(ctx, a, indices, 1, [&](int64_t from, int64_t to) {
-    const ConstTensorView more = b.Slice(from, from + 1);
-    if (ctx.reference_kernels()) {
-      cpu::AddReference(a.Slice(from, from + 1), more, y.Slice(to, to + 1), 0, 1);
-    } else {
-      cpu::AddSimd(a.Slice(from, from + 1), more, y.Slice(to, to + 1), 0, 1);
-    }
+    AddRange(ctx, a.Slice(from, from + 1), b.Slice(from, from + 1), y.Slice(to, to + 1), 0, 1);
   });
 }
 
@@ -141,13 +145,8 @@ void Add(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView y) {
   CheckMatrix("add", "b", b);
   CheckSame("add", "a", a, b.shape(), DType::kF32);
   CheckSame("add", "y", y, b.shape(), DType::kF32);
-  ParallelFor(ctx, y.dim(0), Grain(y), [&](int64_t begin, int64_t end) {
-    if (ctx.reference_kernels()) {
-      cpu::AddReference(a, b, y, begin, end);
-    } else {
-      cpu::AddSimd(a, b, y, begin, end);
-    }
-  });
+  ParallelFor(ctx, y.dim(0), Grain(y),
+              [&](int64_t begin, int64_t end) { AddRange(ctx, a, b, y, begin, end); });
 }
 
 }  // namespace sluice
