@@ -33,7 +33,7 @@ struct StcCacherOptions {
   // mean of the reference's keys, is below this. Without the mean, keys of any two patches point
   // much the same way in some towers; with it what is unrelated is near 0. In [-1, 1]; -1 keeps to
   // the schedule.
-  double refresh_below = 0.7;
+  double refresh_below = 0.6;
 };
 
 class StcCacher final : public FeatureReuse {

@@ -90,6 +90,12 @@ class Player {
     batch_.clear();
   }
 
+  // Nothing is left to do before the next frame.
+  void CatchUp() {
+    Flush();
+    ReadWaiting(ctx_, session_);
+  }
+
   void AskTheRest() {
     while (next_ < questions_.size()) AskNext();
   }
@@ -172,7 +178,7 @@ RunResult Run(ExecContext& ctx, Session& session, Source& source,
   Producer producer(source, queue);
   while (FramePtr frame = queue.Pop()) {
     player.Add(std::move(frame));
-    if (live && queue.waiting() == 0) player.Flush();
+    if (live && queue.waiting() == 0) player.CatchUp();
   }
   player.Flush();
   producer.Finish();

@@ -18,13 +18,17 @@ constexpr int64_t kQuestionTokens = 64;
 class StepGuard {
  public:
   explicit StepGuard(Session& session)
-      : session_(session), mark_(session.cache.MarkHere()), duplicates_(session.duplicates) {}
+      : session_(session),
+        mark_(session.cache.MarkHere()),
+        duplicates_(session.duplicates),
+        waiting_(session.waiting.size()) {}
   StepGuard(const StepGuard&) = delete;
   StepGuard& operator=(const StepGuard&) = delete;
   ~StepGuard() {
     if (kept_) return;
     session_.cache.RewindTo(mark_);
     session_.duplicates = duplicates_;
+    session_.waiting.resize(waiting_);
     if (encoded_ && session_.reuse) session_.reuse->Reset();
     for (TokenCompressor* compressor : compressed_) compressor->Undo();
   }
@@ -36,6 +40,7 @@ class StepGuard {
   Session& session_;
   const KvCache::Mark mark_;
   const std::optional<DuplicateFrameFilter> duplicates_;
+  const size_t waiting_;
   std::vector<TokenCompressor*> compressed_;
   bool encoded_ = false, kept_ = false;
 };
@@ -87,11 +92,20 @@ void Append(ExecContext& ctx, Session& session, ConstTensorView embeddings,
                 static_cast<double>(decoder.WeightBytesPerToken()));
 }
 
+int64_t WaitingTokens(const Session& session) {
+  int64_t tokens = 0;
+  for (const VisualTokens& batch : session.waiting) tokens += batch.size();
+  return tokens;
+}
+
+// Throws InputError unless the context holds `more` visual tokens besides those it has or will read
+// soon, and a question after them.
 void CheckRoom(const Session& session, int64_t more, size_t frames) {
   const int64_t room = kQuestionTokens + session.options.generate.max_new_tokens;
   const bool fresh = session.cache.length() == 0;
   const auto prefix = static_cast<int64_t>(fresh ? session.prefix_ids.size() : 0);
-  if (session.cache.length() + prefix + more + room <= session.context_limit()) return;
+  const int64_t held = session.cache.length() + prefix + WaitingTokens(session);
+  if (held + more + room <= session.context_limit()) return;
   throw InputError("[ingest] the context is full: it holds " + std::to_string(session.frames_seen) +
                    " frames (" + std::to_string(session.visual_tokens) + " tokens); " +
                    std::to_string(frames) + " more (" + std::to_string(more) + " tokens) and " +
@@ -123,18 +137,12 @@ void ReadInstruction(ExecContext& ctx, Session& session, const std::string& inst
   session.pyramid.SetQueries(std::move(recorder.queries));
 }
 
-void Prefill(ExecContext& ctx, Session& session, const VisualTokens& tokens, size_t frames) {
-  CheckRoom(session, tokens.size(), frames);
-  if (const std::string* instruction = session.pyramid.wanted_instruction()) {
-    ReadInstruction(ctx, session, *instruction);
-  }
-  if (session.cache.length() == 0 && !session.prefix_ids.empty()) {
-    Append(ctx, session, EmbedIds(ctx, *session.vlm, session.prefix_ids));
-  }
-  if (tokens.size() == 0) return;
-  const int64_t first = session.cache.length();
-  Append(ctx, session, tokens.features, session.pyramid.ForFrames(tokens, first));
-  session.pyramid.Arrived(tokens, first);
+// Few rows take the decoder nearly as long as many do, so what compressors leave waits until it is
+// as much as a batch of frames is without them.
+bool IsWorthReading(const Session& session) {
+  if (session.compressors.empty()) return true;
+  const int64_t dense = session.vlm->encoder().tokens_per_frame();
+  return WaitingTokens(session) >= session.options.frames_per_batch * dense;
 }
 
 void Extend(std::vector<int32_t>& ids, const std::vector<int32_t>& more) {
@@ -204,25 +212,51 @@ void Ingest(ExecContext& ctx, Session& session, std::span<const FramePtr> frames
   if (frames.empty()) return;
   StepGuard guard(session);
   const std::vector<FramePtr> taken = WithoutDuplicates(ctx, session, frames);
+  int64_t left = 0;
   if (!taken.empty()) {
     guard.Encoding();
     VisualTokens tokens = Encode(ctx, session, taken);
     tokens = Compress(ctx, session, std::move(tokens), guard);
+    left = tokens.size();
     if (session.pyramid.replays()) {
       session.pyramid.Arrived(tokens, 0);
     } else {
-      Prefill(ctx, session, tokens, taken.size());
+      CheckRoom(session, left, taken.size());
+      // Even nothing makes a fresh session read its prefix.
+      const bool fresh = session.waiting.empty() && session.cache.length() == 0;
+      if (left > 0 || fresh) session.waiting.push_back(std::move(tokens));
+      if (IsWorthReading(session)) ReadWaiting(ctx, session);
     }
-    session.visual_tokens += tokens.size();
   }
+  session.visual_tokens += left;
   session.frames_seen += static_cast<int64_t>(frames.size());
   session.last_time = frames.back()->time;
+  guard.Keep();
+}
+
+void ReadWaiting(ExecContext& ctx, Session& session) {
+  if (session.waiting.empty()) return;
+  StepGuard guard(session);
+  if (const std::string* instruction = session.pyramid.wanted_instruction()) {
+    ReadInstruction(ctx, session, *instruction);
+  }
+  if (session.cache.length() == 0 && !session.prefix_ids.empty()) {
+    Append(ctx, session, EmbedIds(ctx, *session.vlm, session.prefix_ids));
+  }
+  const VisualTokens tokens = Joined(session.waiting);
+  if (tokens.size() > 0) {
+    const int64_t first = session.cache.length();
+    Append(ctx, session, tokens.features, session.pyramid.ForFrames(tokens, first));
+    session.pyramid.Arrived(tokens, first);
+  }
+  session.waiting.clear();
   guard.Keep();
 }
 
 Generated Ask(ExecContext& ctx, Session& session, const std::string& question,
               const TextSink& sink) {
   CheckQuestion(session, question);
+  ReadWaiting(ctx, session);
   const Vlm& vlm = *session.vlm;
   const StepGuard rewind(session);
   Turn turn;

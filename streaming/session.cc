@@ -60,6 +60,7 @@ int64_t Session::SizeBytes() const {
   int64_t bytes = cache.SizeBytes() + static_cast<int64_t>(pyramid.ReplayRows().size_bytes());
   if (reuse) bytes += reuse->SizeBytes();
   if (duplicates) bytes += duplicates->SizeBytes();
+  for (const VisualTokens& tokens : waiting) bytes += tokens.SizeBytes();
   for (const auto& compressor : compressors) bytes += compressor->SizeBytes();
   return bytes;
 }

@@ -16,6 +16,7 @@
 #include "llm/kv_cache.h"
 #include "llm/vlm.h"
 #include "streaming/options.h"
+#include "vision/visual_tokens.h"
 
 namespace sluice {
 
@@ -44,6 +45,7 @@ struct Session {
   std::unique_ptr<StcCacher> reuse;                           // may be null
   std::unique_ptr<const TurboTower> merge;                    // may be null
   std::vector<std::unique_ptr<TokenCompressor>> compressors;  // applied in order
+  std::vector<VisualTokens> waiting;                          // of batches still to be prefilled
   std::vector<Turn> transcript;
   int64_t frames_seen = 0;  // ingested, also duplicates and those of which compressors left nothing
   int64_t visual_tokens = 0;  // that compressors left of them
@@ -51,8 +53,8 @@ struct Session {
 
   // Positions the cache may hold: the model's, or fewer by option.
   int64_t context_limit() const;
-  // What the stream holds: KV cache, references of the cacher, frames to replay, what the duplicate
-  // filter and the compressors remember. All but the KV cache stay the same however long it lasts.
+  // What the stream holds: KV cache, visual tokens that wait for it, references of the cacher, frames
+  // to replay, what the duplicate filter and the compressors remember. All but the KV cache stay the same however long it lasts.
   int64_t SizeBytes() const;
 };
 

@@ -1,5 +1,7 @@
 #include "vision/visual_tokens.h"
 
+#include <algorithm>
+
 namespace sluice {
 
 VisualTokens GridTokens(std::span<const FramePtr> frames, int rows, int cols, int64_t width) {
@@ -20,6 +22,32 @@ VisualTokens GridTokens(std::span<const FramePtr> frames, int rows, int cols, in
     }
   }
   return tokens;
+}
+
+int64_t VisualTokens::SizeBytes() const {
+  return static_cast<int64_t>(features.SizeBytes() + origins.size() * sizeof(TokenOrigin) +
+                              scores.size() * sizeof(float));
+}
+
+VisualTokens Joined(std::span<const VisualTokens> batches) {
+  int64_t count = 0;
+  bool scored = true;
+  for (const VisualTokens& batch : batches) {
+    count += batch.size();
+    scored = scored && batch.scores.size() == batch.origins.size();
+  }
+  const int64_t width = batches.front().features.dim(1);
+  VisualTokens all;
+  all.grid_rows = batches.front().grid_rows;
+  all.grid_cols = batches.front().grid_cols;
+  all.features = Tensor(DType::kF32, {count, width});
+  float* to = all.features.data<float>();
+  for (const VisualTokens& batch : batches) {
+    to = std::copy_n(batch.features.data<float>(), batch.size() * width, to);
+    all.origins.insert(all.origins.end(), batch.origins.begin(), batch.origins.end());
+    if (scored) all.scores.insert(all.scores.end(), batch.scores.begin(), batch.scores.end());
+  }
+  return all;
 }
 
 }  // namespace sluice

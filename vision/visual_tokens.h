@@ -32,11 +32,16 @@ struct VisualTokens {
   std::vector<float> scores;
 
   int64_t size() const { return static_cast<int64_t>(origins.size()); }
+  int64_t SizeBytes() const;
 };
 
 // One token for every place of a grid of `rows` x `cols` over each frame, frame-major, row-major;
 // features [M, width] still to be written.
 VisualTokens GridTokens(std::span<const FramePtr> frames, int rows, int cols, int64_t width);
+
+// Those of all batches, in their order. Scores are kept if every batch with a token has them. At
+// least one batch.
+VisualTokens Joined(std::span<const VisualTokens> batches);
 
 }  // namespace sluice
 

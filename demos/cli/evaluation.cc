@@ -134,6 +134,7 @@ void Evaluation::Play(ExecContext& ctx, const PlayedClip& played, int max_questi
   for (size_t i = 0; i < played.frames.size(); i += batch) {
     Ingest(ctx, *session, played.frames.subspan(i, std::min(batch, played.frames.size() - i)));
   }
+  ReadWaiting(ctx, *session);
   double flops = DecoderFlops(ctx.tracer());
   work_.ingest_flops += flops;
   CountIngested(*session, work_);

@@ -172,6 +172,74 @@ TEST_F(PipelineTest, DuplicateFramesAreSeenButNotRemembered) {
   EXPECT_EQ(session->last_time, MediaTime::FromSeconds(2));
 }
 
+// Keeps every other frame, and reads what is left when it is as much as two whole frames.
+SessionOptions EveryOther() {
+  SessionOptions options = NoDialogue();
+  options.compressors = {"uniform-frames=2"};
+  options.frames_per_batch = 2;
+  return options;
+}
+
+TEST_F(PipelineTest, WhatCompressorsLeaveIsReadTogether) {
+  const auto session = NewSession(EveryOther());
+  const int64_t empty = session->SizeBytes();
+  Show(*session, {FakeFrame(0, 10), FakeFrame(1, 11)});
+  EXPECT_EQ(Memory(*session), "");
+  EXPECT_EQ(session->visual_tokens, 2);
+  EXPECT_GT(session->SizeBytes(), empty);
+  Show(*session, {FakeFrame(2, 12), FakeFrame(3, 13)});
+  EXPECT_EQ(Memory(*session), kPrefix + " f11.0 f11.1 f13.0 f13.1");
+  EXPECT_EQ(ctx_.tracer().stages().at("prefill").calls, 2);  // the prefix and both frames
+  Show(*session, {FakeFrame(4, 14), FakeFrame(5, 15)});
+  EXPECT_EQ(Memory(*session), kPrefix + " f11.0 f11.1 f13.0 f13.1");
+  ReadWaiting(ctx_, *session);
+  EXPECT_EQ(Memory(*session), kPrefix + " f11.0 f11.1 f13.0 f13.1 f15.0 f15.1");
+  ReadWaiting(ctx_, *session);
+  EXPECT_EQ(session->cache.length(), static_cast<int64_t>(session->prefix_ids.size()) + 6);
+}
+
+TEST_F(PipelineTest, AQuestionReadsWhatWaitsFirst) {
+  const auto session = NewSession(EveryOther());
+  Show(*session, {FakeFrame(0, 10), FakeFrame(1, 11)});
+  Question(*session, "What?");
+  EXPECT_THAT(LastMemory(*session), HasSubstr(kPrefix + " f11.0 f11.1"));
+  EXPECT_EQ(Memory(*session), kPrefix + " f11.0 f11.1");
+  // A first frame of which nothing is left still has a prompt to be asked in.
+  const auto nothing = NewSession(EveryOther());
+  for (int i = 0; i < 2; ++i) {
+    Question((Show(*nothing, {FakeFrame(i, 20 + i)}), *nothing), "What?");
+    EXPECT_EQ(Memory(*nothing), i == 0 ? kPrefix : kPrefix + " f21.0 f21.1");
+  }
+}
+
+TEST_F(PipelineTest, AStepThatFailsKeepsWhatWaitedBefore) {
+  const auto session = NewSession(EveryOther());
+  Show(*session, {FakeFrame(0, 10), FakeFrame(1, 11)});
+  const Snapshot before = Look(*session);
+  vlm_->decoder().fail_next_step = true;
+  EXPECT_THROW(Show(*session, {FakeFrame(2, 12), FakeFrame(3, 13)}), Error);
+  EXPECT_EQ(Look(*session), before);
+  vlm_->decoder().fail_next_step = true;
+  EXPECT_THROW(Question(*session, "What?"), Error);
+  EXPECT_EQ(Look(*session), before);
+  Show(*session, {FakeFrame(2, 22), FakeFrame(3, 23)});
+  EXPECT_EQ(Memory(*session), kPrefix + " f11.0 f11.1 f23.0 f23.1");
+}
+
+TEST_F(PipelineTest, WhatWaitsTakesRoomInTheContext) {
+  SessionOptions options = EveryOther();
+  options.frames_per_batch = 100;
+  options.generate.max_new_tokens = 16;
+  options.max_context_tokens = 6 + 4 + 64 + 16;  // prefix, two frames, a question
+  const auto session = NewSession(options);
+  for (int i = 0; i < 4; ++i) Show(*session, {FakeFrame(i, i)});
+  Show(*session, {FakeFrame(4, 4)});
+  EXPECT_THAT([&] { Show(*session, {FakeFrame(5, 5)}); },
+              ThrowsMessage<InputError>(HasSubstr("holds 5 frames (4 tokens); 1 more (2 tokens)")));
+  Question(*session, "What?");
+  EXPECT_EQ(Memory(*session), kPrefix + " f1.0 f1.1 f3.0 f3.1");
+}
+
 TEST_F(PipelineTest, TracesWhereTheTimeGoes) {
   SessionOptions options;
   options.duplicate_threshold = 0;
