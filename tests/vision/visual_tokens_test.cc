@@ -12,7 +12,9 @@ VisualTokens Batch(int32_t frame, int count, float first, bool scored) {
   tokens.features = Tensor(DType::kF32, {count, 3});
   for (int i = 0; i < 3 * count; ++i) tokens.features.data<float>()[i] = first + i;
   for (int i = 0; i < count; ++i) {
-    tokens.origins.push_back({.frame = frame, .row = static_cast<int16_t>(i)});
+    TokenOrigin& origin = tokens.origins.emplace_back();
+    origin.frame = frame;
+    origin.row = static_cast<int16_t>(i);
     if (scored) tokens.scores.push_back(first - i);
   }
   return tokens;
