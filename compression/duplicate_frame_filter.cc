@@ -74,4 +74,16 @@ bool DuplicateFrameFilter::Passes(const Frame& frame) {
   return true;
 }
 
+void DuplicateFrameFilter::Persist(Archive& archive) {
+  archive.Number("width", width_, 0);
+  archive.Number("height", height_, 0);
+  archive.Array("thumbnail", last_);
+  archive.Number("duplicates", duplicates_, int64_t{0});
+  const size_t expected = size_t{3} * std::min(kCells, height_) * std::min(kCells, width_);
+  if (last_.size() != expected) {
+    archive.Refuse("thumbnail", std::to_string(expected) + " values of this size of picture",
+                   std::to_string(last_.size()));
+  }
+}
+
 }  // namespace sluice

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "runtime/archive.h"
 #include "vision/frame.h"
 
 namespace sluice {
@@ -30,6 +31,8 @@ class DuplicateFrameFilter {
 
   double threshold() const { return threshold_; }
   int64_t duplicates() const { return duplicates_; }  // frames that did not pass
+  // Saves or loads all but the threshold.
+  void Persist(Archive& archive);
   int64_t SizeBytes() const { return static_cast<int64_t>(last_.size() * sizeof(float)); }
 
  private:

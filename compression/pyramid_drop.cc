@@ -416,6 +416,39 @@ PyramidDrop* PyramidStream::ForQuestion(int64_t text, int64_t question) {
   return &*step_;
 }
 
+void PyramidStream::Persist(Archive& archive, int64_t width) {
+  step_.reset();
+  archive.Array("frames", frames_);
+  archive.Resize("queries", queries_, plan_.boundaries.size());
+  for (std::vector<float>& query : queries_) archive.Array("query", query);
+  if (!queries_.empty() && queries_.size() != plan_.boundaries.size()) {
+    archive.Refuse("queries", "one a boundary, " + std::to_string(plan_.boundaries.size()),
+                   std::to_string(queries_.size()));
+  }
+  std::vector<int32_t> places;  // row and column in turn
+  for (const TokenOrigin& origin : last_origins_) {
+    places.push_back(origin.row);
+    places.push_back(origin.col);
+  }
+  archive.Array("last_places", places);
+  archive.Array("last_rows", last_rows_);
+  archive.Array("window_frames", window_frames_);
+  archive.Array("window_rows", window_rows_);
+  const auto check = [&](const char* field, size_t rows, size_t values) {
+    if (values == rows * width) return;
+    archive.Refuse(field, std::to_string(rows) + " rows of " + std::to_string(width),
+                   std::to_string(values) + " values");
+  };
+  check("last_rows", places.size() / 2, last_rows_.size());
+  check("window_rows", window_frames_.size(), window_rows_.size());
+  if (!archive.loading()) return;
+  last_origins_.assign(places.size() / 2, {});
+  for (size_t i = 0; i < last_origins_.size(); ++i) {
+    last_origins_[i].row = static_cast<int16_t>(places[2 * i]);
+    last_origins_[i].col = static_cast<int16_t>(places[2 * i + 1]);
+  }
+}
+
 std::vector<int64_t> PyramidStream::QuestionStageSizes() const {
   return step_ ? step_->stage_sizes() : std::vector<int64_t>();
 }

@@ -34,6 +34,7 @@
 #include "llm/decoder.h"
 #include "llm/kv_cache.h"
 #include "llm/layer_policy.h"
+#include "runtime/archive.h"
 #include "vision/visual_tokens.h"
 
 namespace sluice {
@@ -204,6 +205,9 @@ class PyramidStream {
   PyramidDrop* ForQuestion(int64_t text, int64_t question);
   // The window's embeddings, [rows, E] values.
   std::span<const float> ReplayRows() const { return window_rows_; }
+
+  // Saves or loads what the mode remembers. width: of an embedding.
+  void Persist(Archive& archive, int64_t width);
 
   // Visual rows in each stage of the latest question; empty where none left.
   std::vector<int64_t> QuestionStageSizes() const;

@@ -11,6 +11,8 @@
 namespace sluice {
 namespace {
 
+constexpr uint64_t kMostLayers = 4096;  // of a tower
+
 std::vector<float> Cosines(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
                            std::span<const float> center = {}) {
   std::vector<float> cosines(a.dim(0));
@@ -108,6 +110,20 @@ void StcCacher::ChooseFresh(ExecContext& ctx, int layer, int64_t frame, ConstTen
     std::sort(choice.begin(), choice.end());
   }
   fresh.insert(fresh.end(), choice.begin(), choice.end());
+}
+
+void StcCacher::Persist(Archive& archive) {
+  archive.Number("next", next_, int64_t{0});
+  for (int64_t* count :
+       {&counts_.frames, &counts_.whole, &counts_.refreshes, &counts_.patches, &counts_.fresh}) {
+    archive.Number("count", *count, int64_t{0});
+  }
+  archive.Resize("layers", references_, kMostLayers);
+  for (LayerReference& reference : references_) {
+    archive.Value("keys", reference.keys);
+    archive.Value("values", reference.values);
+    archive.Value("update", reference.update);
+  }
 }
 
 void StcCacher::Reset() {

@@ -19,6 +19,7 @@
 #include <span>
 #include <vector>
 
+#include "runtime/archive.h"
 #include "vision/feature_reuse.h"
 
 namespace sluice {
@@ -49,6 +50,8 @@ class StcCacher final : public FeatureReuse {
   bool KeepsReference() const override { return !IsDue(next_); }
   LayerReference& reference(int layer) override { return references_[layer]; }
 
+  // Saves or loads where the schedule stands, the reference and the counts.
+  void Persist(Archive& archive);
   // Forgets the reference: the next frame is computed whole, and the schedule begins there.
   void Reset();
 

@@ -50,6 +50,10 @@ class StcPruner final : public TokenCompressor {
   }
   VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) override;
   void Undo() override;
+  void Persist(Archive& archive) override {
+    archive.Array("sum", memory_.sum);
+    before_compress_ = memory_;
+  }
 
   int64_t SizeBytes() const override {
     return static_cast<int64_t>((memory_.sum.size() + before_compress_.sum.size()) * sizeof(float));

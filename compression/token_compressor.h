@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "runtime/archive.h"
 #include "runtime/exec_context.h"
 #include "vision/visual_tokens.h"
 
@@ -24,6 +25,8 @@ class TokenCompressor {
   virtual void Undo() = 0;
   // What it remembers of the stream.
   virtual int64_t SizeBytes() const { return 0; }
+  // Saves or loads that; Undo then goes no further back.
+  virtual void Persist(Archive& archive) = 0;
 };
 
 }  // namespace sluice

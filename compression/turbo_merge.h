@@ -32,6 +32,10 @@ class TurboMerge final : public TokenCompressor {
   }
   VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) override;
   void Undo() override { sum_ = before_compress_; }
+  void Persist(Archive& archive) override {
+    archive.Array("sum", sum_);
+    before_compress_ = sum_;
+  }
 
   int64_t SizeBytes() const override {
     return static_cast<int64_t>((sum_.size() + before_compress_.size()) * sizeof(double));

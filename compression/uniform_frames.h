@@ -18,6 +18,10 @@ class UniformFrames final : public TokenCompressor {
   int64_t TokensLeft(int64_t tokens) const override { return tokens; }
   VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) override;
   void Undo() override { next_ = before_compress_; }
+  void Persist(Archive& archive) override {
+    archive.Number("next", next_, int64_t{0});
+    before_compress_ = next_;
+  }
 
  private:
   int64_t every_;

@@ -9,6 +9,7 @@
 namespace sluice {
 
 enum class DType : uint8_t { kF32, kF16, kBF16, kI8, kU8, kI32 };
+inline constexpr DType kLastDType = DType::kI32;
 
 constexpr size_t SizeOf(DType dtype) {
   switch (dtype) {

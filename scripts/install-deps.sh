@@ -11,7 +11,7 @@ command -v c++ >/dev/null || tools+=(g++)
 command -v make >/dev/null || tools+=(make)
 # oneDNN's CMake configuration asks for OpenCL's headers and loader.
 core=(libeigen3-dev libdnnl-dev ocl-icd-opencl-dev opencl-c-headers libhwy-dev nlohmann-json3-dev
-      libgtest-dev libgmock-dev)
+      libgtest-dev libgmock-dev zlib1g-dev)
 # Of GStreamer's plugins: base (playback, test pattern), good (mp4, matroska, avi, rtsp, http,
 # cameras), bad (the parsers of H.264 and H.265), ugly (x264, to write clips), libav (decoders).
 service=(libgstreamer1.0-dev libgstreamer-plugins-base1.0-dev gstreamer1.0-plugins-base

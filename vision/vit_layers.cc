@@ -270,6 +270,17 @@ double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView h
   return std::accumulate(flops_of.begin(), flops_of.end(), flops);
 }
 
+// References may come from a file.
+void VitLayers::CheckReference(const LayerReference& reference, int layer) const {
+  const Shape shape{rows(), config_.hidden_size};
+  for (const Tensor* part : {&reference.keys, &reference.values, &reference.update}) {
+    if (!part->empty() && part->shape() == shape && part->dtype() == dtype_) continue;
+    throw Error("[encode] the reference of layer " + std::to_string(layer) + " must be " +
+                shape.ToString() + " " + Name(dtype_) + ", got " +
+                (part->empty() ? "nothing" : part->shape().ToString() + " " + Name(part->dtype())));
+  }
+}
+
 // A row that is not computed afresh moves as its reference does, so its distance to it stays what
 // it was. That distance is what is kept of frames that are not computed whole: rows that stay
 // behind cost no more than their norm and keys.
@@ -323,6 +334,7 @@ double VitLayers::RunPlan(ExecContext& ctx, FeatureReuse& reuse, const ReusePlan
   for (size_t l = 0; l < layers_.size(); ++l) {
     const Layer& layer = layers_[l];
     const LayerReference& reference = reuse.reference(static_cast<int>(l));
+    if (plan.UsesEarlier()) CheckReference(reference, static_cast<int>(l));
     Workspace::Scope layer_scope(workspace);
     if (l > 0) {
       {

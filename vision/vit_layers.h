@@ -80,6 +80,7 @@ class VitLayers {
   double RunPlan(ExecContext& ctx, FeatureReuse& reuse, const ReusePlan& plan,
                  const ReuseRoom& space, const std::function<LayerReference*(int)>& kept_of,
                  TensorView hidden) const;
+  void CheckReference(const LayerReference& reference, int layer) const;
   double RunMerging(ExecContext& ctx, const TokenMerge& merge, TensorView hidden) const;
   // The attention that each of a frame's tokens receives from as many of its queries, [F, n] f32.
   void AverageAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, int64_t frames,

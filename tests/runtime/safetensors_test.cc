@@ -14,6 +14,7 @@
 
 #include "runtime/error.h"
 #include "runtime/weight_store.h"
+#include "tests/support/temporary_directory.h"
 #include "tests/support/tensor_testing.h"
 
 namespace sluice {
@@ -27,13 +28,6 @@ using ::testing::ThrowsMessage;
 
 class SafetensorsTest : public ::testing::Test {
  protected:
-  void SetUp() override {
-    std::string name = (std::filesystem::temp_directory_path() / "sluice_test_XXXXXX").string();
-    ASSERT_TRUE(mkdtemp(name.data()));
-    directory_ = name;
-  }
-  void TearDown() override { std::filesystem::remove_all(directory_); }
-
   std::filesystem::path Path(const std::string& name) const { return directory_ / name; }
   void WriteText(const std::string& name, const std::string& text) const {
     std::ofstream(Path(name), std::ios::binary) << text;
@@ -70,7 +64,8 @@ class SafetensorsTest : public ::testing::Test {
     return line;
   }
 
-  std::filesystem::path directory_;
+  const TemporaryDirectory temporary_;
+  const std::filesystem::path directory_ = temporary_.path();
 };
 
 TEST_F(SafetensorsTest, ReadsBackWhatItWrote) {

@@ -13,6 +13,7 @@
 #include <string>
 
 #include "runtime/safetensors.h"
+#include "tests/support/temporary_directory.h"
 
 namespace sluice {
 
@@ -20,15 +21,11 @@ class CheckpointCopy {
  public:
   // Copies everything but the weights, which `Write` writes when they are changed.
   explicit CheckpointCopy(const std::filesystem::path& from) : checkpoint_(Checkpoint::Open(from)) {
-    std::string name = (std::filesystem::temp_directory_path() / "sluice_test_XXXXXX").string();
-    if (!mkdtemp(name.data())) throw std::runtime_error("mkdtemp failed");
-    directory_ = name;
     for (const auto& file : std::filesystem::directory_iterator(from)) {
       std::filesystem::copy_file(file.path(), directory_ / file.path().filename());
     }
     for (const auto& [tensor, entry] : checkpoint_.tensors()) tensors_[tensor] = entry.view;
   }
-  ~CheckpointCopy() { std::filesystem::remove_all(directory_); }
   CheckpointCopy(const CheckpointCopy&) = delete;
   CheckpointCopy& operator=(const CheckpointCopy&) = delete;
 
@@ -81,7 +78,8 @@ class CheckpointCopy {
   }
 
   Checkpoint checkpoint_;
-  std::filesystem::path directory_;
+  const TemporaryDirectory temporary_;
+  const std::filesystem::path directory_ = temporary_.path();
   std::map<std::string, ConstTensorView> tensors_;
   std::vector<Tensor> kept_;
 };
