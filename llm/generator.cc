@@ -71,7 +71,7 @@ const char* Name(FinishReason reason) {
 
 Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, ConstTensorView prompt,
                    std::span<const int32_t> prompt_ids, const GenerateOptions& options,
-                   const TextSink& sink, LayerPolicy* policy) {
+                   const TextSink& sink, LayerPolicy* policy, KvPolicy* recall) {
   if (options.max_new_tokens < 1) {
     throw InputError("[generate] max_new_tokens must be at least 1, got " +
                      std::to_string(options.max_new_tokens));
@@ -93,7 +93,7 @@ Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, ConstTensor
   {
     const int64_t first = cache.length();
     TraceScope trace(&ctx.tracer(), "prefill_question", prompt.dim(0));
-    SequenceStep step{&cache, prompt, logits, policy};
+    SequenceStep step{&cache, prompt, logits, policy, recall};
     decoder.Step(ctx, {&step, 1});
     const int64_t ran = cache.MeanRowsSince(first);  // in the mean over layers
     trace.AddWork(ran * decoder.FlopsPerToken(cache.MeanRows() - ran / 2) + decoder.LmHeadFlops(),
@@ -118,7 +118,7 @@ Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, ConstTensor
       return result;
     }
     if (static_cast<int64_t>(result.ids.size()) >= options.max_new_tokens ||
-        cache.length() >= decoder.max_positions()) {
+        cache.Reach() >= decoder.max_positions()) {
       result.reason = FinishReason::kLength;
       break;
     }

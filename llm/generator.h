@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "llm/kv_cache.h"
+#include "llm/kv_policy.h"
 #include "llm/sampler.h"
 #include "llm/vlm.h"
 #include "runtime/exec_context.h"
@@ -29,6 +30,7 @@ struct Generated {
   std::string text;
   std::vector<int32_t> ids;  // without the stop id
   FinishReason reason = FinishReason::kStop;
+  std::vector<Evidence> evidence;  // in order of time; of answers that recalled
 };
 
 // Called with each piece of finished text (whole characters); return false to cancel.
@@ -39,11 +41,12 @@ using TextSink = std::function<bool(std::string_view piece)>;
 // answer. Ends with kStop at a stop id of the checkpoint or in front of a stop string (text that
 // may become one is held back), with kLength at max_new_tokens or the end of the model's context.
 // Traces "prefill_question" and "decode". `prompt_ids` serves the repetition penalty only; `sink`
-// may be empty; `policy`, for the prompt's step, may be null. Throws InputError on options out of
-// range and, as ResourceExhausted, whatever Decoder::Step throws; the caller rewinds the cache.
+// may be empty; `policy` and `recall`, for the prompt's step, may be null. Throws InputError on
+// options out of range and, as ResourceExhausted, whatever Decoder::Step throws; the caller rewinds
+// the cache.
 Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, ConstTensorView prompt,
                    std::span<const int32_t> prompt_ids, const GenerateOptions& options,
-                   const TextSink& sink, LayerPolicy* policy = nullptr);
+                   const TextSink& sink, LayerPolicy* policy = nullptr, KvPolicy* recall = nullptr);
 
 }  // namespace sluice
 

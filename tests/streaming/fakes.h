@@ -147,6 +147,7 @@ class FakeDecoder : public Decoder {
   int64_t hidden_size() const override { return 4; }
   int64_t vocab_size() const override { return kFakeVocab; }
   int64_t max_positions() const override { return positions; }
+  ConstTensorView rotary_frequencies() const override { return {frequencies_, DType::kF32, {2}}; }
   double FlopsPerToken(int64_t) const override { return 100; }
   double LmHeadFlops() const override { return 10; }
   int64_t WeightBytesPerToken() const override { return 1000; }
@@ -181,6 +182,7 @@ class FakeDecoder : public Decoder {
   }
   mutable std::map<const KvCache*, std::vector<std::string>> memory_;
   mutable int told_ = 0;
+  static constexpr float frequencies_[] = {1, 0.1f};
 };
 
 // Used by one thread at a time.
