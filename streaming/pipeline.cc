@@ -6,13 +6,11 @@
 #include <vector>
 
 #include "runtime/error.h"
+#include "streaming/logging.h"
 #include "vision/preprocess.h"
 
 namespace sluice {
 namespace {
-
-// Room that frames leave for a question's text; its answer's comes on top.
-constexpr int64_t kQuestionTokens = 64;
 
 // Takes back what a step did to the session, unless it is told to keep it.
 class StepGuard {
@@ -27,6 +25,7 @@ class StepGuard {
   ~StepGuard() {
     if (kept_) return;
     session_.cache.RewindTo(mark_);
+    if (session_.memory) session_.memory->RewindTo(mark_.length);
     session_.duplicates = duplicates_;
     session_.waiting.resize(waiting_);
     if (encoded_ && session_.reuse) session_.reuse->Reset();
@@ -101,6 +100,7 @@ int64_t WaitingTokens(const Session& session) {
 // Throws InputError unless the context holds `more` visual tokens besides those it has or will read
 // soon, and a question after them.
 void CheckRoom(const Session& session, int64_t more, size_t frames) {
+  if (session.memory) return;  // its window was checked when the session began
   const int64_t room = kQuestionTokens + session.options.generate.max_new_tokens;
   const bool fresh = session.cache.length() == 0;
   const auto prefix = static_cast<int64_t>(fresh ? session.prefix_ids.size() : 0);
@@ -111,8 +111,8 @@ void CheckRoom(const Session& session, int64_t more, size_t frames) {
                    std::to_string(frames) + " more (" + std::to_string(more) + " tokens) and " +
                    std::to_string(room) + " tokens for a question exceed its limit of " +
                    std::to_string(session.context_limit()) +
-                   "; sample fewer frames a second, play a shorter part, or use a token "
-                   "compressor");
+                   "; sample fewer frames a second, play a shorter part, use a token compressor, "
+                   "or let the window slide (--memory)");
 }
 
 // [ids, E] f32.
@@ -145,6 +145,14 @@ bool IsWorthReading(const Session& session) {
   return WaitingTokens(session) >= session.options.frames_per_batch * dense;
 }
 
+// Frames that have been read become part of what can be recalled, and what exceeds the window
+// leaves it.
+void Memorise(ExecContext& ctx, Session& session, const VisualTokens& tokens, int64_t first) {
+  session.memory->Arrived(ctx, session.cache, tokens, first);
+  session.memory->Trim(ctx, session.cache);
+  if (const auto warning = session.memory->TakeWarning()) Logger()->warn("{}", *warning);
+}
+
 void Extend(std::vector<int32_t>& ids, const std::vector<int32_t>& more) {
   ids.insert(ids.end(), more.begin(), more.end());
 }
@@ -158,6 +166,28 @@ std::vector<int32_t> DialogueIds(const Session& session, const Turn& turn) {
   }
   Extend(ids, turn.question_ids);
   return ids;
+}
+
+// Keeps a turn for later questions. With a memory the oldest turns are forgotten beyond its budget;
+// the one that is then first follows the video, no other turn.
+void Remember(Session& session, Turn turn) {
+  session.transcript.push_back(std::move(turn));
+  if (!session.memory) return;
+  int64_t tokens = 0;
+  size_t kept = session.transcript.size();
+  while (kept > 0) {
+    const Turn& next = session.transcript[kept - 1];
+    tokens += static_cast<int64_t>(next.question_ids.size() + next.answer_ids.size());
+    if (tokens > session.options.memory->dialogue_tokens) break;
+    --kept;
+  }
+  if (kept == 0) return;
+  session.transcript.erase(session.transcript.begin(), session.transcript.begin() + kept);
+  if (session.transcript.empty()) return;
+  const Vlm& vlm = *session.vlm;
+  Turn& first = session.transcript.front();
+  first.question_ids = vlm.prompt_format().EncodeQuestion(vlm.tokenizer(), first.question,
+                                                          /*follow_up=*/false);
 }
 
 // What a question adds to the cache: the frames that are replayed with their prefix, if any, the
@@ -190,13 +220,14 @@ void CheckQuestion(const Session& session, const std::string& question) {
   }
 }
 
-// The session's options with as many new tokens as the context still holds after `prompt` tokens.
-GenerateOptions FitToContext(const Session& session, int64_t prompt) {
+// The session's options with as many new tokens as the context still holds after the `seen` rows
+// of the stream that a question sees and `prompt` tokens.
+GenerateOptions FitToContext(const Session& session, int64_t seen, int64_t prompt) {
   // The last token of an answer is never read again, so it needs no position.
-  const int64_t room = session.context_limit() - session.cache.length() - prompt + 1;
+  const int64_t room = session.context_limit() - seen - prompt + 1;
   if (room < 1) {
     throw InputError("[ask] the context is full: " + std::to_string(session.frames_seen) +
-                     " frames take " + std::to_string(session.cache.length()) +
+                     " frames take " + std::to_string(seen) +
                      " tokens, the dialogue and this question " + std::to_string(prompt) +
                      ", the limit is " + std::to_string(session.context_limit()) +
                      "; ask something shorter or do not keep the dialogue");
@@ -248,6 +279,7 @@ void ReadWaiting(ExecContext& ctx, Session& session) {
     const int64_t first = session.cache.length();
     Append(ctx, session, tokens.features, session.pyramid.ForFrames(tokens, first));
     session.pyramid.Arrived(tokens, first);
+    if (session.memory) Memorise(ctx, session, tokens, first);
   }
   session.waiting.clear();
   guard.Keep();
@@ -265,19 +297,29 @@ Generated Ask(ExecContext& ctx, Session& session, const std::string& question,
   turn.question_ids = vlm.prompt_format().EncodeQuestion(vlm.tokenizer(), question,
                                                          /*follow_up=*/!session.transcript.empty());
   const std::vector<int32_t> ids = DialogueIds(session, turn);
-  KvCache window(session.cache.pool(), session.pyramid.positions());  // of frames that are replayed
-  KvCache& cache = session.pyramid.replays() ? window : session.cache;
   const Tensor prompt = EmbedPrompt(ctx, session, ids);
-  const GenerateOptions options = FitToContext(session, prompt.dim(0));
+  // Frames that are replayed or recalled stand in a cache of the question's own.
+  std::optional<StreamRecall> recall;
+  int64_t seen = session.cache.Reach();
+  if (session.memory && session.memory->Recalls(session.cache)) {
+    recall.emplace(*session.memory, session.cache, static_cast<int64_t>(turn.question_ids.size()));
+    seen = session.memory->MostRows();
+  }
+  KvCache own(session.cache.pool(), recall ? KvPositions::kRows : session.pyramid.positions());
+  if (recall) own.Advance(session.cache.length());
+  KvCache& cache = session.pyramid.replays() || recall ? own : session.cache;
+  const GenerateOptions options = FitToContext(session, seen, prompt.dim(0));
   LayerPolicy* policy = session.pyramid.ForQuestion(static_cast<int64_t>(session.prefix_ids.size()),
                                                     static_cast<int64_t>(turn.question_ids.size()));
   std::vector<int32_t> text_ids = session.prefix_ids;
   Extend(text_ids, ids);
-  Generated answer = Generate(ctx, vlm, cache, prompt, text_ids, options, sink, policy);
+  Generated answer = Generate(ctx, vlm, cache, prompt, text_ids, options, sink, policy,
+                              recall ? &*recall : nullptr);
+  if (recall) answer.evidence = recall->evidence();
   if (session.options.keep_dialogue && answer.reason != FinishReason::kCancelled) {
     turn.answer = answer.text;
     turn.answer_ids = answer.ids;
-    session.transcript.push_back(std::move(turn));
+    Remember(session, std::move(turn));
   }
   return answer;
 }
