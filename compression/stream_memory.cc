@@ -142,6 +142,37 @@ void StreamMemory::RewindTo(int64_t token) {
   }
 }
 
+std::vector<uint8_t> StreamMemory::OffLoaded(const Block& block) const {
+  std::vector<uint8_t> bytes(geometry_.num_layers * LayerBytes(block));
+  store_.Read(block.number, 0, bytes);
+  return bytes;
+}
+
+void StreamMemory::Restore(Block block, std::vector<uint8_t> bytes) {
+  constexpr int64_t kMostTokens = int64_t{1} << 24;  // of a frame, so that sizes cannot overflow
+  const bool behind =
+      blocks_.empty() || (block.number > blocks_.back().number &&
+                          block.begin >= blocks_.back().begin + blocks_.back().tokens);
+  if (!behind || block.number < 0 || block.begin < pinned_ || block.tokens < 1 ||
+      block.tokens > kMostTokens ||
+      static_cast<int64_t>(block.index.size()) != geometry_.num_layers * width() ||
+      static_cast<int64_t>(bytes.size()) !=
+          (block.off_loaded ? geometry_.num_layers * LayerBytes(block) : 0)) {
+    throw InputError("[memory] frame " + std::to_string(block.number) + " of " +
+                     std::to_string(block.tokens) + " tokens, " +
+                     std::to_string(block.index.size()) + " index values and " +
+                     std::to_string(bytes.size()) +
+                     " bytes does not fit this model, these options or the frames before it");
+  }
+  next_number_ = block.number + 1;
+  blocks_.push_back(std::move(block));
+  if (!blocks_.back().off_loaded) return;
+  const auto gone = store_.Add(blocks_.back().number, std::move(bytes));
+  std::erase_if(blocks_, [&](const Block& b) {
+    return std::find(gone.begin(), gone.end(), b.number) != gone.end();
+  });
+}
+
 int64_t StreamMemory::MostRows() const {
   std::vector<int64_t> tokens;
   tokens.reserve(blocks_.size());

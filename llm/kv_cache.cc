@@ -243,6 +243,29 @@ void KvCache::Slide(ExecContext& ctx, ConstTensorView frequencies, int64_t pinne
 
 ConstTensorView KvCache::PinnedKeys(int layer) const { return layers_[layer].pinned_keys; }
 
+void KvCache::Restore(int64_t length, int64_t gone, std::vector<Tensor> pinned_keys) {
+  const KvGeometry& geometry = pool_->geometry();
+  const int64_t pinned = pinned_keys.empty() ? 0 : pinned_keys.front().dim(0);
+  const bool fits = std::all_of(pinned_keys.begin(), pinned_keys.end(), [&](const Tensor& keys) {
+    return keys.shape() == Shape{pinned, int64_t{geometry.kv_heads} * geometry.head_dim} &&
+           keys.dtype() == geometry.dtype;
+  });
+  if (length_ != 0 || gone < 0 || gone % kKvBlockTokens != 0 || length - gone < pinned || !fits ||
+      length > std::numeric_limits<int32_t>::max() ||
+      (!pinned_keys.empty() && (gone == 0 || pinned_keys.size() != layers_.size()))) {
+    throw InputError("[kv_cache] cannot restore " + std::to_string(length) + " tokens, of which " +
+                     std::to_string(gone) + " have left, and pinned keys of " +
+                     std::to_string(pinned_keys.size()) + " layers: no cache has these");
+  }
+  Reserve(length - gone);
+  length_ = length;
+  gone_ = gone;
+  pinned_ = pinned;
+  for (size_t i = 0; i < pinned_keys.size(); ++i) {
+    layers_[i].pinned_keys = std::move(pinned_keys[i]);
+  }
+}
+
 void KvCache::RewindTo(Mark mark) {
   if (mark.length == 0) {
     gone_ = pinned_ = 0;

@@ -90,6 +90,12 @@ class KvCache {
   int64_t pinned() const { return pinned_; }
   // Of the pinned rows as they were stored, [pinned(), kv_heads * D]; empty while gone() is 0.
   ConstTensorView PinnedKeys(int layer) const;
+  // Makes an empty cache one of `length` tokens of which `gone` have left behind the pinned ones,
+  // with rows still to be stored (StoreKv): what a saved stream begins with. pinned_keys: as
+  // PinnedKeys told, of every layer; none where gone or
+  // pinned is 0. Throws ResourceExhausted, the cache then
+  // empty, and InputError on numbers and tensors that no cache has.
+  void Restore(int64_t length, int64_t gone, std::vector<Tensor> pinned_keys);
 
   // The same layer by layer, for tokens that do not reach every layer. ReserveRows makes room in
   // one layer for rows of `tokens`: ascending numbers, from length() on unless a KvPolicy recalls.

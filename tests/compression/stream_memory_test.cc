@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "runtime/error.h"
+#include "runtime/ops/attention.h"
 #include "tests/support/random_decoder.h"
 
 namespace sluice {
@@ -400,6 +402,64 @@ TEST(StreamMemoryWindowTest, AnswersFromEightBitsStayClose) {
   EXPECT_LE(RelativeDifference(answers[1], answers[0]), 0.03);
   EXPECT_GT(RelativeDifference(answers[1], answers[0]), 0);
   EXPECT_LT(bytes[1], bytes[0] / 3);  // f32 here: a quarter, and the scales
+}
+
+TEST(StreamMemoryWindowTest, ARestoredStreamGoesOnBitForBit) {
+  for (const bool int8 : {false, true}) {
+    const MemoryOptions options{.window_tokens = kWindow, .recall_blocks = 6, .int8 = int8};
+    Stream stream(options);
+    stream.Show(20);
+    const KvGeometry kv = stream.decoder().kv_geometry();
+    const KvCache& cache = stream.cache;
+    StreamMemory memory(options, kv, stream.decoder().rotary_frequencies(), kPinned);
+    for (const StreamMemory::Block& block : stream.memory.blocks()) {
+      memory.Restore(block,
+                     block.off_loaded ? stream.memory.OffLoaded(block) : std::vector<uint8_t>());
+    }
+    std::vector<Tensor> pinned;
+    for (int i = 0; i < kLayers; ++i) pinned.push_back(ConvertTo(cache.PinnedKeys(i), kv.dtype));
+    KvCache restored(cache.pool());
+    restored.Restore(cache.length(), cache.gone(), std::move(pinned));
+    const Shape shape{cache.Reach(), kKvHeads * kSize};
+    const Tensor keys(kv.dtype, shape), values(kv.dtype, shape);
+    for (int i = 0; i < kLayers; ++i) {
+      LoadKv(stream.ctx, cache.layer(i), 0, keys, values);
+      StoreKv(stream.ctx, keys, values, 0, restored.layer(i));
+    }
+    std::mt19937 random(5);
+    const Tensor question = RandomRows(7, random);
+    StreamRecall before(stream.memory, cache, 7), after(memory, restored, 7);
+    const Row want = stream.Ask(&before, question);
+    EXPECT_EQ(stream.Ask(&after, question), want);
+    restored.Slide(stream.ctx, stream.decoder().rotary_frequencies(), kPinned, 1);
+    EXPECT_EQ(restored.gone(), cache.gone() + kKvBlockTokens);
+  }
+}
+
+TEST(StreamMemoryWindowTest, FramesThatDoNotFitAreNotRestored) {
+  Stream stream({.window_tokens = kWindow});
+  stream.Show(20);
+  const StreamMemory::Block first = stream.memory.blocks().front();
+  const std::vector<uint8_t> bytes = stream.memory.OffLoaded(first);
+  const auto refused = [&](const std::function<void(StreamMemory::Block&)>& change) {
+    StreamMemory memory({}, stream.decoder().kv_geometry(), stream.decoder().rotary_frequencies(),
+                        kPinned);
+    StreamMemory::Block block = first;
+    change(block);
+    try {
+      memory.Restore(block, bytes);
+    } catch (const InputError&) {
+      return true;
+    }
+    return false;
+  };
+  EXPECT_FALSE(refused([](auto&) {}));
+  EXPECT_TRUE(refused([](auto& b) { ++b.tokens; }));
+  EXPECT_TRUE(refused([](auto& b) { b.tokens = int64_t{1} << 60; }));
+  EXPECT_TRUE(refused([](auto& b) { b.begin = 0; }));
+  EXPECT_TRUE(refused([](auto& b) { b.index.pop_back(); }));
+  EXPECT_TRUE(refused([](auto& b) { b.off_loaded = false; }));
+  EXPECT_THROW(stream.memory.Restore(first, bytes), InputError);
 }
 
 // Half a day of video at two frames a second: what is resident stops growing, budgets are kept.
