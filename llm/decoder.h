@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "llm/kv_cache.h"
+#include "llm/kv_policy.h"
 #include "llm/layer_policy.h"
 #include "runtime/exec_context.h"
 #include "runtime/tensor.h"
@@ -30,6 +31,9 @@ struct SequenceStep {
   // Lets rows leave between layers; then no logits of all positions. Such a sequence runs on its
   // own, layer by layer over all its rows, so the residual stream [S, E] is held at once.
   LayerPolicy* policy = nullptr;
+  // Fills the cache, which has no rows yet, layer by layer (llm/kv_policy.h). The sequence then
+  // runs as with a policy; after an exception the cache may hold some of what was recalled.
+  KvPolicy* recall = nullptr;
 };
 
 class Decoder {
@@ -48,8 +52,10 @@ class Decoder {
 
   virtual KvGeometry kv_geometry() const = 0;
   virtual int64_t hidden_size() const = 0;
-  virtual int64_t vocab_size() const = 0;  // rows of the embedding
-  virtual int64_t max_positions() const = 0;
+  virtual int64_t vocab_size() const = 0;     // rows of the embedding
+  virtual int64_t max_positions() const = 0;  // KvCache::Reach() never exceeds it
+  // By which keys and queries are rotated (runtime/ops/rope.h): [D / 2] f32.
+  virtual ConstTensorView rotary_frequencies() const = 0;
   virtual double FlopsPerToken(
       int64_t context) const = 0;  // products and attention at that context, without the lm_head
   virtual double LmHeadFlops() const = 0;

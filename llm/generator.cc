@@ -65,11 +65,12 @@ class Generation::StopFilter {
 
 Generation::Generation(const Vlm& vlm, KvCache& cache, Tensor prompt,
                        std::span<const int32_t> prompt_ids, const GenerateOptions& options,
-                       TextSink sink, LayerPolicy* policy)
+                       TextSink sink, LayerPolicy* policy, KvPolicy* recall)
     : vlm_(vlm),
       cache_(cache),
       next_(std::move(prompt)),
       policy_(policy),
+      recall_(recall),
       options_((CheckGenerateOptions(options), options)),
       sink_(std::move(sink)),
       sampler_(options.sampling, vlm.tokenizer().vocab_size()),
@@ -113,7 +114,7 @@ bool Generation::TakeToken(int32_t id) {
   if (filter_->stopped()) result_.reason = FinishReason::kStop;
   if (filter_->stopped() || !wanted) return false;
   if (static_cast<int64_t>(result_.ids.size()) >= options_.max_new_tokens ||
-      cache_.length() >= vlm_.decoder().max_positions()) {
+      cache_.Reach() >= vlm_.decoder().max_positions()) {
     result_.reason = FinishReason::kLength;
     Flush();
     return false;
@@ -126,6 +127,7 @@ void Generation::Take() {
   try {
     if (result_.ids.empty()) next_ = Tensor(DType::kF32, {1, vlm_.decoder().hidden_size()});
     policy_ = nullptr;
+    recall_ = nullptr;
     const std::span<float> logits(logits_.data<float>(), static_cast<size_t>(logits_.dim(1)));
     finished_ = !TakeToken(sampler_.Sample(logits, context_));
   } catch (...) {
@@ -148,7 +150,7 @@ void Advance(ExecContext& ctx, const Vlm& vlm, std::span<Generation* const> answ
     }
     firsts.push_back(answer->cache_.length());
     rows += answer->next_rows();
-    steps.push_back({&answer->cache_, answer->next_, answer->logits_, answer->policy_});
+    steps.push_back({&answer->cache_, answer->next_, answer->logits_, answer->policy_, answer->recall_});
   }
   {
     TraceScope trace(&ctx.tracer(), prompts ? "prefill_question" : "decode", rows);
@@ -179,8 +181,8 @@ void CheckGenerateOptions(const GenerateOptions& options) {
 
 Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, Tensor prompt,
                    std::span<const int32_t> prompt_ids, const GenerateOptions& options,
-                   const TextSink& sink, LayerPolicy* policy) {
-  Generation answer(vlm, cache, std::move(prompt), prompt_ids, options, sink, policy);
+                   const TextSink& sink, LayerPolicy* policy, KvPolicy* recall) {
+  Generation answer(vlm, cache, std::move(prompt), prompt_ids, options, sink, policy, recall);
   Generation* const one = &answer;
   while (!answer.finished()) Advance(ctx, vlm, {&one, 1});
   if (answer.failure()) std::rethrow_exception(answer.failure());

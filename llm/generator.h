@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "llm/kv_cache.h"
+#include "llm/kv_policy.h"
 #include "llm/sampler.h"
 #include "llm/vlm.h"
 #include "runtime/exec_context.h"
@@ -31,6 +32,7 @@ struct Generated {
   std::string text;
   std::vector<int32_t> ids;  // without the stop id
   FinishReason reason = FinishReason::kStop;
+  std::vector<Evidence> evidence;  // in order of time; of answers that recalled
 };
 
 // Called with each piece of finished text (whole characters); return false to cancel.
@@ -39,11 +41,12 @@ using TextSink = std::function<bool(std::string_view piece)>;
 // An answer on its way, one token a step. Used by one thread at a time.
 class Generation {
  public:
-  // Continues `cache` after `prompt` ([S, E] f32 embeddings, S >= 1, read by the first step); cache
-  // and policy (for the prompt's step; may be null) are not owned. `prompt_ids` serves the
+  // Continues `cache` after `prompt` ([S, E] f32 embeddings, S >= 1, read by the first step); cache,
+  // policy and recall (both for the prompt's step; may be null) are not owned. `prompt_ids` serves the
   // repetition penalty only; `sink` may be empty. Throws InputError on options out of range.
   Generation(const Vlm& vlm, KvCache& cache, Tensor prompt, std::span<const int32_t> prompt_ids,
-             const GenerateOptions& options, TextSink sink, LayerPolicy* policy = nullptr);
+             const GenerateOptions& options, TextSink sink, LayerPolicy* policy = nullptr,
+             KvPolicy* recall = nullptr);
   ~Generation();
 
   bool finished() const { return finished_; }
@@ -66,6 +69,7 @@ class Generation {
   KvCache& cache_;
   Tensor next_;  // [S, E] f32
   LayerPolicy* policy_;
+  KvPolicy* recall_;
   const GenerateOptions options_;
   const TextSink sink_;
   Sampler sampler_;
@@ -93,7 +97,7 @@ void CheckGenerateOptions(const GenerateOptions& options);
 // the sink throws; the caller rewinds the cache.
 Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, Tensor prompt,
                    std::span<const int32_t> prompt_ids, const GenerateOptions& options,
-                   const TextSink& sink, LayerPolicy* policy = nullptr);
+                   const TextSink& sink, LayerPolicy* policy = nullptr, KvPolicy* recall = nullptr);
 
 }  // namespace sluice
 

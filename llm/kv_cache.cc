@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <string>
 #include <utility>
 
 #include "runtime/error.h"
+#include "runtime/ops/rope.h"
 
 namespace sluice {
 namespace {
@@ -126,6 +128,10 @@ void KvCache::Shrink(Layer& layer, int64_t rows) {
 int64_t KvCache::Reserve(int64_t num_tokens) {
   if (num_tokens < 0) throw Error("[kv_cache] cannot reserve " + std::to_string(num_tokens));
   const int64_t before = length_;
+  if (num_tokens > std::numeric_limits<int32_t>::max() - before) {
+    throw ResourceExhausted("[kv_cache] a stream has at most 2^31 - 1 tokens, this one has " +
+                            std::to_string(before) + ": begin a new one");
+  }
   try {
     for (Layer& layer : layers_) {
       Grow(layer, layer.rows + num_tokens);
@@ -147,6 +153,9 @@ void KvCache::ReserveRows(int index, std::span<const int32_t> tokens) {
   Layer& layer = layers_[index];
   Grow(layer, layer.rows + static_cast<int64_t>(tokens.size()));
   for (const int32_t token : tokens) {
+    if (layer.all_tokens && gone_ > 0) {
+      throw Error("[kv_cache] rows cannot be left out once the window has slid");
+    }
     if (layer.all_tokens && token != layer.rows) {
       layer.tokens.resize(layer.rows);
       std::iota(layer.tokens.begin(), layer.tokens.end(), 0);
@@ -160,8 +169,10 @@ void KvCache::ReserveRows(int index, std::span<const int32_t> tokens) {
 void KvCache::KeepRows(ExecContext& ctx, int index, std::span<const int32_t> rows) {
   Layer& layer = layers_[index];
   if (static_cast<int64_t>(rows.size()) == layer.rows) return;
-  if (positions_ == KvPositions::kRows) {
-    throw Error("[kv_cache] rows can be hidden only where positions are those of tokens");
+  if (positions_ == KvPositions::kRows || gone_ > 0) {
+    throw Error(
+        "[kv_cache] rows can be hidden only where positions are those of tokens and none has left "
+        "the window");
   }
   Layer kept;
   try {
@@ -197,12 +208,119 @@ std::unique_ptr<KvCache> KvCache::Branch() const {
       layer.blocks.push_back(block);
     }
     layer.rows = from.rows;
+    if (!from.pinned_keys.empty()) layer.pinned_keys = from.pinned_keys.Clone();
   }
   branch->length_ = length_;
+  branch->gone_ = gone_;
+  branch->pinned_ = pinned_;
   return branch;
 }
 
+int64_t KvCache::Reach() const {
+  if (positions_ == KvPositions::kTokens) return length_ - gone_;
+  int64_t most = 0;
+  for (const Layer& layer : layers_) most = std::max(most, layer.rows);
+  return most;
+}
+
+// Layer by layer, old blocks from the one where pinned rows end:
+//
+//   | p p p p | p a b c | d e f g | h ...       p: pinned, a - d: leave
+//   | P P P P | P e f g | h ...                 P: turned; both blocks before h are new
+void KvCache::Slide(ExecContext& ctx, ConstTensorView frequencies, int64_t pinned, int64_t blocks) {
+  constexpr int64_t kBlock = kKvBlockTokens;
+  const int64_t held = length_ - gone_;
+  const bool whole = std::all_of(layers_.begin(), layers_.end(), [&](const Layer& layer) {
+    return layer.all_tokens && layer.rows == held;
+  });
+  if (!whole || positions_ != KvPositions::kTokens || pinned < 0 || blocks < 1 ||
+      (gone_ > 0 && pinned != pinned_) || pinned + blocks * kBlock > held) {
+    throw Error("[kv_cache] cannot slide by " + std::to_string(blocks) + " blocks behind " +
+                std::to_string(pinned) +
+                " pinned tokens: expected whole rows at token positions, " +
+                "so many tokens and the same pinned ones as before, got " + std::to_string(held) +
+                " tokens and " + std::to_string(pinned_) + " pinned");
+  }
+  const KvGeometry& geometry = pool_->geometry();
+  const int64_t width = int64_t{geometry.kv_heads} * geometry.head_dim;
+  const auto gone = static_cast<int32_t>(gone_ + blocks * kBlock);
+  const int64_t head = BlocksFor(pinned), head_rows = head * kBlock;
+  // What stands in the head's last block behind the pinned rows; the newest rows may end in it.
+  const int64_t joint = std::min(head_rows, held - blocks * kBlock) - pinned;
+  std::vector<Layer> heads(layers_.size());  // the blocks and pinned keys to be
+  try {
+    if (pinned > 0) {
+      const std::vector<int32_t> turns(pinned, gone);
+      for (size_t i = 0; i < layers_.size(); ++i) {
+        Layer& layer = heads[i];
+        Grow(layer, pinned);
+        const Tensor keys(geometry.dtype, {pinned + joint, width});
+        const Tensor values(geometry.dtype, {pinned + joint, width});
+        const KvLayerView old = View(layers_[i].blocks);
+        LoadKv(ctx, old, 0, keys.view().Slice(0, pinned), values.view().Slice(0, pinned));
+        LoadKv(ctx, old, pinned + blocks * kBlock, keys.view().Slice(pinned, pinned + joint),
+               values.view().Slice(pinned, pinned + joint));
+        if (gone_ == 0) {
+          layer.pinned_keys = Tensor(geometry.dtype, {pinned, width});
+          ConvertInto(keys.view().Slice(0, pinned), layer.pinned_keys);
+        }
+        const Tensor turned =
+            ConvertTo(gone_ == 0 ? layer.pinned_keys : layers_[i].pinned_keys, DType::kF32);
+        Rope(ctx, turned, geometry.head_dim, turns, frequencies);
+        ConvertInto(turned, keys.view().Slice(0, pinned));
+        StoreKv(ctx, keys, values, 0, View(layer.blocks));
+      }
+    }
+  } catch (...) {
+    for (Layer& layer : heads) Shrink(layer, 0);
+    throw;
+  }
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    Layer& layer = layers_[i];
+    // Of the old blocks the head's go, and as many behind them as leave the window.
+    for (int64_t b = 0; b < head + blocks; ++b) pool_->Release(layer.blocks[b]);
+    layer.blocks.erase(layer.blocks.begin() + head, layer.blocks.begin() + head + blocks);
+    std::copy(heads[i].blocks.begin(), heads[i].blocks.end(), layer.blocks.begin());
+    layer.rows -= blocks * kBlock;
+    if (gone_ == 0) layer.pinned_keys = std::move(heads[i].pinned_keys);
+  }
+  gone_ = gone;
+  pinned_ = pinned;
+}
+
+ConstTensorView KvCache::PinnedKeys(int layer) const { return layers_[layer].pinned_keys; }
+
+void KvCache::Restore(int64_t length, int64_t gone, std::vector<Tensor> pinned_keys) {
+  const KvGeometry& geometry = pool_->geometry();
+  const int64_t pinned = pinned_keys.empty() ? 0 : pinned_keys.front().dim(0);
+  const bool fits = std::all_of(pinned_keys.begin(), pinned_keys.end(), [&](const Tensor& keys) {
+    return keys.shape() == Shape{pinned, int64_t{geometry.kv_heads} * geometry.head_dim} &&
+           keys.dtype() == geometry.dtype;
+  });
+  if (length_ != 0 || gone < 0 || gone % kKvBlockTokens != 0 || length - gone < pinned || !fits ||
+      length > std::numeric_limits<int32_t>::max() ||
+      (!pinned_keys.empty() && (gone == 0 || pinned_keys.size() != layers_.size()))) {
+    throw InputError("[kv_cache] cannot restore " + std::to_string(length) + " tokens, of which " +
+                     std::to_string(gone) + " have left, and pinned keys of " +
+                     std::to_string(pinned_keys.size()) + " layers: no cache has these");
+  }
+  Reserve(length - gone);
+  length_ = length;
+  gone_ = gone;
+  pinned_ = pinned;
+  for (size_t i = 0; i < pinned_keys.size(); ++i) {
+    layers_[i].pinned_keys = std::move(pinned_keys[i]);
+  }
+}
+
 void KvCache::RewindTo(Mark mark) {
+  if (mark.length == 0) {
+    gone_ = pinned_ = 0;
+    for (Layer& layer : layers_) layer.pinned_keys = Tensor();
+  } else if (mark.length < gone_ + pinned_) {
+    throw Error("[kv_cache] cannot rewind to token " + std::to_string(mark.length) +
+                ": the window begins at token " + std::to_string(gone_ + pinned_));
+  }
   for (size_t i = 0; i < layers_.size(); ++i) {
     Layer& layer = layers_[i];
     if (hidden_[i] && mark.length <= hidden_[i]->length) {
@@ -210,13 +328,13 @@ void KvCache::RewindTo(Mark mark) {
       layer = std::move(hidden_[i]->layer);
       hidden_[i].reset();
     }
-    int64_t rows = std::min(layer.rows, mark.length);
+    int64_t rows = std::min(layer.rows, mark.length - gone_);
     if (!layer.all_tokens) {
       rows = std::lower_bound(layer.tokens.begin(), layer.tokens.end(), mark.length) -
              layer.tokens.begin();
     }
     Shrink(layer, rows);
-    if (rows == mark.length) {  // so many different tokens below it are all of them
+    if (rows == mark.length - gone_) {  // so many different tokens below it are all of them
       layer.tokens.clear();
       layer.all_tokens = true;
     }
@@ -234,7 +352,7 @@ int64_t KvCache::MeanRowsSince(int64_t token) const {
   int64_t rows = 0;
   for (const Layer& layer : layers_) {
     const auto& tokens = layer.tokens;
-    rows += layer.rows - (layer.all_tokens ? std::min(token, layer.rows)
+    rows += layer.rows - (layer.all_tokens ? std::clamp<int64_t>(token - gone_, 0, layer.rows)
                                            : std::lower_bound(tokens.begin(), tokens.end(), token) -
                                                  tokens.begin());
   }
@@ -243,7 +361,8 @@ int64_t KvCache::MeanRowsSince(int64_t token) const {
 
 int32_t KvCache::TokenOf(int index, int64_t row) const {
   const Layer& layer = layers_[index];
-  return layer.all_tokens ? static_cast<int32_t>(row) : layer.tokens[row];
+  if (!layer.all_tokens) return layer.tokens[row];
+  return static_cast<int32_t>(row < pinned_ ? row : row + gone_);
 }
 
 KvLayerView KvCache::View(const std::vector<void*>& blocks) const {
@@ -257,10 +376,13 @@ KvLayerView KvCache::View(const std::vector<void*>& blocks) const {
 KvLayerView KvCache::layer(int index) const { return View(layers_[index].blocks); }
 
 int64_t KvCache::SizeBytes() const {
-  int64_t blocks = 0;
-  for (const Layer& layer : layers_) blocks += layer.blocks.size();
+  int64_t blocks = 0, keys = 0;
+  for (const Layer& layer : layers_) {
+    blocks += layer.blocks.size();
+    keys += layer.pinned_keys.SizeBytes();
+  }
   for (const auto& hidden : hidden_) blocks += hidden ? hidden->layer.blocks.size() : 0;
-  return blocks * pool_->block_bytes();
+  return blocks * pool_->block_bytes() + keys;
 }
 
 }  // namespace sluice

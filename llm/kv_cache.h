@@ -64,6 +64,10 @@ enum class KvPositions {
 
 // A sequence of tokens. Normally each has one row in every layer; a layer policy may leave a layer
 // fewer rows than there are tokens (llm/layer_policy.h). Rows stand in the order of their tokens.
+//
+// A cache that slides (Slide) holds the first tokens, the pinned ones, and a window: the newest.
+// Keys in the window stay rotated to the numbers of their tokens, so that nothing is rotated again
+// and distances are true; the pinned ones are turned to the positions in front of the window.
 class KvCache {
  public:
   explicit KvCache(std::shared_ptr<KvBlockPool> pool, KvPositions positions = KvPositions::kTokens);
@@ -74,12 +78,34 @@ class KvCache {
   // Appends `num_tokens` tokens with a row in every layer and returns the number of the first.
   // Throws ResourceExhausted if that would exceed the budget; the cache is then unchanged.
   int64_t Reserve(int64_t num_tokens);
-  int64_t length() const { return length_; }  // tokens
+  int64_t length() const { return length_; }  // tokens, also those that have left the window
+  // Positions from the first row's to where the next token goes: what a model's limit is about.
+  int64_t Reach() const;
+
+  // Forgets the oldest `blocks` * kKvBlockTokens tokens behind the first `pinned`, in every layer,
+  // and gives their blocks back. frequencies: as of Rope (runtime/ops/rope.h). Blocks are replaced
+  // where pinned and window rows share one, never written to, and pinned keys are always turned
+  // from what was stored first, so errors do not add up. Marks before the window cannot be rewound
+  // to any more, but for the empty cache. Throws ResourceExhausted, the cache then unchanged, and
+  // Error unless the window has so many rows, every token has a row in every layer, `pinned` is
+  // the same each time and positions are those of tokens.
+  void Slide(ExecContext& ctx, ConstTensorView frequencies, int64_t pinned, int64_t blocks);
+  // Tokens that have left the window, and those in front of it.
+  int64_t gone() const { return gone_; }
+  int64_t pinned() const { return pinned_; }
+  // Of the pinned rows as they were stored, [pinned(), kv_heads * D]; empty while gone() is 0.
+  ConstTensorView PinnedKeys(int layer) const;
+  // Makes an empty cache one of `length` tokens of which `gone` have left behind the pinned ones,
+  // with rows still to be stored (StoreKv): what a saved stream begins with. pinned_keys: as
+  // PinnedKeys told, of every layer; none where gone or
+  // pinned is 0. Throws ResourceExhausted, the cache then
+  // empty, and InputError on numbers and tensors that no cache has.
+  void Restore(int64_t length, int64_t gone, std::vector<Tensor> pinned_keys);
 
   // The same layer by layer, for tokens that do not reach every layer. ReserveRows makes room in
-  // one layer for rows of `tokens`: ascending numbers from length() on. Once every layer has its
-  // rows, Advance counts the tokens. Throws ResourceExhausted; RewindTo where it began then gives
-  // back what had been reserved.
+  // one layer for rows of `tokens`: ascending numbers, from length() on unless a KvPolicy recalls.
+  // Once every layer has its rows, Advance counts the tokens. Throws ResourceExhausted; RewindTo
+  // where it began then gives back what had been reserved.
   void ReserveRows(int layer, std::span<const int32_t> tokens);
   void Advance(int64_t num_tokens) { length_ += num_tokens; }
 
@@ -98,7 +124,8 @@ class KvCache {
   // The token of a row, and the position its key is rotated to. REQUIRES: row < rows(layer).
   int32_t TokenOf(int layer, int64_t row) const;
   int32_t PositionOf(int layer, int64_t row) const {
-    return positions_ == KvPositions::kRows ? static_cast<int32_t>(row) : TokenOf(layer, row);
+    if (positions_ == KvPositions::kRows) return static_cast<int32_t>(row);
+    return layers_[layer].all_tokens ? static_cast<int32_t>(row + gone_) : TokenOf(layer, row);
   }
   KvPositions positions() const { return positions_; }
   const std::shared_ptr<KvBlockPool>& pool() const { return pool_; }
@@ -113,20 +140,21 @@ class KvCache {
     int64_t length = 0;
   };
   Mark MarkHere() const { return {length_}; }
-  // REQUIRES: mark.length <= length().
+  // REQUIRES: mark.length <= length(). Throws Error on marks before the window.
   void RewindTo(Mark mark);
 
   // Valid until the next call that changes the cache.
   KvLayerView layer(int layer) const;
-  int64_t SizeBytes() const;  // of the blocks it holds, hidden ones included
+  int64_t SizeBytes() const;  // of the blocks it holds, hidden ones included, and pinned keys
 
  private:
   struct Layer {
     std::vector<void*> blocks;
     int64_t rows = 0;
-    // Of each row. Empty where row i is token i.
+    // Of each row. Empty where every token that is not gone has a row.
     std::vector<int32_t> tokens;
-    bool all_tokens = true;  // row i is token i
+    bool all_tokens = true;
+    Tensor pinned_keys;  // once the cache has slid
   };
   // A layer behind a selection of its rows, and when it comes back.
   struct Hidden {
@@ -143,6 +171,7 @@ class KvCache {
   std::vector<Layer> layers_;
   std::vector<std::optional<Hidden>> hidden_;  // one a layer
   int64_t length_ = 0;
+  int64_t gone_ = 0, pinned_ = 0;
 };
 
 }  // namespace sluice

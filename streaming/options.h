@@ -9,6 +9,7 @@
 
 #include "compression/pyramid_drop.h"
 #include "compression/stc_cacher.h"
+#include "compression/stream_memory.h"
 #include "compression/turbo_tower.h"
 #include "llm/generator.h"
 
@@ -27,6 +28,9 @@ struct SessionOptions {
   // Applied to the visual tokens in this order: compression/registry.h, "NAME" or "NAME=NUMBER".
   std::vector<std::string> compressors;
   PyramidOptions pyramid;  // which visual tokens leave between decoder layers; default: none
+  // A window that slides, and frames recalled from behind it; none: the context fills up. Not with
+  // PyramidDrop.
+  std::optional<MemoryOptions> memory;
   GenerateOptions generate;
 };
 

@@ -7,13 +7,11 @@
 #include <vector>
 
 #include "runtime/error.h"
+#include "streaming/logging.h"
 #include "vision/preprocess.h"
 
 namespace sluice {
 namespace {
-
-// Room that frames leave for a question's text; its answer's comes on top.
-constexpr int64_t kQuestionTokens = 64;
 
 // Takes back what a step did to the session, unless it is told to keep it.
 class StepGuard {
@@ -28,6 +26,7 @@ class StepGuard {
   ~StepGuard() {
     if (kept_) return;
     session_.cache.RewindTo(mark_);
+    if (session_.memory) session_.memory->RewindTo(mark_.length);
     session_.duplicates = duplicates_;
     session_.waiting.resize(waiting_);
     if (encoded_ && session_.reuse) session_.reuse->Reset();
@@ -158,8 +157,8 @@ void CheckRoom(const Session& session, int64_t more, size_t frames) {
                    std::to_string(frames) + " more (" + std::to_string(more) + " tokens) and " +
                    std::to_string(room) + " tokens for a question exceed its limit of " +
                    std::to_string(session.context_limit()) +
-                   "; sample fewer frames a second, play a shorter part, or use a token "
-                   "compressor");
+                   "; sample fewer frames a second, play a shorter part, use a token compressor, "
+                   "or let the window slide (--memory)");
 }
 
 // [ids, E] f32.
@@ -192,6 +191,18 @@ bool IsWorthReading(const Session& session) {
   return WaitingTokens(session) >= session.options.frames_per_batch * dense;
 }
 
+// What exceeds the window leaves it. Where there is no memory to do it in, the window is longer until
+// the next time.
+void Trim(ExecContext& ctx, Session& session) {
+  if (!session.memory) return;
+  try {
+    session.memory->Trim(ctx, session.cache);
+  } catch (const ResourceExhausted& error) {
+    Logger()->warn("{}", error.what());
+  }
+  if (const auto warning = session.memory->TakeWarning()) Logger()->warn("{}", *warning);
+}
+
 void Extend(std::vector<int32_t>& ids, const std::vector<int32_t>& more) {
   ids.insert(ids.end(), more.begin(), more.end());
 }
@@ -205,6 +216,28 @@ std::vector<int32_t> DialogueIds(const Session& session, const Turn& turn) {
   }
   Extend(ids, turn.question_ids);
   return ids;
+}
+
+// Keeps a turn for later questions. With a memory the oldest turns are forgotten beyond its budget;
+// the one that is then first follows the video, no other turn.
+void Remember(Session& session, Turn turn) {
+  session.transcript.push_back(std::move(turn));
+  if (!session.memory) return;
+  int64_t tokens = 0;
+  size_t kept = session.transcript.size();
+  while (kept > 0) {
+    const Turn& next = session.transcript[kept - 1];
+    tokens += static_cast<int64_t>(next.question_ids.size() + next.answer_ids.size());
+    if (tokens > session.options.memory->dialogue_tokens) break;
+    --kept;
+  }
+  if (kept == 0) return;
+  session.transcript.erase(session.transcript.begin(), session.transcript.begin() + kept);
+  if (session.transcript.empty()) return;
+  const Vlm& vlm = *session.vlm;
+  Turn& first = session.transcript.front();
+  first.question_ids = vlm.prompt_format().EncodeQuestion(vlm.tokenizer(), first.question,
+                                                          /*follow_up=*/false);
 }
 
 // What a question adds to the cache: the frames that are replayed with their prefix, if any, the
@@ -237,13 +270,15 @@ void CheckQuestion(const Session& session, const std::string& question) {
   }
 }
 
-// `options` with as many new tokens as the context still holds after `prompt` tokens.
-GenerateOptions FitToContext(const Session& session, GenerateOptions options, int64_t prompt) {
+// `options` with as many new tokens as the context still holds after the `seen` rows of the stream
+// that a question sees and `prompt` tokens.
+GenerateOptions FitToContext(const Session& session, GenerateOptions options, int64_t seen,
+                             int64_t prompt) {
   // The last token of an answer is never read again, so it needs no position.
-  const int64_t room = session.context_limit() - session.cache.length() - prompt + 1;
+  const int64_t room = session.context_limit() - seen - prompt + 1;
   if (room < 1) {
     throw InputError("[ask] the context is full: " + std::to_string(session.frames_seen) +
-                     " frames take " + std::to_string(session.cache.length()) +
+                     " frames take " + std::to_string(seen) +
                      " tokens, the dialogue and this question " + std::to_string(prompt) +
                      ", the limit is " + std::to_string(session.context_limit()) +
                      "; ask something shorter or do not keep the dialogue");
@@ -284,7 +319,9 @@ void ReadWaiting(ExecContext& ctx, std::span<Session* const> sessions) {
   for (size_t i = 0; i < read.size(); ++i) {
     Session& session = *read[i];
     if (tokens[i].size() > 0) {
-      session.pyramid.Arrived(tokens[i], session.cache.length() - tokens[i].size());
+      const int64_t first = session.cache.length() - tokens[i].size();
+      session.pyramid.Arrived(tokens[i], first);
+      if (session.memory) session.memory->Arrived(ctx, session.cache, tokens[i], first);
     }
     session.waiting.clear();
     guards[i].Keep();
@@ -294,6 +331,7 @@ void ReadWaiting(ExecContext& ctx, std::span<Session* const> sessions) {
 }  // namespace
 
 bool HasRoom(const Session& session, int64_t tokens) {
+  if (session.memory) return true;               // its window was checked when the session began
   if (session.pyramid.replays()) return true;  // the window has its own bounds
   const bool fresh = session.cache.length() == 0;
   const auto prefix = static_cast<int64_t>(fresh ? session.prefix_ids.size() : 0);
@@ -338,6 +376,7 @@ void Ingest(ExecContext& ctx, std::span<Arrivals> arrivals) {
     session.last_time = arrivals[i].frames.back()->time;
     guards[i].Keep();
   }
+  for (Session* session : worth_reading) Trim(ctx, *session);
 }
 
 void Ingest(ExecContext& ctx, Session& session, std::span<const FramePtr> frames) {
@@ -349,6 +388,7 @@ void Ingest(ExecContext& ctx, Session& session, std::span<const FramePtr> frames
 void ReadWaiting(ExecContext& ctx, Session& session) {
   Session* const one = &session;
   ReadWaiting(ctx, {&one, 1});
+  Trim(ctx, session);
 }
 
 std::unique_ptr<PendingAnswer> BeginAnswer(ExecContext& ctx, Session& session,
@@ -367,27 +407,39 @@ std::unique_ptr<PendingAnswer> BeginAnswer(ExecContext& ctx, Session& session,
   Tensor prompt = EmbedPrompt(ctx, session, ids);
   answer->prompt_tokens = prompt.dim(0);
   answer->keep = question.joins_dialogue && session.options.keep_dialogue;
-  const GenerateOptions options = FitToContext(session, question.generate, prompt.dim(0));
-  // Frames that are replayed are in the prompt.
-  answer->cache = session.pyramid.replays()
-                      ? std::make_unique<KvCache>(session.cache.pool(), session.pyramid.positions())
+  int64_t seen = session.cache.Reach();
+  if (session.memory && session.memory->Recalls(session.cache)) {
+    answer->recall.emplace(*session.memory, session.cache,
+                           static_cast<int64_t>(turn.question_ids.size()));
+    seen = session.memory->MostRows();
+  }
+  const GenerateOptions options =
+      FitToContext(session, question.generate, seen, prompt.dim(0));
+  // Frames that are replayed are in the prompt, and those that are recalled go into a cache of the
+  // question's own.
+  const KvPositions positions =
+      answer->recall ? KvPositions::kRows : session.pyramid.positions();
+  answer->cache = session.pyramid.replays() || answer->recall
+                      ? std::make_unique<KvCache>(session.cache.pool(), positions)
                       : session.cache.Branch();
+  if (answer->recall) answer->cache->Advance(session.cache.length());
   LayerPolicy* policy = session.pyramid.ForQuestion(static_cast<int64_t>(session.prefix_ids.size()),
                                                     static_cast<int64_t>(turn.question_ids.size()));
   std::vector<int32_t> text_ids = session.prefix_ids;
   Extend(text_ids, ids);
   answer->generation.emplace(vlm, *answer->cache, std::move(prompt), text_ids, options,
-                             std::move(sink), policy);
+                             std::move(sink), policy, answer->recall ? &*answer->recall : nullptr);
   return answer;
 }
 
 Generated EndAnswer(Session& session, PendingAnswer& answer) {
-  const Generated& generated = answer.generation->result();
+  Generated generated = answer.generation->result();
+  if (answer.recall) generated.evidence = answer.recall->evidence();
   if (answer.keep && answer.generation->finished() &&
       generated.reason != FinishReason::kCancelled) {
     answer.turn.answer = generated.text;
     answer.turn.answer_ids = generated.ids;
-    session.transcript.push_back(std::move(answer.turn));
+    Remember(session, std::move(answer.turn));
   }
   return generated;
 }

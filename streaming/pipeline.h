@@ -25,13 +25,13 @@ struct Arrivals {
 
 // (duplicates) -> preprocess -> encode -> compress -> prefill. Appends the frames, in order, to the
 // session's memory; the prompt's prefix is prefilled before the first. What token compressors leave
-// waits until it is as much as a batch of frames is without them, or until the next question.
-// Throws InputError when the context has no room for them and a question after them,
-// ResourceExhausted when the KV pool has none; after these and any other exception the session is
-// as before. With mode replay of PyramidDrop frames are only remembered, and prefilled with each
-// question. Frames that the duplicate filter holds back are seen, and leave nothing. Traces
-// "duplicates" (items: frames), "preprocess", "encode" (items: frames), "compress" (tokens in),
-// "prefill" (tokens kept).
+// waits until it is as much as a batch of frames is without them, or until the next question. With
+// a memory, what exceeds its window then leaves the cache. Throws InputError when the context has
+// no room for them and a question after them, ResourceExhausted when the KV pool has none; after
+// these and any other exception the session is as before. With mode replay of PyramidDrop frames
+// are only remembered, and prefilled with each question. Frames that the duplicate filter holds
+// back are seen, and leave nothing. Traces "duplicates" (items: frames), "preprocess", "encode"
+// (items: frames), "compress" (tokens in), "prefill" (tokens kept).
 void Ingest(ExecContext& ctx, Session& session, std::span<const FramePtr> frames);
 // The same for several sessions of one model (each at most once), whose frames are encoded
 // together, except where a cacher or turbo works inside the tower, and prefilled in one step. After
@@ -58,12 +58,15 @@ struct PendingQuestion {
 struct PendingAnswer {
   Turn turn;
   std::unique_ptr<KvCache> cache;
+  std::optional<StreamRecall> recall;  // what it is answered from, once a memory's window has slid
   int64_t prompt_tokens = 0;
   bool keep = false;  // in the transcript
   std::optional<Generation> generation;
 };
 
-// Gets ready to answer about everything ingested so far: newline row, dialogue, question. Steps of
+// Gets ready to answer about everything ingested so far: newline row, dialogue, question. Once a
+// memory's window has slid, the question sees what it recalls, and the answer comes with its
+// evidence. Steps of
 // the answer are Advance(), llm/generator.h. Throws InputError when no frame has been seen, on a
 // blank question, and when the context has no room for the question; and as ReadWaiting does.
 // Traces "question" (prompt tokens).

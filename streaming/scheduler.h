@@ -78,13 +78,6 @@ struct AnswerUsage {
   double total_seconds = 0;
 };
 
-// The moments an answer rests on.
-struct Evidence {
-  MediaTime begin, end;
-  double weight = 0;  // share of the attention mass that the recalled frames got, in [0, 1]
-  int layers = 0;     // that chose them
-};
-
 enum class AnswerEnd { kStop, kLength, kCancelled, kTime, kMemory, kFailed };
 const char* Name(AnswerEnd end);
 

@@ -14,6 +14,38 @@ int64_t ContextLimit(const Vlm& vlm, const SessionOptions& options) {
   return options.max_context_tokens > 0 ? std::min(options.max_context_tokens, most) : most;
 }
 
+// Throws InputError unless the window, and what a question recalls, leave room for a question.
+void CheckMemory(const Session& session, bool compresses) {
+  const MemoryOptions& memory = *session.options.memory;
+  if (session.pyramid.mode() != PyramidMode::kOff) {
+    throw InputError(
+        "[memory] PyramidDrop leaves layers different rows, which a window cannot slide over; "
+        "choose one of --memory and --pyramid-drop");
+  }
+  const int64_t frame = session.vlm->encoder().tokens_per_frame();
+  const auto prefix = static_cast<int64_t>(session.prefix_ids.size());
+  const int64_t question = kQuestionTokens + session.options.generate.max_new_tokens +
+                           (session.options.keep_dialogue ? memory.dialogue_tokens : 0);
+  // What compressors leave waits until it is as much as a batch, so two may come at once.
+  const int64_t batch = frame * session.options.frames_per_batch * (compresses ? 2 : 1);
+  const int64_t window = prefix + memory.window_tokens + kKvBlockTokens + batch + question;
+  const int64_t recalled =
+      prefix + int64_t{std::max(memory.recall_blocks, memory.recall_chunk)} * frame + question;
+  const int64_t limit = session.context_limit();
+  if (window > limit) {
+    throw InputError("[memory] a window of " + std::to_string(memory.window_tokens) +
+                     " tokens with a batch of frames and a question needs a context of " +
+                     std::to_string(window) + ", the limit is " + std::to_string(limit) +
+                     ": make --memory-window smaller by " + std::to_string(window - limit));
+  }
+  if (memory.recall_blocks > 0 && recalled > limit) {
+    throw InputError("[memory] " + std::to_string(memory.recall_blocks) + " recalled frames of " +
+                     std::to_string(frame) + " tokens with a question need a context of " +
+                     std::to_string(recalled) + ", the limit is " + std::to_string(limit) +
+                     ": make --memory-recall smaller");
+  }
+}
+
 }  // namespace
 
 Session::Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> pool,
@@ -54,10 +86,17 @@ Session::Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> 
     compressors.push_back(MakeTokenCompressor(spec));
     tokens = compressors.back()->TokensLeft(tokens);
   }
+  if (!options.memory) return;
+  CheckMemory(*this, !compressors.empty());
+  const Decoder& decoder = vlm->decoder();
+  memory = std::make_unique<StreamMemory>(*options.memory, decoder.kv_geometry(),
+                                          decoder.rotary_frequencies(),
+                                          static_cast<int64_t>(prefix_ids.size()));
 }
 
 int64_t Session::SizeBytes() const {
   int64_t bytes = cache.SizeBytes() + static_cast<int64_t>(pyramid.ReplayRows().size_bytes());
+  if (memory) bytes += memory->SizeBytes();
   if (reuse) bytes += reuse->SizeBytes();
   if (duplicates) bytes += duplicates->SizeBytes();
   for (const VisualTokens& tokens : waiting) bytes += tokens.SizeBytes();

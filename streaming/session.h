@@ -11,6 +11,7 @@
 #include "compression/duplicate_frame_filter.h"
 #include "compression/pyramid_drop.h"
 #include "compression/stc_cacher.h"
+#include "compression/stream_memory.h"
 #include "compression/token_compressor.h"
 #include "compression/turbo_tower.h"
 #include "llm/kv_cache.h"
@@ -19,6 +20,9 @@
 #include "vision/visual_tokens.h"
 
 namespace sluice {
+
+// Room that frames leave for a question's text; its answer's comes on top.
+inline constexpr int64_t kQuestionTokens = 64;
 
 struct Turn {
   std::string question;
@@ -41,11 +45,13 @@ struct Session {
   // Prefix and visual tokens; during a question also newline, dialogue, question. Stays empty where
   // frames are replayed.
   KvCache cache;
+  std::unique_ptr<StreamMemory> memory;                       // may be null
   std::optional<DuplicateFrameFilter> duplicates;             // before the encoder
   std::unique_ptr<StcCacher> reuse;                           // may be null
   std::unique_ptr<const TurboTower> merge;                    // may be null
   std::vector<std::unique_ptr<TokenCompressor>> compressors;  // applied in order
   std::vector<VisualTokens> waiting;                          // of batches still to be prefilled
+  // With a memory only the last turns, as many as its budget for the dialogue holds.
   std::vector<Turn> transcript;
   int64_t frames_seen = 0;  // ingested, also duplicates and those of which compressors left nothing
   int64_t visual_tokens = 0;  // that compressors left of them
@@ -54,8 +60,9 @@ struct Session {
   // Positions the cache may hold: the model's, or fewer by option.
   int64_t context_limit() const;
   // What the stream holds: KV cache, visual tokens that wait for it, references of the cacher,
-  // frames to replay, what the duplicate filter and the compressors remember. All but the KV cache
-  // stay the same however long it lasts.
+  // frames to replay, what the duplicate filter and the compressors remember, and of the memory
+  // what is not on the disk. All but the KV cache stay the same however long it lasts; with a
+  // memory, that as well.
   int64_t SizeBytes() const;
 };
 

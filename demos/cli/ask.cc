@@ -1,9 +1,11 @@
 // sluice ask: plays a source and answers questions at their times.
+#include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "demos/cli/commands.h"
 #include "demos/cli/common.h"
@@ -144,7 +146,20 @@ class Narrator {
     } else {
       std::printf("  (wrong: it is \"%s\")\n", expected->c_str());
     }
+    PrintEvidence(answer.generated.evidence);
     std::fflush(stdout);
+  }
+
+  // The moments that an answer rests on most.
+  static void PrintEvidence(std::vector<Evidence> evidence) {
+    constexpr size_t kMost = 3;
+    std::stable_sort(evidence.begin(), evidence.end(),
+                     [](const Evidence& a, const Evidence& b) { return a.weight > b.weight; });
+    if (evidence.size() > kMost) evidence.resize(kMost);
+    for (const Evidence& e : evidence) {
+      std::printf("  from %s to %s: %s %% of the attention to recalled frames\n",
+                  e.begin.ToString().c_str(), e.end.ToString().c_str(), Percent(e.weight).c_str());
+    }
   }
 
   // The answer that is right for this question at this time, if the question file told it.

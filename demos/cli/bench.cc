@@ -385,6 +385,11 @@ void Bench(const BenchFlags& flags) {
   const auto context = engine.NewContext();
   SessionOptions options;
   ApplyMethods(flags.methods, options);
+  if (options.memory) {
+    throw InputError(
+        "[bench] measures steps in a context that is held whole, so a memory changes nothing; "
+        "leave --memory away, or measure it with sluice eval --memory --frames N");
+  }
   if (options.duplicate_threshold) {
     throw InputError(
         "[bench] frames here are made up and none repeats another; expected no "

@@ -26,8 +26,13 @@ Clip MakeClip(uint64_t seed, int index, int frames) {
 }
 
 std::vector<FramePtr> RenderFrames(const world::Scene& scene, const world::Atlas& atlas) {
+  return RenderFrames(scene, atlas, 0, scene.frames);
+}
+
+std::vector<FramePtr> RenderFrames(const world::Scene& scene, const world::Atlas& atlas, int begin,
+                                   int end) {
   std::vector<FramePtr> frames;
-  for (int i = 0; i < scene.frames; ++i) {
+  for (int i = begin; i < end; ++i) {
     auto frame = std::make_shared<Frame>();
     frame->width = world::kCanvasWidth;
     frame->height = world::kCanvasHeight;

@@ -26,8 +26,10 @@ struct Clip {
 };
 Clip MakeClip(uint64_t seed, int index, int frames);
 
-// The sampled frames, two a second, at the world's own size.
+// The sampled frames, two a second, at the world's own size: all of them, or [begin, end).
 std::vector<FramePtr> RenderFrames(const world::Scene& scene, const world::Atlas& atlas);
+std::vector<FramePtr> RenderFrames(const world::Scene& scene, const world::Atlas& atlas, int begin,
+                                   int end);
 
 // The same scene in continuous time as H.264 at kClipFps, half a second for every sampled frame.
 void WriteClip(const world::Scene& scene, const world::Atlas& atlas,

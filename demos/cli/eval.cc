@@ -11,6 +11,7 @@
 #include "demos/cli/evaluation.h"
 #include "demos/cli/footage.h"
 #include "demos/cli/methods.h"
+#include "demos/cli/recall.h"
 #include "demos/cli/sweep.h"
 #include "runtime/error.h"
 
@@ -23,6 +24,7 @@ struct EvalFlags {
   ClipSet clips;
   SweepFlags sweep;
   FootageFlags footage;
+  std::vector<int> recall_distances;
   bool list_failures = false;
   std::string dump;
   bool json = false;
@@ -136,6 +138,10 @@ void Eval(const EvalFlags& flags) {
   if (!flags.footage.source.empty()) {
     print(CompareFootage(engine, options, flags.footage, DescribeModel(*engine.vlm())),
           PrintFootage);
+  } else if (!flags.recall_distances.empty()) {
+    print(MeasureRecall(engine, options, flags.clips, flags.recall_distances,
+                        Describe(flags, *engine.vlm())),
+          PrintRecall);
   } else if (!flags.sweep.file.empty()) {
     print(Sweep(engine, flags.clips, flags.sweep, Describe(flags, *engine.vlm())), PrintSweep);
   } else {
@@ -185,6 +191,13 @@ void AddEval(CLI::App& app) {
       ->capture_default_str()
       ->check(CLI::Range(0.001, 1000.0))
       ->needs(footage);
+  command
+      ->add_option("--recall-distances", flags->recall_distances,
+                   "Instead: ask about films that ended so many quiet frames ago, as 10,100,1000, "
+                   "with --memory, with its window alone and with everything in the context")
+      ->delimiter(',')
+      ->excludes(sweep)
+      ->excludes(footage);
   command->add_flag("--json", flags->json, "Print one JSON object");
   command->callback([flags] { Eval(*flags); });
 }

@@ -94,6 +94,42 @@ void AddMethodFlags(CLI::App& command, MethodFlags& flags) {
   add("--pyramid-replay-frames", flags.pyramid_replay_frames,
       "Frames that mode replay remembers (default: 64)");
   add("--pyramid-instruction", flags.pyramid_instruction, "What mode probe looks for");
+
+  auto* memory = command
+                     .add_flag("--memory", flags.memory,
+                               "Streams of any length: the newest tokens stay in a window, earlier "
+                               "frames are recalled for each question; not with --pyramid-drop")
+                     ->group(kMethodGroup);
+  const auto memory_option = [&](const char* name, auto& value, const char* help) {
+    return command.add_option(name, value, help)
+        ->capture_default_str()
+        ->needs(memory)
+        ->group(kMethodGroup);
+  };
+  MemoryOptions& options = flags.memory_options;
+  memory_option("--memory-window", options.window_tokens, "Tokens that stay visible, at least");
+  memory_option("--memory-recall", options.recall_blocks,
+                "Frames that a question calls back in each layer; 0: the window is all it sees");
+  memory_option("--memory-chunk", options.recall_chunk, "Neighbouring frames ranked together");
+  memory_option("--memory-dialogue", options.dialogue_tokens,
+                "Tokens of earlier questions and answers that a question is told");
+  const CLI::Range megabytes(int64_t{0}, int64_t{1} << 40);
+  memory_option("--memory-host-mb", flags.memory_host_mb, "Host memory for earlier frames, in MiB")
+      ->check(megabytes);
+  auto* disk = memory_option("--memory-disk-mb", flags.memory_disk_mb,
+                             "Disk for those that do not fit there, in MiB")
+                   ->check(megabytes);
+  auto* directory = memory_option("--memory-disk-dir", flags.memory_disk_directory,
+                                  "Where; the file goes away with the program")
+                        ->needs(disk);
+  disk->needs(directory);
+  memory_option("--memory-when-full", flags.memory_when_full,
+                "What is forgotten then: the oldest frames, or every second one of the older half "
+                "(thin)")
+      ->check(CLI::IsMember({"oldest", "thin"}));
+  command.add_flag("--memory-int8", options.int8, "Keep earlier frames in 8 bits a number")
+      ->needs(memory)
+      ->group(kMethodGroup);
 }
 
 MethodFlags ParseMethodFlags(const std::string& arguments) {
@@ -120,6 +156,15 @@ void ApplyMethods(const MethodFlags& flags, SessionOptions& options) {
   if (flags.turbo) options.turbo = TurboOptions{.remove = *flags.turbo};
   if (flags.turbo_lambda) options.turbo->lambda = *flags.turbo_lambda;
   if (!flags.compressors.empty()) options.compressors = flags.compressors;
+
+  if (flags.memory) {
+    options.memory = flags.memory_options;
+    BlockStoreOptions& store = options.memory->store;
+    store.host_bytes = flags.memory_host_mb << 20;
+    store.disk_bytes = flags.memory_disk_mb << 20;
+    store.disk_directory = flags.memory_disk_directory;
+    if (flags.memory_when_full == "thin") store.when_full = WhenFull::kThin;
+  }
 
   if (flags.pyramid_drop.empty()) return;
   PyramidOptions& pyramid = options.pyramid;
@@ -161,6 +206,7 @@ Json ToJson(const PyramidOptions& options, const PyramidStream& stream) {
 }
 
 void MethodCounts::Add(const Session& session) {
+  if (session.memory) memory = session.memory->counts();
   pyramid_drop = ToJson(session.options.pyramid, session.pyramid);
   if (session.duplicates) duplicates += session.duplicates->duplicates();
   if (!session.reuse) return;
@@ -189,6 +235,16 @@ Json ToJson(const SessionOptions& options, const MethodCounts& counts) {
   }
   if (options.turbo) {
     json["turbo"] = {{"remove", options.turbo->remove}, {"lambda", options.turbo->lambda}};
+  }
+  if (options.memory) {
+    const MemoryOptions& m = *options.memory;
+    json["memory"] = {
+        {"window_tokens", m.window_tokens},         {"recall_frames", m.recall_blocks},
+        {"recall_chunk", m.recall_chunk},           {"int8", m.int8},
+        {"frames", counts.memory.blocks},           {"host_frames", counts.memory.host_blocks},
+        {"disk_frames", counts.memory.disk_blocks}, {"forgotten_frames", counts.memory.dropped},
+        {"host_bytes", counts.memory.host_bytes},   {"disk_bytes", counts.memory.disk_bytes},
+        {"index_bytes", counts.memory.index_bytes}};
   }
   if (options.duplicate_threshold) {
     json["duplicate_frames"] = {{"threshold", *options.duplicate_threshold},

@@ -27,6 +27,11 @@ struct MethodFlags {
   std::vector<int> pyramid_boundaries;
   std::string pyramid_quota, pyramid_rank, pyramid_positions, pyramid_instruction;
   std::optional<double> pyramid_frame_share;
+  // Streaming memory (compression/stream_memory.h)
+  bool memory = false;
+  MemoryOptions memory_options;
+  int64_t memory_host_mb = 1024, memory_disk_mb = 0;
+  std::string memory_disk_directory, memory_when_full = "oldest";
 };
 inline constexpr char kMethodGroup[] = "Methods";  // the group of these flags in the help
 void AddMethodFlags(CLI::App& command, MethodFlags& flags);
@@ -42,9 +47,10 @@ Json ToJson(const PyramidOptions& options, const PyramidStream& stream);
 // What the methods of one or more sessions did, added up.
 struct MethodCounts {
   StcCacher::Counts cacher;
-  int64_t cacher_bytes = 0;  // of one session, at most
-  int64_t duplicates = 0;    // frames
-  Json pyramid_drop;         // of the last session; null where it is off
+  int64_t cacher_bytes = 0;     // of one session, at most
+  int64_t duplicates = 0;       // frames
+  StreamMemory::Counts memory;  // of the last session
+  Json pyramid_drop;            // of the last session; null where it is off
   void Add(const Session& session);
 };
 Json ToJson(const SessionOptions& options, const MethodCounts& counts);

@@ -82,16 +82,19 @@ int64_t ChunkRows(int64_t total, bool single_chunk) {
   return (rows + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
 }
 
-// How the rows of a step's sequences without a policy are cut.
+// Whether a sequence runs on its own, layer by layer.
+bool IsStaged(const SequenceStep& step) { return step.policy || step.recall; }
+
+// How the rows of a step's other sequences are cut.
 std::vector<std::vector<Segment>> CutIntoChunks(std::span<const SequenceStep> sequences,
                                                 bool single_chunk) {
   int64_t total = 0;
-  for (const SequenceStep& step : sequences) total += step.policy ? 0 : step.embeddings.dim(0);
+  for (const SequenceStep& step : sequences) total += IsStaged(step) ? 0 : step.embeddings.dim(0);
   const int64_t chunk_rows = ChunkRows(total, single_chunk);
   std::vector<std::vector<Segment>> chunks;
   int64_t room = 0;
   for (const SequenceStep& step : sequences) {
-    if (step.policy) continue;
+    if (IsStaged(step)) continue;
     const int64_t length = step.embeddings.dim(0);
     for (int64_t offset = 0; offset < length;) {
       if (room == 0) {
@@ -160,14 +163,17 @@ class LlamaDecoder : public Decoder {
   int64_t hidden_size() const override { return config_.hidden_size; }
   int64_t vocab_size() const override { return config_.vocab_size; }
   int64_t max_positions() const override { return config_.max_positions; }
+  ConstTensorView rotary_frequencies() const override { return inv_freq_; }
   double FlopsPerToken(int64_t context) const override;
   double LmHeadFlops() const override { return 2.0 * config_.hidden_size * config_.vocab_size; }
   int64_t WeightBytesPerToken() const override;
 
  private:
   void Check(std::span<const SequenceStep> sequences) const;
+  void CheckReach(int64_t needed) const;
   void RunChunk(ExecContext& ctx, std::vector<Segment> segments, const DecoderProbe& probe) const;
   void RunStaged(ExecContext& ctx, const SequenceStep& step, const DecoderProbe& probe) const;
+  void Recall(ExecContext& ctx, int layer, const StagedRows& staged) const;
   TensorView PassBoundary(ExecContext& ctx, int layer, bool single_chunk, StagedRows& staged) const;
   std::vector<float> Attention(ExecContext& ctx, int layer, const StagedRows& staged,
                                std::span<const int32_t> cached_rows, ConstTensorView keys,
@@ -269,17 +275,29 @@ void LlamaDecoder::Check(std::span<const SequenceStep> sequences) const {
                   std::to_string(config_.vocab_size) + "] f32, got " + y.shape().ToString() + " " +
                   Name(y.dtype()));
     }
-    if (step.policy && !y.empty() && y.dim(0) != 1) {
-      throw Error(Place() + "a step with a layer policy has logits of its last row only, got " +
+    if (IsStaged(step) && !y.empty() && y.dim(0) != 1) {
+      throw Error(Place() + "a step with a policy has logits of its last row only, got " +
                   y.shape().ToString());
     }
-    const int64_t needed = step.cache->length() + x.dim(0);
-    if (needed > config_.max_positions) {
-      throw InputError(Place() + "the model's context is " + std::to_string(config_.max_positions) +
-                       " positions, this step needs " + std::to_string(needed) +
-                       ": use fewer frames or fewer tokens a frame");
+    if (step.recall &&
+        (step.cache->RowsOfAllLayers() > 0 || step.cache->positions() != KvPositions::kRows ||
+         step.recall->question_rows() < 1 || step.recall->question_rows() > x.dim(0))) {
+      throw Error(Place() +
+                  "a step that recalls needs an empty cache with positions of rows and a "
+                  "question of 1 to " +
+                  std::to_string(x.dim(0)) + " rows, got " +
+                  std::to_string(step.cache->RowsOfAllLayers()) + " rows and a question of " +
+                  std::to_string(step.recall->question_rows()));
     }
+    CheckReach(step.cache->Reach() + x.dim(0));
   }
+}
+
+void LlamaDecoder::CheckReach(int64_t needed) const {
+  if (needed <= config_.max_positions) return;
+  throw InputError(Place() + "the model's context is " + std::to_string(config_.max_positions) +
+                   " positions, this step needs " + std::to_string(needed) +
+                   ": use fewer frames or fewer tokens a frame");
 }
 
 void LlamaDecoder::Step(ExecContext& ctx, std::span<SequenceStep> sequences,
@@ -290,14 +308,14 @@ void LlamaDecoder::Step(ExecContext& ctx, std::span<SequenceStep> sequences,
   try {
     for (const SequenceStep& step : sequences) {
       begins.push_back(step.cache->length());
-      if (!step.policy) step.cache->Reserve(step.embeddings.dim(0));
+      if (!IsStaged(step)) step.cache->Reserve(step.embeddings.dim(0));
     }
     // A probe is promised whole results.
     for (std::vector<Segment>& chunk : CutIntoChunks(sequences, probe != nullptr)) {
       RunChunk(ctx, std::move(chunk), probe);
     }
     for (const SequenceStep& step : sequences) {
-      if (step.policy) RunStaged(ctx, step, probe);
+      if (IsStaged(step)) RunStaged(ctx, step, probe);
     }
   } catch (...) {
     for (size_t s = begins.size(); s-- > 0;) sequences[s].cache->RewindTo({begins[s]});
@@ -357,12 +375,14 @@ void LlamaDecoder::RunStaged(ExecContext& ctx, const SequenceStep& step,
   ConvertInto(step.embeddings, staged.hidden);
   staged.fresh.resize(length);
   std::iota(staged.fresh.begin(), staged.fresh.end(), static_cast<int32_t>(cache.length()));
-  const std::span<const int> boundaries = step.policy->boundaries();
+  const std::span<const int> boundaries =
+      step.policy ? step.policy->boundaries() : std::span<const int>();
   size_t stage = 0;
   std::vector<Segment> segments;
   TensorView last;  // the rows of the last chunk after the last layer
   for (int i = 0; i < config_.num_layers; ++i) {
     Workspace::Scope layer_scope(workspace);
+    if (step.recall) Recall(ctx, i, staged);
     TensorView keys;
     if (stage < boundaries.size() && boundaries[stage] == i) {
       ++stage;
@@ -391,6 +411,20 @@ void LlamaDecoder::RunStaged(ExecContext& ctx, const SequenceStep& step,
     last = Compact(segments, last);
   }
   if (last.dim(0) > 0) WriteLogits(ctx, segments, last, probe);
+}
+
+// Lets the policy put rows in front of the step's.
+void LlamaDecoder::Recall(ExecContext& ctx, int layer, const StagedRows& staged) const {
+  const SequenceStep& step = *staged.step;
+  Workspace::Scope scope(ctx.workspace());
+  const auto rows = static_cast<int64_t>(staged.fresh.size());
+  const int64_t asked = std::min(step.recall->question_rows(), rows);
+  const TensorView queries = ctx.workspace().Allocate(dtype_, {asked, q_width()});
+  Project(ctx, layer, staged.hidden.Slice(rows - asked, rows),
+          layers_[layer].qkv.Outputs(0, q_width()), queries);
+  const TraceScope trace(&ctx.tracer(), "decoder/recall", asked);
+  step.recall->Recall(ctx, layer, queries, rows, *step.cache);
+  CheckReach(step.cache->rows(layer) + rows);
 }
 
 // Asks the policy before `layer` and lets the rows go that it does not keep. Returns the keys of

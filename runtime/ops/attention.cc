@@ -101,6 +101,25 @@ void StoreRows(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, i
   });
 }
 
+template <typename T>
+void LoadRows(ExecContext& ctx, const KvLayerView& kv, int64_t begin, TensorView keys,
+              TensorView values) {
+  const int64_t head_dim = kv.head_dim, area = kKvBlockTokens * head_dim;
+  ParallelFor(ctx, keys.dim(0), 16, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t at = (begin + row) % kKvBlockTokens;
+      const T* k = static_cast<const T*>(kv.blocks[(begin + row) / kKvBlockTokens]);
+      T* to_k = keys.data<T>() + row * keys.stride0();
+      T* to_v = values.data<T>() + row * values.stride0();
+      for (int64_t head = 0; head < kv.kv_heads; ++head) {
+        std::copy_n(k + head * area + at * head_dim, head_dim, to_k + head * head_dim);
+        const T* v = k + (kv.kv_heads + head) * area + at;
+        for (int64_t d = 0; d < head_dim; ++d) to_v[head * head_dim + d] = v[d * kKvBlockTokens];
+      }
+    }
+  });
+}
+
 // The last position that `rows` names must exist.
 void CheckRows(const char* op, const KvLayerView& kv, std::span<const int32_t> rows) {
   CheckKv(op, kv, 0, 0);
@@ -283,6 +302,21 @@ void StoreKv(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, int
     StoreRows<float>(ctx, keys, values, begin, kv);
   } else {
     StoreRows<BFloat16>(ctx, keys, values, begin, kv);
+  }
+}
+
+void LoadKv(ExecContext& ctx, const KvLayerView& kv, int64_t begin, TensorView keys,
+            TensorView values) {
+  constexpr char kOp[] = "load_kv";
+  const int64_t count = keys.shape().rank() == 2 ? keys.dim(0) : 0;
+  CheckKv(kOp, kv, begin, count);
+  const int64_t width = int64_t{kv.kv_heads} * kv.head_dim;
+  CheckMatrix(kOp, "keys", keys, count, width, kv.dtype);
+  CheckMatrix(kOp, "values", values, count, width, kv.dtype);
+  if (kv.dtype == DType::kF32) {
+    LoadRows<float>(ctx, kv, begin, keys, values);
+  } else {
+    LoadRows<BFloat16>(ctx, kv, begin, keys, values);
   }
 }
 

@@ -54,6 +54,10 @@ size_t KvBlockBytes(int kv_heads, int head_dim, DType dtype);
 void StoreKv(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, int64_t begin,
              const KvLayerView& kv);
 
+// The reverse: copies positions [begin, begin + keys.dim(0)) to the rows of `keys` and `values`.
+void LoadKv(ExecContext& ctx, const KvLayerView& kv, int64_t begin, TensorView keys,
+            TensorView values);
+
 // Copies positions `rows` of `from` to positions 0, 1, ... of `to`: views of the same geometry
 // whose blocks are not shared.
 void GatherKv(ExecContext& ctx, const KvLayerView& from, std::span<const int32_t> rows,

@@ -338,6 +338,48 @@ TEST_F(ProgramTest, MethodsRefuseSettingsThatMeanNothing) {
   ExpectRefused("bench --duplicate-threshold 4" + model_, "[bench]");
 }
 
+TEST_F(ProgramTest, RecallAnswersWhatTheWindowHasForgotten) {
+  const Outcome outcome = Sluice(
+      "eval --json --clips 2 --memory --memory-window 392 --memory-recall 16"
+      " --recall-distances 12,40");
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  double recall = 0, window = 0;
+  const json report = json::parse(outcome.out);
+  for (const json& row : report["recall"]) {
+    EXPECT_GT(row["asked"], 0);
+    if (row["distance"] != 40) continue;
+    if (row["memory"] == "recall") recall = row["right"]["all"];
+    if (row["memory"] == "window only") window = row["right"]["all"];
+    if (row["memory"] == "recall") {
+      EXPECT_GT(row["film_attention"], 0.0);
+    }
+  }
+  // Two films, some eight questions: all but one right against next to none.
+  EXPECT_GT(recall, 0.6);
+  EXPECT_LT(window, 0.5);
+}
+
+TEST_F(ProgramTest, AStreamLongerThanItsWindowIsAnsweredWithItsMoments) {
+  const Outcome outcome = Sluice(
+      "ask --source test:ball:60 --fps 2 --question 'What is there?' --max-new-tokens 4 --memory"
+      " --memory-window 200 --memory-recall 8 --memory-int8 --memory-disk-mb 1 --memory-disk-dir " +
+      directory_.string() + model_);
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  EXPECT_THAT(outcome.out, HasSubstr("of the attention to recalled frames"));
+}
+
+TEST_F(ProgramTest, MemoriesThatCannotWorkAreRefused) {
+  ExpectRefused("eval --memory-window 100", "--memory");
+  ExpectRefused("eval --memory --memory-disk-mb 5", "--memory-disk-dir");
+  ExpectRefused("eval --memory --memory-disk-mb 5 --memory-disk-dir /no/where", "/no/where");
+  ExpectRefused("eval --memory --memory-when-full all", "oldest");
+  ExpectRefused("eval --memory --pyramid-drop question", "--pyramid-drop");
+  ExpectRefused("eval --memory --memory-window 40000", "--memory-window smaller by");
+  ExpectRefused("eval --recall-distances 10", "add --memory");
+  ExpectRefused("eval --memory --recall-distances 0", "distances");
+  ExpectRefused("bench --memory" + model_, "[bench]");
+}
+
 TEST_F(ProgramTest, BenchMeasuresEveryStageAgainstThePeak) {
   const Outcome outcome =
       Sluice("bench --json --seconds 0 --batch 2 --context-frames 4 --threads 1" + model_);

@@ -81,6 +81,7 @@ class ScriptedDecoder : public Decoder {
   int64_t hidden_size() const override { return 4; }
   int64_t vocab_size() const override { return 300; }
   int64_t max_positions() const override { return max_positions_; }
+  ConstTensorView rotary_frequencies() const override { return {}; }
   double FlopsPerToken(int64_t) const override { return 100; }
   double LmHeadFlops() const override { return 10; }
   int64_t WeightBytesPerToken() const override { return 1000; }

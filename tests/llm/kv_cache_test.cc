@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <random>
 #include <set>
 #include <thread>
 #include <vector>
@@ -313,6 +314,95 @@ TEST(KvCacheTest, HidingRowsWithoutMemoryChangesNothing) {
 
 TEST(KvCacheTest, AGeometryWithoutHeadsIsRefused) {
   EXPECT_THROW(KvBlockPool({.num_layers = 1, .kv_heads = 0, .head_dim = 8}, 0), InputError);
+}
+
+// Slides a cache of random keys again and again, and looks at all that it holds.
+TEST(KvCacheTest, SlidingKeepsPinnedRowsTurnedAndTheNewestRowsAsTheyWere) {
+  ExecContext ctx({.num_threads = 2});
+  const Tensor frequencies(DType::kF32, {4});
+  for (int i = 0; i < 4; ++i) {
+    frequencies.data<float>()[i] = static_cast<float>(std::pow(100.0, -i / 4.0));
+  }
+  for (const int64_t pinned : {0, 5, 64, 70}) {
+    SCOPED_TRACE(pinned);
+    auto pool = std::make_shared<KvBlockPool>(kGeometry, 0);
+    KvCache cache(pool);
+    constexpr int64_t kTokens = 900;
+    std::vector<Tensor> keys, values;
+    std::mt19937 random(3);
+    std::normal_distribution<float> normal;
+    for (int layer = 0; layer < kGeometry.num_layers; ++layer) {
+      for (auto* rows : {&keys, &values}) {
+        rows->emplace_back(DType::kF32, Shape{kTokens, 16});
+        for (int64_t i = 0; i < kTokens * 16; ++i) rows->back().data<float>()[i] = normal(random);
+      }
+    }
+    int64_t gone = 0;
+    for (const auto& [more, blocks] :
+         {std::pair(pinned + 64, 1), std::pair(int64_t{300}, 2), std::pair(int64_t{1}, 1),
+          std::pair(int64_t{63}, 1), std::pair(int64_t{130}, 2)}) {
+      const int64_t begin = cache.Reserve(more), row = begin - gone;
+      for (int layer = 0; layer < kGeometry.num_layers; ++layer) {
+        StoreKv(ctx, keys[layer].view().Slice(begin, begin + more),
+                values[layer].view().Slice(begin, begin + more), row, cache.layer(layer));
+      }
+      cache.Slide(ctx, frequencies, pinned, blocks);
+      gone += blocks * kKvBlockTokens;
+      ASSERT_EQ(cache.gone(), gone);
+      const int64_t held = cache.length() - gone;
+      EXPECT_EQ(cache.Reach(), held);
+      EXPECT_EQ(pool->bytes_in_use(), (held + 63) / 64 * kGeometry.num_layers * kBlockBytes);
+      const Tensor k(DType::kF32, {held, 16}), v(DType::kF32, {held, 16});
+      for (int layer = 0; layer < kGeometry.num_layers; ++layer) {
+        ASSERT_EQ(cache.rows(layer), held);
+        LoadKv(ctx, cache.layer(layer), 0, k, v);
+        for (int64_t i = 0; i < held; ++i) {
+          const int64_t token = i < pinned ? i : i + gone;
+          ASSERT_EQ(cache.TokenOf(layer, i), token);
+          ASSERT_EQ(cache.PositionOf(layer, i), i + gone);
+          for (int c = 0; c < 16; ++c) {
+            ASSERT_EQ(v.data<float>()[i * 16 + c], values[layer].data<float>()[token * 16 + c]);
+            const float* key = keys[layer].data<float>() + token * 16;
+            if (i >= pinned) {
+              ASSERT_EQ(k.data<float>()[i * 16 + c], key[c]);
+              continue;
+            }
+            // Turned by `gone`; the f32 product is off by 2^-24 of the angle, below 1000.
+            const double angle = static_cast<double>(gone) * frequencies.data<float>()[c % 4];
+            const double other = c % 8 < 4 ? -key[c + 4] : key[c - 4];
+            ASSERT_NEAR(k.data<float>()[i * 16 + c],
+                        key[c] * std::cos(angle) + other * std::sin(angle), 5e-4);
+          }
+        }
+      }
+    }
+    const int64_t length = cache.length();
+    cache.Reserve(100);
+    cache.RewindTo({length});
+    EXPECT_EQ(cache.MeanRowsSince(length - 3), 3);
+    EXPECT_THROW(cache.RewindTo({gone + pinned - 1}), Error);
+    EXPECT_THROW(cache.Slide(ctx, frequencies, pinned + 1, 1), Error);
+    EXPECT_THROW(cache.Slide(ctx, frequencies, pinned, 100), Error);
+    cache.RewindTo({0});
+    EXPECT_EQ(pool->bytes_in_use(), 0);
+    EXPECT_EQ(cache.gone(), 0);
+  }
+}
+
+TEST(KvCacheTest, ASlideThatFindsNoBlockLeavesTheCacheAsItWas) {
+  ExecContext ctx({.num_threads = 1});
+  const Tensor frequencies(DType::kF32, {4});
+  std::fill_n(frequencies.data<float>(), 4, 1.0f);
+  auto pool = std::make_shared<KvBlockPool>(kGeometry, 3 * 4 * kBlockBytes + 2 * kBlockBytes);
+  KvCache cache(pool);
+  cache.Reserve(4 * kKvBlockTokens);
+  const int64_t bytes = cache.SizeBytes();
+  EXPECT_THROW(cache.Slide(ctx, frequencies, 5, 1), ResourceExhausted);
+  EXPECT_EQ(cache.gone(), 0);
+  EXPECT_EQ(cache.SizeBytes(), bytes);
+  EXPECT_EQ(pool->bytes_in_use(), bytes);
+  cache.Slide(ctx, frequencies, 0, 1);  // needs none
+  EXPECT_EQ(cache.gone(), kKvBlockTokens);
 }
 
 }  // namespace

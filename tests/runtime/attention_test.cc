@@ -560,6 +560,32 @@ TEST(StoreKvTest, LaysKeysOutByRowAndValuesByColumn) {
   }
 }
 
+TEST(LoadKvTest, GivesBackWhatWasStoredForAnyRange) {
+  ExecContext ctx({.num_threads = 2});
+  for (DType dtype : {DType::kF32, DType::kBF16}) {
+    for (const auto& [kv_heads, head_dim] : {std::pair(1, 8), std::pair(3, 5)}) {
+      const int64_t width = kv_heads * head_dim;
+      Cache cache(dtype, kv_heads, head_dim, 256);
+      const Tensor k = Random(dtype, 250, width, 4), v = Random(dtype, 250, width, 5);
+      StoreKv(ctx, k, v, 0, cache.view());
+      for (const auto& [begin, count] :
+           {std::pair(0, 1), std::pair(63, 2), std::pair(64, 64), std::pair(10, 240)}) {
+        const Tensor both(dtype, {count, 2 * width});
+        const TensorView keys = both.view().Columns(0, width);
+        const TensorView values = both.view().Columns(width, 2 * width);
+        LoadKv(ctx, cache.view(), begin, keys, values);
+        for (int64_t row = 0; row < count; ++row) {
+          for (int64_t i = 0; i < width; ++i) {
+            ASSERT_EQ(At(keys, row, i), At(k.view(), begin + row, i)) << begin << " + " << row;
+            ASSERT_EQ(At(values, row, i), At(v.view(), begin + row, i)) << begin << " + " << row;
+          }
+        }
+      }
+      EXPECT_THROW(LoadKv(ctx, cache.view(), 10, Tensor(dtype, {250, width}), v), Error);
+    }
+  }
+}
+
 TEST(ChooseAttentionTest, ReferenceIsAlwaysObeyedAndTilesAreForBF16) {
   EXPECT_EQ(ChooseAttention(1, 1, 64, DType::kBF16, true, true), AttentionKernel::kReference);
   EXPECT_EQ(ChooseAttention(1, 100, 64, DType::kBF16, true, false), AttentionKernel::kAmx);

@@ -161,6 +161,7 @@ class FakeDecoder : public Decoder {
   int64_t hidden_size() const override { return 4; }
   int64_t vocab_size() const override { return kFakeVocab; }
   int64_t max_positions() const override { return positions; }
+  ConstTensorView rotary_frequencies() const override { return {frequencies_, DType::kF32, {2}}; }
   double FlopsPerToken(int64_t) const override { return 100; }
   double LmHeadFlops() const override { return 10; }
   int64_t WeightBytesPerToken() const override { return 1000; }
@@ -196,6 +197,7 @@ class FakeDecoder : public Decoder {
   mutable std::string last_memory_;
   mutable int64_t last_length_ = 0;
   mutable std::map<const KvCache*, int> told_;  // tokens of the answer on each cache
+  static constexpr float frequencies_[] = {1, 0.1f};
 };
 
 // Used by one thread at a time.

@@ -32,10 +32,9 @@ void Rotate(TensorView x, int head_dim, std::span<const int32_t> positions, cons
       T* first = x.data<T>() + s * x.stride0() + head * head_dim;
       T* second = first + half;
       for (int i = 0; i < half; ++i) {
-        // The angle is rounded to f32, as in the models' own code; its cosine and sine are not.
-        const float angle = static_cast<float>(positions[s]) * inv_freq[i];
-        const float c = static_cast<float>(std::cos(static_cast<double>(angle)));
-        const float n = static_cast<float>(std::sin(static_cast<double>(angle)));
+        const double angle = RopeAngle(positions[s], inv_freq[i]);
+        const auto c = static_cast<float>(std::cos(angle));
+        const auto n = static_cast<float>(std::sin(angle));
         const float a = Read(first[i]), b = Read(second[i]);
         Write(a * c - b * n, first + i);
         Write(b * c + a * n, second + i);

@@ -48,23 +48,24 @@ HWY_INLINE void RotateRow(T* row, int64_t heads, int64_t half, const float* cosi
 }
 
 // cosines, sines of position * inv_freq[i]: [half] each.
-void Angles(float position, const float* inv_freq, int64_t half, float* cosines, float* sines) {
+void Angles(int32_t position, const float* inv_freq, int64_t half, float* cosines, float* sines) {
   // Highway reduces arguments exactly up to here (3 ulp); positions beyond take the library's
   // slower functions. inv_freq is at most 1, so the position bounds the angle.
-  constexpr float kExactUpTo = 39000.f;
+  constexpr int32_t kExactUpTo = 39000;
   const DF d;
   const int64_t lanes = hn::Lanes(d);
   if (position > kExactUpTo || position < -kExactUpTo) {
     for (int64_t i = 0; i < half; ++i) {
-      cosines[i] = std::cos(position * inv_freq[i]);
-      sines[i] = std::sin(position * inv_freq[i]);
+      const double angle = RopeAngle(position, inv_freq[i]);
+      cosines[i] = static_cast<float>(std::cos(angle));
+      sines[i] = static_cast<float>(std::sin(angle));
     }
     return;
   }
   for (int64_t i = 0; i < half; i += lanes) {
     const int64_t left = half - i;
     const VF freq = left >= lanes ? LoadFloats(inv_freq + i) : LoadFloatsN(inv_freq + i, left);
-    const VF angle = hn::Mul(hn::Set(d, position), freq);
+    const VF angle = hn::Mul(hn::Set(d, static_cast<float>(position)), freq);
     const VF c = hn::Cos(d, angle), s = hn::Sin(d, angle);
     if (left >= lanes) {
       StoreFloats(c, cosines + i);
@@ -83,7 +84,7 @@ void RotateRows(TensorView x, int64_t half, std::span<const int32_t> positions,
   for (int64_t s = begin; s < end; ++s) {
     float* cosines = tables + s * 2 * half;
     float* sines = cosines + half;
-    Angles(static_cast<float>(positions[s]), inv_freq, half, cosines, sines);
+    Angles(positions[s], inv_freq, half, cosines, sines);
     if (x.dtype() == DType::kBF16) {
       RotateRow(x.data<BFloat16>() + s * x.stride0(), heads, half, cosines, sines);
     } else {

@@ -1,0 +1,81 @@
+// Where the keys and values of frames go that left the window: host memory up to a budget, then a
+// file up to its own, then nowhere. Knows bytes only. Used by one thread at a time.
+#ifndef SLUICE_COMPRESSION_BLOCK_STORE_H_
+#define SLUICE_COMPRESSION_BLOCK_STORE_H_
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace sluice {
+
+// Which blocks go when there is no room left.
+enum class WhenFull {
+  kOldest,  // the oldest
+  kThin,    // every second one of the oldest half, so that the past fades instead of ending
+};
+
+struct BlockStoreOptions {
+  int64_t host_bytes = int64_t{1} << 30;
+  int64_t disk_bytes = 0;                // 0: no file
+  std::filesystem::path disk_directory;  // of the file
+  WhenFull when_full = WhenFull::kOldest;
+};
+
+class BlockStore {
+ public:
+  // The file has no name from the moment it is open: it ends with the process, however that ends.
+  // Throws InputError when it cannot be made.
+  explicit BlockStore(const BlockStoreOptions& options);
+  ~BlockStore();
+  BlockStore(const BlockStore&) = delete;
+  BlockStore& operator=(const BlockStore&) = delete;
+
+  // Takes a block and returns the numbers of those that had to go for it, perhaps its own. The
+  // oldest blocks move to the file when the host's budget is spent. A file that cannot be written
+  // to takes no more blocks, and Warning() tells why; what it holds can still be read.
+  // REQUIRES: number above all before.
+  std::vector<int64_t> Add(int64_t number, std::vector<uint8_t> bytes);
+  void Remove(int64_t number);  // if it is here
+  bool Has(int64_t number) const { return host_.contains(number) || disk_.contains(number); }
+  // Bytes [offset, offset + to.size()) of a block. REQUIRES: Has(number), so many bytes. Throws
+  // Error when the file cannot be read.
+  void Read(int64_t number, int64_t offset, std::span<uint8_t> to) const;
+  // Says that a block is about to be read, so that the system fetches it from the disk meanwhile.
+  void WillRead(int64_t number) const;
+
+  int64_t host_bytes() const { return host_bytes_; }
+  int64_t disk_bytes() const { return disk_bytes_; }  // in use; the file is at most disk_bytes long
+  int64_t host_blocks() const { return static_cast<int64_t>(host_.size()); }
+  int64_t disk_blocks() const { return static_cast<int64_t>(disk_.size()); }
+  int64_t dropped() const { return dropped_; }  // for want of room
+  // One line, once.
+  std::optional<std::string> TakeWarning();
+
+ private:
+  struct Extent {
+    int64_t offset, size;
+  };
+  enum class Moved { kYes, kNoRoom, kFailed };
+  Moved MoveToDisk(int64_t number);
+  std::optional<int64_t> FindRoom(int64_t size);
+  void GiveBack(Extent extent);
+  void DropSome(std::vector<int64_t>& dropped);
+
+  const BlockStoreOptions options_;
+  std::map<int64_t, std::vector<uint8_t>> host_;
+  std::map<int64_t, Extent> disk_;
+  std::map<int64_t, int64_t> free_;  // parts of the file: their sizes by their offsets
+  int64_t file_bytes_ = 0, host_bytes_ = 0, disk_bytes_ = 0, dropped_ = 0;
+  int file_ = -1;
+  bool writable_ = false;
+  std::optional<std::string> warning_;
+};
+
+}  // namespace sluice
+
+#endif  // SLUICE_COMPRESSION_BLOCK_STORE_H_
