@@ -22,7 +22,7 @@ enum class WhenFull {
 struct BlockStoreOptions {
   int64_t host_bytes = int64_t{1} << 30;
   int64_t disk_bytes = 0;                // 0: no file
-  std::filesystem::path disk_directory;  // of the file
+  std::filesystem::path disk_directory = {};  // of the file
   WhenFull when_full = WhenFull::kOldest;
 };
 

@@ -36,7 +36,7 @@ struct MemoryOptions {
   int64_t window_tokens = 15000;  // at least so many of the newest stay visible; at least 1
   int recall_blocks = 64;         // frames that a question calls back; 0: window only
   int recall_chunk = 1;           // neighbouring frames that are ranked together
-  BlockStoreOptions store;
+  BlockStoreOptions store = {};
   bool int8 = false;  // off-loaded keys and values, with a scale for each block and head
   int64_t dialogue_tokens = 512;  // of earlier questions and answers that a question is told
 };

@@ -284,7 +284,7 @@ TEST_P(StreamMemoryTest, AnswersAsTheAssemblyWorkedOutInDouble) {
     const auto end_of = [&](int64_t b) {
       return b + 1 < count ? begins[b + 1] : stream.cache.length();
     };
-    std::vector<std::vector<int32_t>> chosen;
+    std::vector<std::vector<int64_t>> chosen;
     const Row want = stream.reference.Step(
         question,
         [&](int layer, const std::vector<Row>& queries) {
@@ -300,16 +300,16 @@ TEST_P(StreamMemoryTest, AnswersAsTheAssemblyWorkedOutInDouble) {
           }
           std::sort(ranked.begin(), ranked.end());
           ranked.resize(std::min<size_t>(ranked.size(), c.blocks / c.chunk));
-          std::vector<int32_t> blocks;
+          std::vector<int64_t> blocks;
           for (const auto& [score, first] : ranked) {
             for (int64_t b = first; b < std::min<int64_t>(first + c.chunk, count); ++b) {
-              blocks.push_back(static_cast<int32_t>(b));
+              blocks.push_back(b);
             }
           }
           std::sort(blocks.begin(), blocks.end());
           std::vector<Reference::Seen> seen;
           for (int64_t i = 0; i < kPinned; ++i) seen.push_back({i, i});
-          for (const int32_t b : blocks) {
+          for (const int64_t b : blocks) {
             for (int64_t token = begins[b]; token < end_of(b); ++token) {
               seen.push_back({token, static_cast<int64_t>(seen.size())});
             }
