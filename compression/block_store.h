@@ -46,6 +46,8 @@ class BlockStore {
   // Error when the file cannot be read.
   void Read(int64_t number, int64_t offset, std::span<uint8_t> to) const;
   // Says that a block is about to be read, so that the system fetches it from the disk meanwhile.
+  // Cold blocks of 64 frames in eight layers then come in 8 ms instead of 20 to 34 (100 KB a
+  // frame), in 250 ms instead of 320 (3 MB a frame): no thread of our own is needed.
   void WillRead(int64_t number) const;
 
   int64_t host_bytes() const { return host_bytes_; }
