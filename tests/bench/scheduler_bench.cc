@@ -1,11 +1,13 @@
 // The default model under a scheduler: frames a second of one and of several streams that each push
-// frame by frame, and tokens a second of one and of several answers. Machines that do something
+// frame by frame, and tokens a second of one and of several answers. Counters: milliseconds a frame
+// by stage. Machines that do something
 // else beside: compare minima of interleaved repetitions,
 //   build/release/bin/scheduler_bench --benchmark_enable_random_interleaving=true
 //       --benchmark_repetitions=5
 #include <benchmark/benchmark.h>
 
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -61,6 +63,9 @@ struct Streams {
     while (scheduler.RunRound()) {
     }
   }
+  double Seconds(const char* stage) {
+    return metrics.histogram("sluice_stage_seconds", "", {}, {{"stage", stage}}).sum();
+  }
   SystemClock clock;
   Metrics metrics;
   Scheduler scheduler;
@@ -68,21 +73,28 @@ struct Streams {
 };
 
 constexpr int kFrames = 16;
+constexpr const char* kStages[] = {"preprocess", "encode", "prefill"};
 
 void Frames(benchmark::State& state) {
   std::vector<FramePtr> frames;
   for (int i = 0; i <= kFrames; ++i) frames.push_back(Noise(i));
   int64_t done = 0;
+  std::map<std::string, double> seconds;
   for (auto _ : state) {
     state.PauseTiming();
     auto streams = std::make_unique<Streams>(state.range(0));
     streams->PushAndRun(frames[0]);  // and the prefix
+    for (const char* stage : kStages) seconds[stage] -= streams->Seconds(stage);
     state.ResumeTiming();
     for (int i = 1; i <= kFrames; ++i) streams->PushAndRun(frames[i]);
     done += kFrames * state.range(0);
     state.PauseTiming();
+    for (const char* stage : kStages) seconds[stage] += streams->Seconds(stage);
     streams.reset();
     state.ResumeTiming();
+  }
+  for (const char* stage : kStages) {
+    state.counters[stage] = 1e3 * seconds[stage] / static_cast<double>(done);
   }
   state.counters["frames/s"] =
       benchmark::Counter(static_cast<double>(done), benchmark::Counter::kIsRate);
