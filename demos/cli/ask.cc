@@ -11,6 +11,7 @@
 #include "demos/cli/questions.h"
 #include "proto/convert.h"
 #include "runtime/error.h"
+#include "streaming/defaults.h"
 #include "streaming/logging.h"
 #include "streaming/source.h"
 
@@ -50,13 +51,7 @@ extern "C" void OnInterrupt(int) {
 GenerateOptions GenerationFor(const Vlm& vlm, const AskFlags& flags) {
   GenerateOptions options;
   options.max_new_tokens = flags.max_new_tokens;
-  const GenerationDefaults& defaults = vlm.generation_defaults();
-  options.sampling.repetition_penalty = defaults.repetition_penalty;
-  if (defaults.do_sample) {
-    options.sampling.temperature = defaults.temperature;
-    options.sampling.top_k = defaults.top_k;
-    options.sampling.top_p = defaults.top_p;
-  }
+  options.sampling = RecommendedSampling(vlm.generation_defaults());
   if (flags.temperature) options.sampling.temperature = *flags.temperature;
   if (flags.top_k) options.sampling.top_k = *flags.top_k;
   if (flags.top_p) options.sampling.top_p = *flags.top_p;
