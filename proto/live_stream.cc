@@ -67,7 +67,7 @@ void LiveStream::Erase(Messages::iterator message) {
 
 void LiveStream::Trim() {
   for (const bool answers : {false, true}) {
-    for (auto it = messages_.begin(); it != messages_.end() && bytes_ > terms_.max_bytes;) {
+    for (auto it = messages_.begin(); it != messages_.end() && bytes_ > terms_.max_bytes / 2;) {
       const auto message = it++;
       if (!answers && (message->has_answer() || message->has_alert())) continue;
       Erase(message);
@@ -285,9 +285,16 @@ bool LiveStream::WaitForRoom() {
 
 bool LiveStream::Settled() const { return under_way_ == 0 && questions_.empty() && !source_busy_; }
 
-void LiveStream::WhenSettled(Afterwards afterwards) {
+void LiveStream::CloseWhenSettled() {
   std::unique_lock lock(mutex_);
-  if (afterwards_ != Afterwards::kClose) afterwards_ = afterwards;
+  afterwards_ = Afterwards::kClose;
+  Tell(lock, true);
+}
+
+void LiveStream::LeaveWhenSettled(const Listener* listener) {
+  std::unique_lock lock(mutex_);
+  if (listener_.get() != listener || afterwards_ == Afterwards::kClose) return;
+  afterwards_ = Afterwards::kLeave;
   Tell(lock, true);
 }
 

@@ -2,9 +2,9 @@
 // what it still has to do. Thread-safe.
 //
 // What the client does not read waits here: the pieces of one answer as one message. A connection
-// whose client lets more than `max_bytes` wait is ended. While there is no connection, what does
-// not fit is given up from the oldest on, frame acknowledgements and pieces of text before answers,
-// and counted.
+// whose client lets more than `max_bytes` wait is ended. While there is no connection, what is
+// beyond half of that is given up from the oldest on, frame acknowledgements and pieces of text
+// before answers, and counted; the other half is for what comes when the client is back.
 #ifndef SLUICE_PROTO_LIVE_STREAM_H_
 #define SLUICE_PROTO_LIVE_STREAM_H_
 
@@ -92,8 +92,9 @@ class LiveStream final : public StreamEvents {
   bool WaitForRoom();
 
   // What the client wants when all that was pushed and asked is done.
-  enum class Afterwards { kGoOn, kLeave, kClose };
-  void WhenSettled(Afterwards afterwards);
+  void CloseWhenSettled();
+  // The connection sends nothing more; ignored unless it is the stream's present one.
+  void LeaveWhenSettled(const Listener* listener);
   enum class Duty { kNone, kLeave, kClose, kBury };  // kBury: it has failed
   Duty duty() const;
 
@@ -102,6 +103,7 @@ class LiveStream final : public StreamEvents {
   int64_t refused() const;
 
  private:
+  enum class Afterwards { kGoOn, kLeave, kClose };
   using Messages = std::list<v1::SessionResponse>;
   void Queue(v1::SessionResponse message);  // REQUIRES: mutex_
   void Erase(Messages::iterator message);

@@ -71,7 +71,7 @@ void SessionCall::OnReadDone(bool ok) {
     if (ok) {
       self->TakeMessage();
     } else if (self->stream_) {  // no more input: what is under way is finished
-      self->stream_->WhenSettled(LiveStream::Afterwards::kLeave);
+      self->stream_->LeaveWhenSettled(self.get());
     } else {
       self->End(Status::OK);
     }
@@ -179,7 +179,7 @@ void SessionCall::Handle(const v1::SessionRequest& request, int64_t bytes) {
       if (request.close().at_once()) {
         return hub_.Close(stream_);
       }
-      return stream_->WhenSettled(LiveStream::Afterwards::kClose);
+      return stream_->CloseWhenSettled();
     case v1::SessionRequest::kOpen:
     case v1::SessionRequest::MESSAGE_NOT_SET:
       break;
