@@ -80,6 +80,7 @@ struct PyramidOptions {
   std::optional<KvPositions> positions;
   int replay_frames = 64;
   std::string instruction;  // what probe ranks by
+  bool operator==(const PyramidOptions&) const = default;
 };
 
 // "MODE" or "MODE=LAMBDA", as in "question=0.6". Throws InputError telling the modes.

@@ -34,6 +34,7 @@ struct StcCacherOptions {
   // much the same way in some towers; with it what is unrelated is near 0. In [-1, 1]; -1 keeps to
   // the schedule.
   double refresh_below = 0.6;
+  bool operator==(const StcCacherOptions&) const = default;
 };
 
 class StcCacher final : public FeatureReuse {

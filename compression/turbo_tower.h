@@ -28,6 +28,7 @@ struct TurboOptions {
   double lambda = 0;
   int min_tokens = 40;                 // blocks with fewer remove none
   bool proportional_attention = true;  // a merged token attracts what its members would
+  bool operator==(const TurboOptions&) const = default;
 };
 
 class TurboTower final : public TokenMerge {

@@ -9,16 +9,29 @@
 namespace sluice {
 namespace {
 
-// Lets text through up to a stop string, holding back what may still become one.
-class StopFilter {
- public:
-  explicit StopFilter(std::span<const std::string> stop_strings) : stop_strings_(stop_strings) {
-    for (const std::string& stop : stop_strings) {
-      if (stop.empty()) {
-        throw InputError("[generate] stop strings must not be empty, got an empty one");
-      }
-    }
+// Keys and values of `positions` positions, read once by every step.
+double KvBytes(const KvGeometry& kv, int64_t positions) {
+  return 2.0 * positions * kv.num_layers * kv.kv_heads * kv.head_dim * SizeOf(kv.dtype);
+}
+
+}  // namespace
+
+const char* Name(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kStop:
+      return "stop";
+    case FinishReason::kLength:
+      return "length";
+    case FinishReason::kCancelled:
+      return "cancelled";
   }
+  return "?";
+}
+
+// Lets text through up to a stop string, holding back what may still become one.
+class Generation::StopFilter {
+ public:
+  explicit StopFilter(std::span<const std::string> stop_strings) : stop_strings_(stop_strings) {}
 
   // Text that may be shown after `piece` came.
   std::string Push(std::string_view piece) {
@@ -50,96 +63,128 @@ class StopFilter {
   bool stopped_ = false;
 };
 
-// Keys and values of `positions` positions, read once by every step.
-double KvBytes(const KvGeometry& kv, int64_t positions) {
-  return 2.0 * positions * kv.num_layers * kv.kv_heads * kv.head_dim * SizeOf(kv.dtype);
+Generation::Generation(const Vlm& vlm, KvCache& cache, Tensor prompt,
+                       std::span<const int32_t> prompt_ids, const GenerateOptions& options,
+                       TextSink sink, LayerPolicy* policy)
+    : vlm_(vlm),
+      cache_(cache),
+      next_(std::move(prompt)),
+      policy_(policy),
+      options_((CheckGenerateOptions(options), options)),
+      sink_(std::move(sink)),
+      sampler_(options.sampling, vlm.tokenizer().vocab_size()),
+      filter_(std::make_unique<StopFilter>(options_.stop_strings)),
+      characters_(vlm.tokenizer().NewStream()),
+      logits_(DType::kF32, {1, vlm.decoder().vocab_size()}),
+      context_(prompt_ids.begin(), prompt_ids.end()) {}
+
+Generation::~Generation() = default;
+
+// Returns whether more is wanted.
+bool Generation::Show(const std::string& text) {
+  result_.text += text;
+  if (text.empty() || !sink_ || sink_(text)) return true;
+  result_.reason = FinishReason::kCancelled;
+  return false;
 }
 
-}  // namespace
-
-const char* Name(FinishReason reason) {
-  switch (reason) {
-    case FinishReason::kStop:
-      return "stop";
-    case FinishReason::kLength:
-      return "length";
-    case FinishReason::kCancelled:
-      return "cancelled";
+// Half a character and held-back text are shown as they are; a stop string may be complete only
+// now.
+void Generation::Flush() {
+  const bool wanted = Show(filter_->Push(characters_->Finish()));
+  if (filter_->stopped()) {
+    result_.reason = FinishReason::kStop;
+  } else if (wanted) {
+    Show(filter_->Finish());
   }
-  return "?";
 }
 
-Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, ConstTensorView prompt,
-                   std::span<const int32_t> prompt_ids, const GenerateOptions& options,
-                   const TextSink& sink, LayerPolicy* policy) {
+// Returns whether the token is to be read and the answer to go on.
+bool Generation::TakeToken(int32_t id) {
+  const std::vector<int32_t>& stop_ids = vlm_.generation_defaults().stop_ids;
+  if (std::find(stop_ids.begin(), stop_ids.end(), id) != stop_ids.end()) {
+    result_.reason = FinishReason::kStop;
+    Flush();
+    return false;
+  }
+  result_.ids.push_back(id);
+  context_.push_back(id);
+  const bool wanted = Show(filter_->Push(characters_->Push(id)));
+  if (filter_->stopped()) result_.reason = FinishReason::kStop;
+  if (filter_->stopped() || !wanted) return false;
+  if (static_cast<int64_t>(result_.ids.size()) >= options_.max_new_tokens ||
+      cache_.length() >= vlm_.decoder().max_positions()) {
+    result_.reason = FinishReason::kLength;
+    Flush();
+    return false;
+  }
+  return true;
+}
+
+// The step has written the logits.
+void Generation::Take() {
+  try {
+    if (result_.ids.empty()) next_ = Tensor(DType::kF32, {1, vlm_.decoder().hidden_size()});
+    policy_ = nullptr;
+    const std::span<float> logits(logits_.data<float>(), static_cast<size_t>(logits_.dim(1)));
+    finished_ = !TakeToken(sampler_.Sample(logits, context_));
+  } catch (...) {
+    failure_ = std::current_exception();
+    finished_ = true;
+  }
+}
+
+void Advance(ExecContext& ctx, const Vlm& vlm, std::span<Generation* const> answers) {
+  const Decoder& decoder = vlm.decoder();
+  std::vector<SequenceStep> steps;
+  std::vector<int64_t> firsts;
+  int64_t rows = 0;
+  bool prompts = false;
+  for (Generation* answer : answers) {
+    if (!answer->result_.ids.empty()) {
+      decoder.Embed(ctx, {&answer->result_.ids.back(), 1}, answer->next_);
+    } else {
+      prompts = true;
+    }
+    firsts.push_back(answer->cache_.length());
+    rows += answer->next_rows();
+    steps.push_back({&answer->cache_, answer->next_, answer->logits_, answer->policy_});
+  }
+  {
+    TraceScope trace(&ctx.tracer(), prompts ? "prefill_question" : "decode", rows);
+    decoder.Step(ctx, steps);
+    trace.AddWork(0, static_cast<double>(decoder.WeightBytesPerToken()));
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const KvCache& cache = *steps[i].cache;
+      const int64_t ran = cache.MeanRowsSince(firsts[i]);  // in the mean over layers
+      trace.AddWork(ran * decoder.FlopsPerToken(cache.MeanRows() - ran / 2) + decoder.LmHeadFlops(),
+                    KvBytes(decoder.kv_geometry(), cache.MeanRows()));
+    }
+  }
+  for (Generation* answer : answers) answer->Take();
+}
+
+void CheckGenerateOptions(const GenerateOptions& options) {
   if (options.max_new_tokens < 1) {
     throw InputError("[generate] max_new_tokens must be at least 1, got " +
                      std::to_string(options.max_new_tokens));
   }
-  const Decoder& decoder = vlm.decoder();
-  const std::vector<int32_t>& stop_ids = vlm.generation_defaults().stop_ids;
-  StopFilter filter(options.stop_strings);
-  Sampler sampler(options.sampling, vlm.tokenizer().vocab_size());
-  const std::unique_ptr<Tokenizer::Stream> characters = vlm.tokenizer().NewStream();
-  const Tensor logits(DType::kF32, {1, decoder.vocab_size()});
-  const Tensor embedding(DType::kF32, {1, decoder.hidden_size()});
-  std::vector<int32_t> context(prompt_ids.begin(), prompt_ids.end());
+  for (const std::string& stop : options.stop_strings) {
+    if (stop.empty()) {
+      throw InputError("[generate] stop strings must not be empty, got an empty one");
+    }
+  }
+  Sampler(options.sampling, 1);
+}
 
-  Generated result;
-  const auto show = [&](const std::string& text) {
-    result.text += text;
-    return text.empty() || !sink || sink(text);
-  };
-  {
-    const int64_t first = cache.length();
-    TraceScope trace(&ctx.tracer(), "prefill_question", prompt.dim(0));
-    SequenceStep step{&cache, prompt, logits, policy};
-    decoder.Step(ctx, {&step, 1});
-    const int64_t ran = cache.MeanRowsSince(first);  // in the mean over layers
-    trace.AddWork(ran * decoder.FlopsPerToken(cache.MeanRows() - ran / 2) + decoder.LmHeadFlops(),
-                  decoder.WeightBytesPerToken() + KvBytes(decoder.kv_geometry(), cache.MeanRows()));
-  }
-  for (;;) {
-    const int32_t id =
-        sampler.Sample({logits.data<float>(), static_cast<size_t>(logits.dim(1))}, context);
-    if (std::find(stop_ids.begin(), stop_ids.end(), id) != stop_ids.end()) {
-      result.reason = FinishReason::kStop;
-      break;
-    }
-    result.ids.push_back(id);
-    context.push_back(id);
-    const bool wanted = show(filter.Push(characters->Push(id)));
-    if (filter.stopped()) {
-      result.reason = FinishReason::kStop;
-      return result;
-    }
-    if (!wanted) {
-      result.reason = FinishReason::kCancelled;
-      return result;
-    }
-    if (static_cast<int64_t>(result.ids.size()) >= options.max_new_tokens ||
-        cache.length() >= decoder.max_positions()) {
-      result.reason = FinishReason::kLength;
-      break;
-    }
-    TraceScope trace(&ctx.tracer(), "decode", 1);
-    const int64_t seen = cache.MeanRows() + 1;
-    trace.AddWork(decoder.FlopsPerToken(seen) + decoder.LmHeadFlops(),
-                  decoder.WeightBytesPerToken() + KvBytes(decoder.kv_geometry(), seen));
-    decoder.Embed(ctx, {&id, 1}, embedding);
-    SequenceStep step{&cache, embedding, logits};
-    decoder.Step(ctx, {&step, 1});
-  }
-  // Half a character and held-back text are shown as they are; a stop string may be complete only
-  // now.
-  bool wanted = show(filter.Push(characters->Finish()));
-  if (filter.stopped()) {
-    result.reason = FinishReason::kStop;
-  } else if (wanted) {
-    wanted = show(filter.Finish());
-  }
-  if (!wanted && !filter.stopped()) result.reason = FinishReason::kCancelled;
-  return result;
+Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, Tensor prompt,
+                   std::span<const int32_t> prompt_ids, const GenerateOptions& options,
+                   const TextSink& sink, LayerPolicy* policy) {
+  Generation answer(vlm, cache, std::move(prompt), prompt_ids, options, sink, policy);
+  Generation* const one = &answer;
+  while (!answer.finished()) Advance(ctx, vlm, {&one, 1});
+  if (answer.failure()) std::rethrow_exception(answer.failure());
+  return answer.result();
 }
 
 }  // namespace sluice

@@ -1,9 +1,11 @@
-// The decode loop: sample, stop or emit, step. One call answers one question.
+// The decode loop: sample, stop or emit, step. Several answers may share every step.
 #ifndef SLUICE_LLM_GENERATOR_H_
 #define SLUICE_LLM_GENERATOR_H_
 
 #include <cstdint>
+#include <exception>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -34,14 +36,62 @@ struct Generated {
 // Called with each piece of finished text (whole characters); return false to cancel.
 using TextSink = std::function<bool(std::string_view piece)>;
 
-// Continues `cache` after `prompt` ([S, E] f32 embeddings, S >= 1). The cache then holds the prompt
-// and all of `ids`, except the last one where a stop string, the length or the sink ended the
-// answer. Ends with kStop at a stop id of the checkpoint or in front of a stop string (text that
-// may become one is held back), with kLength at max_new_tokens or the end of the model's context.
-// Traces "prefill_question" and "decode". `prompt_ids` serves the repetition penalty only; `sink`
-// may be empty; `policy`, for the prompt's step, may be null. Throws InputError on options out of
-// range and, as ResourceExhausted, whatever Decoder::Step throws; the caller rewinds the cache.
-Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, ConstTensorView prompt,
+// An answer on its way, one token a step. Used by one thread at a time.
+class Generation {
+ public:
+  // Continues `cache` after `prompt` ([S, E] f32 embeddings, S >= 1, read by the first step); cache
+  // and policy (for the prompt's step; may be null) are not owned. `prompt_ids` serves the
+  // repetition penalty only; `sink` may be empty. Throws InputError on options out of range.
+  Generation(const Vlm& vlm, KvCache& cache, Tensor prompt, std::span<const int32_t> prompt_ids,
+             const GenerateOptions& options, TextSink sink, LayerPolicy* policy = nullptr);
+  ~Generation();
+
+  bool finished() const { return finished_; }
+  // So far; without text that is still held back.
+  const Generated& result() const { return result_; }
+  // What the sink, or memory, threw; the answer is then finished.
+  std::exception_ptr failure() const { return failure_; }
+  // Rows of the next step: those of the prompt, then 1.
+  int64_t next_rows() const { return next_.dim(0); }
+
+ private:
+  friend void Advance(ExecContext&, const Vlm&, std::span<Generation* const>);
+  class StopFilter;
+  void Take();
+  bool TakeToken(int32_t id);
+  bool Show(const std::string& text);
+  void Flush();
+
+  const Vlm& vlm_;
+  KvCache& cache_;
+  Tensor next_;  // [S, E] f32
+  LayerPolicy* policy_;
+  const GenerateOptions options_;
+  const TextSink sink_;
+  Sampler sampler_;
+  std::unique_ptr<StopFilter> filter_;
+  std::unique_ptr<Tokenizer::Stream> characters_;
+  Tensor logits_;                 // [1, V] f32
+  std::vector<int32_t> context_;  // ids so far, for the repetition penalty
+  Generated result_;
+  std::exception_ptr failure_;
+  bool finished_ = false;
+};
+
+// One token for each of `answers` (at least one, none of them finished, of different caches) in one
+// Decoder::Step. Traces it as "decode", or as "prefill_question" if it reads a prompt. Throws what
+// Decoder::Step throws; all answers are then as before.
+void Advance(ExecContext& ctx, const Vlm& vlm, std::span<Generation* const> answers);
+
+// Checks what does not depend on a model. Throws InputError.
+void CheckGenerateOptions(const GenerateOptions& options);
+
+// All of an answer: the cache then holds the prompt and all of `ids`, except the last one where a
+// stop string, the length or the sink ended the answer. Ends with kStop at a stop id of the
+// checkpoint or in front of a stop string (text that may become one is held back), with kLength at
+// max_new_tokens or the end of the model's context. Throws as Generation and Advance do, and what
+// the sink throws; the caller rewinds the cache.
+Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, Tensor prompt,
                    std::span<const int32_t> prompt_ids, const GenerateOptions& options,
                    const TextSink& sink, LayerPolicy* policy = nullptr);
 

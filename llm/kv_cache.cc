@@ -59,8 +59,22 @@ void* KvBlockPool::Acquire() {
   return block;
 }
 
+void KvBlockPool::Share(void* block) {
+  const std::lock_guard lock(mutex_);
+  ++others_[block];
+}
+
+bool KvBlockPool::IsShared(void* block) const {
+  const std::lock_guard lock(mutex_);
+  return others_.contains(block);
+}
+
 void KvBlockPool::Release(void* block) {
   const std::lock_guard lock(mutex_);
+  if (const auto shared = others_.find(block); shared != others_.end()) {
+    if (--shared->second == 0) others_.erase(shared);
+    return;
+  }
   free_.push_back(block);
   --in_use_;
 }
@@ -78,9 +92,20 @@ KvCache::KvCache(std::shared_ptr<KvBlockPool> pool, KvPositions positions)
 
 KvCache::~KvCache() { RewindTo({0}); }
 
-// Makes sure of blocks for `rows` rows.
+// Before a block is written to.
+void KvCache::MakeOwn(void*& block) {
+  if (!pool_->IsShared(block)) return;
+  void* const copy = pool_->Acquire();
+  std::memcpy(copy, block, pool_->block_bytes());
+  pool_->Release(block);
+  block = copy;
+}
+
+// Makes sure of blocks for `rows` rows, those behind the layer's present ones to be written to.
 void KvCache::Grow(Layer& layer, int64_t rows) {
   const int64_t needed = BlocksFor(rows);
+  const size_t open = layer.rows / kKvBlockTokens;  // the first block that has room
+  if (rows > layer.rows && open < layer.blocks.size()) MakeOwn(layer.blocks[open]);
   if (static_cast<int64_t>(layer.blocks.capacity()) < needed) layer.blocks.reserve(2 * needed);
   while (static_cast<int64_t>(layer.blocks.size()) < needed) {
     layer.blocks.push_back(pool_->Acquire());
@@ -156,6 +181,25 @@ void KvCache::KeepRows(ExecContext& ctx, int index, std::span<const int32_t> row
     hidden_[index] = Hidden{std::move(layer), length_};
   }
   layer = std::move(kept);
+}
+
+std::unique_ptr<KvCache> KvCache::Branch() const {
+  auto branch = std::make_unique<KvCache>(pool_, positions_);
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    if (hidden_[i]) throw Error("[kv_cache] a cache with hidden rows has no branches");
+    const Layer& from = layers_[i];
+    Layer& layer = branch->layers_[i];
+    layer.tokens = from.tokens;
+    layer.all_tokens = from.all_tokens;
+    layer.blocks.reserve(from.blocks.size());
+    for (void* const block : from.blocks) {
+      pool_->Share(block);
+      layer.blocks.push_back(block);
+    }
+    layer.rows = from.rows;
+  }
+  branch->length_ = length_;
+  return branch;
 }
 
 void KvCache::RewindTo(Mark mark) {

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <optional>
 #include <span>
+#include <unordered_map>
 #include <vector>
 
 #include "runtime/exec_context.h"
@@ -35,6 +36,9 @@ class KvBlockPool {
   // block with zero). Throws ResourceExhausted, naming the budget, when it would be exceeded or the
   // system has no memory.
   void* Acquire();
+  // One more owner of a block that is out: each releases it once, the last one gives it back.
+  void Share(void* block);
+  bool IsShared(void* block) const;
   void Release(void* block);
   const KvGeometry& geometry() const { return geometry_; }
   int64_t block_bytes() const { return block_bytes_; }
@@ -49,6 +53,7 @@ class KvBlockPool {
   std::vector<Tensor> slabs_;
   std::vector<void*> free_;  // has room for every block there is: Release never allocates
   int64_t in_use_ = 0;       // blocks
+  std::unordered_map<void*, int64_t> others_;  // owners besides the first, where there are any
 };
 
 // What the rotary position of a row is, where not every token has a row in every layer.
@@ -98,6 +103,11 @@ class KvCache {
   KvPositions positions() const { return positions_; }
   const std::shared_ptr<KvBlockPool>& pool() const { return pool_; }
 
+  // Another sequence that begins with all of this one. Both go on by themselves: they share blocks,
+  // and whoever writes to a shared one first copies it, so a branch costs at most a block a layer.
+  // Throws Error while rows are hidden.
+  std::unique_ptr<KvCache> Branch() const;
+
   // A point to come back to. Rewinding forgets everything after it and gives its blocks back.
   struct Mark {
     int64_t length = 0;
@@ -124,6 +134,7 @@ class KvCache {
     int64_t length = 0;  // of the cache when it was hidden
   };
   void Grow(Layer& layer, int64_t rows);
+  void MakeOwn(void*& block);
   void Shrink(Layer& layer, int64_t rows);
   KvLayerView View(const std::vector<void*>& blocks) const;
 

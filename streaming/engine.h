@@ -34,6 +34,7 @@ class Engine {
   Engine(std::shared_ptr<const Vlm> vlm, const EngineOptions& options);
   const std::shared_ptr<const Vlm>& vlm() const { return vlm_; }
   int num_threads() const { return num_threads_; }
+  const KvBlockPool& pool() const { return *pool_; }
   // Its KV blocks come from the engine's pool, under the budget of all sessions together.
   std::unique_ptr<Session> NewSession(const SessionOptions& options) const;
   // For one thread at a time, with num_threads() threads of its own.

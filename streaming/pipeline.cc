@@ -1,6 +1,7 @@
 #include "streaming/pipeline.h"
 
 #include <algorithm>
+#include <deque>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -54,9 +55,10 @@ std::vector<FramePtr> WithoutDuplicates(ExecContext& ctx, Session& session,
   return taken;
 }
 
-VisualTokens Encode(ExecContext& ctx, Session& session, std::span<const FramePtr> frames) {
+VisualTokens Encode(ExecContext& ctx, const VisionEncoder& encoder,
+                    std::span<const FramePtr> frames, const EncodeHooks& hooks) {
   const auto count = static_cast<int64_t>(frames.size());
-  const PreprocessConfig& config = session.vlm->encoder().preprocess_config();
+  const PreprocessConfig& config = encoder.preprocess_config();
   const Workspace::Scope scratch(ctx.workspace());
   const TensorView pixels =
       ctx.workspace().Allocate(DType::kF32, {count, 3, config.height, config.width});
@@ -64,8 +66,47 @@ VisualTokens Encode(ExecContext& ctx, Session& session, std::span<const FramePtr
     const TraceScope trace(&ctx.tracer(), "preprocess", count);
     Preprocess(ctx, frames, config, pixels);
   }
-  return session.vlm->encoder().Encode(
-      ctx, pixels, frames, {.reuse = session.reuse.get(), .merge = session.merge.get()});
+  return encoder.Encode(ctx, pixels, frames, hooks);
+}
+
+// `count` of an encoder's tokens from `begin` on.
+VisualTokens Part(const VisualTokens& all, int64_t begin, int64_t count) {
+  const auto first = all.origins.begin() + begin;
+  return {.features = ConvertTo(all.features.view().Slice(begin, begin + count), DType::kF32),
+          .origins = {first, first + count},
+          .grid_rows = all.grid_rows,
+          .grid_cols = all.grid_cols,
+          .scores = {}};
+}
+
+// The tokens of all taken frames: encoded together, but for sessions that have a hand in the tower.
+std::vector<VisualTokens> EncodeAll(ExecContext& ctx, std::span<const Arrivals> arrivals) {
+  const VisionEncoder& encoder = arrivals[0].session->vlm->encoder();
+  const auto alone = [&](const Arrivals& of) {
+    return arrivals.size() == 1 || of.session->reuse || of.session->merge;
+  };
+  std::vector<VisualTokens> tokens(arrivals.size());
+  std::vector<FramePtr> shared;
+  for (size_t i = 0; i < arrivals.size(); ++i) {
+    const Arrivals& of = arrivals[i];
+    if (of.taken.empty()) continue;
+    if (alone(of)) {
+      const EncodeHooks hooks{.reuse = of.session->reuse.get(), .merge = of.session->merge.get()};
+      tokens[i] = Encode(ctx, encoder, of.taken, hooks);
+    } else {
+      shared.insert(shared.end(), of.taken.begin(), of.taken.end());
+    }
+  }
+  if (shared.empty()) return tokens;
+  const VisualTokens all = Encode(ctx, encoder, shared, {});
+  int64_t begin = 0;
+  for (size_t i = 0; i < arrivals.size(); ++i) {
+    if (arrivals[i].taken.empty() || alone(arrivals[i])) continue;
+    const auto count = static_cast<int64_t>(arrivals[i].taken.size()) * encoder.tokens_per_frame();
+    tokens[i] = Part(all, begin, count);
+    begin += count;
+  }
+  return tokens;
 }
 
 VisualTokens Compress(ExecContext& ctx, Session& session, VisualTokens tokens, StepGuard& guard) {
@@ -78,18 +119,23 @@ VisualTokens Compress(ExecContext& ctx, Session& session, VisualTokens tokens, S
   return tokens;
 }
 
-// Adds [S, E] f32 embeddings to the cache. policy: what may leave between layers, or null.
-void Append(ExecContext& ctx, Session& session, ConstTensorView embeddings,
-            LayerPolicy* policy = nullptr) {
-  const Decoder& decoder = session.vlm->decoder();
-  const int64_t first = session.cache.length();
-  TraceScope trace(&ctx.tracer(), "prefill", embeddings.dim(0));
-  SequenceStep step{&session.cache, embeddings, {}, policy};
-  decoder.Step(ctx, {&step, 1});
-  const int64_t ran = session.cache.MeanRowsSince(first);  // in the mean over layers
-  const int64_t seen = session.cache.MeanRows() - ran / 2;
-  trace.AddWork(ran * decoder.FlopsPerToken(seen),
-                static_cast<double>(decoder.WeightBytesPerToken()));
+// Runs all steps (of sessions of one model) together. [S, E] f32 embeddings, no logits.
+void Append(ExecContext& ctx, const Decoder& decoder, std::span<SequenceStep> steps) {
+  if (steps.empty()) return;
+  std::vector<int64_t> firsts;
+  int64_t rows = 0;
+  for (const SequenceStep& step : steps) {
+    firsts.push_back(step.cache->length());
+    rows += step.embeddings.dim(0);
+  }
+  TraceScope trace(&ctx.tracer(), "prefill", rows);
+  decoder.Step(ctx, steps);
+  trace.AddWork(0, static_cast<double>(decoder.WeightBytesPerToken()));
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const KvCache& cache = *steps[i].cache;
+    const int64_t ran = cache.MeanRowsSince(firsts[i]);  // in the mean over layers
+    trace.AddWork(ran * decoder.FlopsPerToken(cache.MeanRows() - ran / 2), 0);
+  }
 }
 
 int64_t WaitingTokens(const Session& session) {
@@ -190,8 +236,8 @@ void CheckQuestion(const Session& session, const std::string& question) {
   }
 }
 
-// The session's options with as many new tokens as the context still holds after `prompt` tokens.
-GenerateOptions FitToContext(const Session& session, int64_t prompt) {
+// `options` with as many new tokens as the context still holds after `prompt` tokens.
+GenerateOptions FitToContext(const Session& session, GenerateOptions options, int64_t prompt) {
   // The last token of an answer is never read again, so it needs no position.
   const int64_t room = session.context_limit() - session.cache.length() - prompt + 1;
   if (room < 1) {
@@ -201,85 +247,149 @@ GenerateOptions FitToContext(const Session& session, int64_t prompt) {
                      ", the limit is " + std::to_string(session.context_limit()) +
                      "; ask something shorter or do not keep the dialogue");
   }
-  GenerateOptions options = session.options.generate;
   options.max_new_tokens = static_cast<int>(std::min<int64_t>(options.max_new_tokens, room));
   return options;
 }
 
+// What waits of several sessions: their prefixes first, in one step, then the tokens in another.
+void ReadWaiting(ExecContext& ctx, std::span<Session* const> sessions) {
+  std::deque<StepGuard> guards;
+  std::deque<Tensor> prefixes;
+  std::deque<VisualTokens> tokens;
+  std::vector<SequenceStep> first, second;
+  std::vector<Session*> read;
+  for (Session* session : sessions) {
+    if (session->waiting.empty()) continue;
+    read.push_back(session);
+    guards.emplace_back(*session);
+    if (const std::string* instruction = session->pyramid.wanted_instruction()) {
+      ReadInstruction(ctx, *session, *instruction);
+    }
+    if (session->cache.length() == 0 && !session->prefix_ids.empty()) {
+      prefixes.push_back(EmbedIds(ctx, *session->vlm, session->prefix_ids));
+      first.push_back({&session->cache, prefixes.back(), {}});
+    }
+  }
+  if (read.empty()) return;
+  const Decoder& decoder = read[0]->vlm->decoder();
+  Append(ctx, decoder, first);
+  for (Session* session : read) {
+    tokens.push_back(Joined(session->waiting));
+    if (tokens.back().size() == 0) continue;
+    LayerPolicy* policy = session->pyramid.ForFrames(tokens.back(), session->cache.length());
+    second.push_back({&session->cache, tokens.back().features, {}, policy});
+  }
+  Append(ctx, decoder, second);
+  for (size_t i = 0; i < read.size(); ++i) {
+    Session& session = *read[i];
+    if (tokens[i].size() > 0) {
+      session.pyramid.Arrived(tokens[i], session.cache.length() - tokens[i].size());
+    }
+    session.waiting.clear();
+    guards[i].Keep();
+  }
+}
+
 }  // namespace
+
+void Ingest(ExecContext& ctx, std::span<Arrivals> arrivals) {
+  if (arrivals.empty()) return;
+  std::deque<StepGuard> guards;
+  for (Arrivals& of : arrivals) {
+    guards.emplace_back(*of.session);
+    of.taken = WithoutDuplicates(ctx, *of.session, of.frames);
+    if (!of.taken.empty()) guards.back().Encoding();
+  }
+  std::vector<VisualTokens> tokens = EncodeAll(ctx, arrivals);
+  std::vector<int64_t> left(arrivals.size(), 0);
+  std::vector<Session*> worth_reading;
+  for (size_t i = 0; i < arrivals.size(); ++i) {
+    Session& session = *arrivals[i].session;
+    if (arrivals[i].taken.empty()) continue;
+    VisualTokens kept = Compress(ctx, session, std::move(tokens[i]), guards[i]);
+    left[i] = kept.size();
+    if (session.pyramid.replays()) {
+      tokens[i] = std::move(kept);
+      continue;
+    }
+    CheckRoom(session, left[i], arrivals[i].taken.size());
+    // Even nothing makes a fresh session read its prefix.
+    const bool fresh = session.waiting.empty() && session.cache.length() == 0;
+    if (left[i] > 0 || fresh) session.waiting.push_back(std::move(kept));
+    if (IsWorthReading(session)) worth_reading.push_back(&session);
+  }
+  ReadWaiting(ctx, worth_reading);
+  for (size_t i = 0; i < arrivals.size(); ++i) {
+    Session& session = *arrivals[i].session;
+    if (session.pyramid.replays() && !arrivals[i].taken.empty()) {
+      session.pyramid.Arrived(tokens[i], 0);
+    }
+    session.visual_tokens += left[i];
+    session.frames_seen += static_cast<int64_t>(arrivals[i].frames.size());
+    session.last_time = arrivals[i].frames.back()->time;
+    guards[i].Keep();
+  }
+}
 
 void Ingest(ExecContext& ctx, Session& session, std::span<const FramePtr> frames) {
   if (frames.empty()) return;
-  StepGuard guard(session);
-  const std::vector<FramePtr> taken = WithoutDuplicates(ctx, session, frames);
-  int64_t left = 0;
-  if (!taken.empty()) {
-    guard.Encoding();
-    VisualTokens tokens = Encode(ctx, session, taken);
-    tokens = Compress(ctx, session, std::move(tokens), guard);
-    left = tokens.size();
-    if (session.pyramid.replays()) {
-      session.pyramid.Arrived(tokens, 0);
-    } else {
-      CheckRoom(session, left, taken.size());
-      // Even nothing makes a fresh session read its prefix.
-      const bool fresh = session.waiting.empty() && session.cache.length() == 0;
-      if (left > 0 || fresh) session.waiting.push_back(std::move(tokens));
-      if (IsWorthReading(session)) ReadWaiting(ctx, session);
-    }
-  }
-  session.visual_tokens += left;
-  session.frames_seen += static_cast<int64_t>(frames.size());
-  session.last_time = frames.back()->time;
-  guard.Keep();
+  Arrivals arrivals{&session, frames};
+  Ingest(ctx, {&arrivals, 1});
 }
 
 void ReadWaiting(ExecContext& ctx, Session& session) {
-  if (session.waiting.empty()) return;
-  StepGuard guard(session);
-  if (const std::string* instruction = session.pyramid.wanted_instruction()) {
-    ReadInstruction(ctx, session, *instruction);
-  }
-  if (session.cache.length() == 0 && !session.prefix_ids.empty()) {
-    Append(ctx, session, EmbedIds(ctx, *session.vlm, session.prefix_ids));
-  }
-  const VisualTokens tokens = Joined(session.waiting);
-  if (tokens.size() > 0) {
-    const int64_t first = session.cache.length();
-    Append(ctx, session, tokens.features, session.pyramid.ForFrames(tokens, first));
-    session.pyramid.Arrived(tokens, first);
-  }
-  session.waiting.clear();
-  guard.Keep();
+  Session* const one = &session;
+  ReadWaiting(ctx, {&one, 1});
 }
 
-Generated Ask(ExecContext& ctx, Session& session, const std::string& question,
-              const TextSink& sink) {
-  CheckQuestion(session, question);
+std::unique_ptr<PendingAnswer> BeginAnswer(ExecContext& ctx, Session& session,
+                                           const PendingQuestion& question, TextSink sink) {
+  CheckQuestion(session, question.text);
   ReadWaiting(ctx, session);
   const Vlm& vlm = *session.vlm;
-  const StepGuard rewind(session);
-  Turn turn;
-  turn.question = question;
+  auto answer = std::make_unique<PendingAnswer>();
+  Turn& turn = answer->turn;
+  turn.question = question.text;
   turn.time = session.last_time;
-  turn.question_ids = vlm.prompt_format().EncodeQuestion(vlm.tokenizer(), question,
-                                                         /*follow_up=*/!session.transcript.empty());
-  const std::vector<int32_t> ids = DialogueIds(session, turn);
-  KvCache window(session.cache.pool(), session.pyramid.positions());  // of frames that are replayed
-  KvCache& cache = session.pyramid.replays() ? window : session.cache;
-  const Tensor prompt = EmbedPrompt(ctx, session, ids);
-  const GenerateOptions options = FitToContext(session, prompt.dim(0));
+  const bool follow_up = question.joins_dialogue && !session.transcript.empty();
+  turn.question_ids = vlm.prompt_format().EncodeQuestion(vlm.tokenizer(), question.text, follow_up);
+  const std::vector<int32_t> ids =
+      question.joins_dialogue ? DialogueIds(session, turn) : turn.question_ids;
+  Tensor prompt = EmbedPrompt(ctx, session, ids);
+  answer->prompt_tokens = prompt.dim(0);
+  answer->keep = question.joins_dialogue && session.options.keep_dialogue;
+  const GenerateOptions options = FitToContext(session, question.generate, prompt.dim(0));
+  // Frames that are replayed are in the prompt.
+  answer->cache = session.pyramid.replays()
+                      ? std::make_unique<KvCache>(session.cache.pool(), session.pyramid.positions())
+                      : session.cache.Branch();
   LayerPolicy* policy = session.pyramid.ForQuestion(static_cast<int64_t>(session.prefix_ids.size()),
                                                     static_cast<int64_t>(turn.question_ids.size()));
   std::vector<int32_t> text_ids = session.prefix_ids;
   Extend(text_ids, ids);
-  Generated answer = Generate(ctx, vlm, cache, prompt, text_ids, options, sink, policy);
-  if (session.options.keep_dialogue && answer.reason != FinishReason::kCancelled) {
-    turn.answer = answer.text;
-    turn.answer_ids = answer.ids;
-    session.transcript.push_back(std::move(turn));
-  }
+  answer->generation.emplace(vlm, *answer->cache, std::move(prompt), text_ids, options,
+                             std::move(sink), policy);
   return answer;
+}
+
+Generated EndAnswer(Session& session, PendingAnswer& answer) {
+  const Generated& generated = answer.generation->result();
+  if (answer.keep && answer.generation->finished() &&
+      generated.reason != FinishReason::kCancelled) {
+    answer.turn.answer = generated.text;
+    answer.turn.answer_ids = generated.ids;
+    session.transcript.push_back(std::move(answer.turn));
+  }
+  return generated;
+}
+
+Generated Ask(ExecContext& ctx, Session& session, const std::string& question,
+              const TextSink& sink) {
+  const auto answer = BeginAnswer(ctx, session, {question, session.options.generate}, sink);
+  Generation* const one = &*answer->generation;
+  while (!one->finished()) Advance(ctx, *session.vlm, {&one, 1});
+  if (one->failure()) std::rethrow_exception(one->failure());
+  return EndAnswer(session, *answer);
 }
 
 }  // namespace sluice

@@ -3,8 +3,11 @@
 #ifndef SLUICE_STREAMING_PIPELINE_H_
 #define SLUICE_STREAMING_PIPELINE_H_
 
+#include <memory>
+#include <optional>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "llm/generator.h"
 #include "runtime/exec_context.h"
@@ -13,25 +16,62 @@
 
 namespace sluice {
 
+// Frames of one session, and what becomes of them.
+struct Arrivals {
+  Session* session = nullptr;
+  std::span<const FramePtr> frames;  // at least one
+  std::vector<FramePtr> taken = {};  // filled in by Ingest: those that were no duplicates
+};
+
 // (duplicates) -> preprocess -> encode -> compress -> prefill. Appends the frames, in order, to the
 // session's memory; the prompt's prefix is prefilled before the first. What token compressors leave
-// waits until it is as much as a batch of frames is without them, or until the next question. Throws InputError when the
-// context has no room for them and a question after them, ResourceExhausted when the KV pool has
-// none; after these and any other exception the session is as before. With mode replay of
-// PyramidDrop frames are only remembered, and prefilled with each question. Frames that the
-// duplicate filter holds back are seen, and leave nothing. Traces "duplicates" (items: frames),
-// "preprocess", "encode" (items: frames), "compress" (tokens in), "prefill" (tokens kept).
+// waits until it is as much as a batch of frames is without them, or until the next question.
+// Throws InputError when the context has no room for them and a question after them,
+// ResourceExhausted when the KV pool has none; after these and any other exception the session is
+// as before. With mode replay of PyramidDrop frames are only remembered, and prefilled with each
+// question. Frames that the duplicate filter holds back are seen, and leave nothing. Traces
+// "duplicates" (items: frames), "preprocess", "encode" (items: frames), "compress" (tokens in),
+// "prefill" (tokens kept).
 void Ingest(ExecContext& ctx, Session& session, std::span<const FramePtr> frames);
+// The same for several sessions of one model (each at most once), whose frames are encoded
+// together, except where a cacher or turbo works inside the tower, and prefilled in one step. After
+// an exception all of them are as before. Every product is made of other rows than for one session,
+// so that in bf16, and in f32 for some sizes, results differ from its by rounding.
+void Ingest(ExecContext& ctx, std::span<Arrivals> arrivals);
 
 // Prefills what waits, for a moment with nothing else to do. Throws as Ingest does.
 void ReadWaiting(ExecContext& ctx, Session& session);
 
-// Answers about everything ingested so far: newline row, dialogue, question, generate; then the
-// cache is rewound to where it was, whatever happens. The turn is kept in the transcript if the
-// session keeps its dialogue and the answer was not cancelled. An answer ends with
-// FinishReason::kLength where the context ends. Throws InputError when no frame has been seen, on a
-// blank question, and when the context has no room for the question.
-// Traces "question" (prompt tokens), and what Generate traces.
+struct PendingQuestion {
+  std::string text;
+  GenerateOptions generate;
+  bool joins_dialogue = true;  // sees earlier turns, and becomes one if the session keeps them
+};
+
+// An answer on its way. Of its session it needs nothing but the model any more, so that frames may
+// arrive meanwhile: it continues a branch of the cache. It must take its first step before the
+// session is given anything else to do.
+struct PendingAnswer {
+  Turn turn;
+  std::unique_ptr<KvCache> cache;
+  int64_t prompt_tokens = 0;
+  bool keep = false;  // in the transcript
+  std::optional<Generation> generation;
+};
+
+// Gets ready to answer about everything ingested so far: newline row, dialogue, question. Steps of
+// the answer are Advance(), llm/generator.h. Throws InputError when no frame has been seen, on a
+// blank question, and when the context has no room for the question; and as ReadWaiting does.
+// Traces "question" (prompt tokens).
+std::unique_ptr<PendingAnswer> BeginAnswer(ExecContext& ctx, Session& session,
+                                           const PendingQuestion& question, TextSink sink);
+// Keeps the turn in the transcript if that is wanted and the answer was finished and not cancelled.
+// At most once an answer.
+Generated EndAnswer(Session& session, PendingAnswer& answer);
+
+// All of an answer. It ends with FinishReason::kLength where the context ends. But for the
+// transcript and for what waited to be read the session is then as before, whatever happens. Throws
+// as BeginAnswer and Advance do, and what the sink throws.
 Generated Ask(ExecContext& ctx, Session& session, const std::string& question,
               const TextSink& sink);
 

@@ -2,15 +2,19 @@
 //
 // One thread does all work on the model, in rounds. A round is
 //   1. one token for every answer in progress: their decode steps, and the prompts of answers that
-//      begin, run in one Decoder::Step (at most `prompt_rows_per_round` prompt rows; a longer
-//      prompt goes alone);
-//   2. frames: at most `frames_per_round`, taken in turn from the streams whose frames have waited
-//      longest, encoded together where no state of a stream is in the way, prefilled in one
-//      Decoder::Step.
+//      begin, run in one Decoder::Step (at most `prompt_rows_per_round` prompt rows, or one prompt
+//      that is longer);
+//   2. frames: at most `frames_per_round`, one at a time from each stream in turn. Half of them, or
+//      fewer, come from streams where a question waits for its frames, the earliest question first;
+//      the rest from all streams, the longest wait first. They are encoded together where no state
+//      of a stream is in the way and prefilled in one Decoder::Step.
 // So a token waits for one batch of frames at most, and a frame for one step of all answers at
-// most: questions never hold up the video, and the video never holds up an answer. Within a stream
-// the order is that of the calls: a question is answered about every frame that was accepted before
-// it, so it waits until those are encoded, which puts that stream first.
+// most: questions never hold up the video, and the video never holds up an answer. With nothing
+// else to do a round prefills what compressors left to be read later.
+//
+// Within a stream the order is that of the calls: a question is answered about every frame that was
+// accepted before it and none that came later, unless it had to wait for another answer of the same
+// stream: then about all that were encoded by its turn. An answer goes on while frames arrive.
 #ifndef SLUICE_STREAMING_SCHEDULER_H_
 #define SLUICE_STREAMING_SCHEDULER_H_
 
@@ -38,7 +42,7 @@ struct SchedulerOptions {
 
 // What one stream may take. 0: no limit of its own.
 struct StreamBudget {
-  int64_t kv_bytes = 0;          // of the device's KV pool; past it frames are dropped, kMemory
+  int64_t kv_bytes = 0;          // of the device's KV pool, answers aside; frames past it: kMemory
   int queued_frames = 16;        // at least 1; a full queue loses its oldest frame, kQueueFull
   int queued_questions = 8;      // at least 1; more are refused
   int answer_tokens = 512;       // at least 1; caps what a question asks for
@@ -59,11 +63,12 @@ struct StreamQuestion {
   std::optional<GenerateOptions> generate;  // otherwise the stream's
 };
 
-// Asked again and again; one answer is in progress at most.
+// Asked after the first frame and then after each that is an interval later than the one asked
+// after before; left out while its last answer is still in progress. Apart from the dialogue.
 struct StandingQuestion {
   StreamQuestion question;
   double interval_seconds = 5;     // of media time, above 0
-  bool only_when_changed = false;  // an answer equal to the one before is not reported
+  bool only_when_changed = false;  // an equal answer is not reported, nor any as it grows
 };
 
 struct AnswerUsage {
@@ -142,7 +147,8 @@ class Scheduler {
   // Who listens from now on. Throws InputError on an unknown stream, here and below.
   void Attach(const StreamId& stream, std::shared_ptr<StreamEvents> events);
 
-  // A frame later than the last (by its media time; earlier ones are dropped, kOutOfOrder).
+  // A frame later than the last, by its media time and by Frame::index (others are dropped,
+  // kOutOfOrder).
   void Push(const StreamId& stream, FrameNumber number, FramePtr frame);
   // Throws InputError on a blank question, a number in use, options out of range;
   // ResourceExhausted when as many wait as the budget allows.
@@ -151,16 +157,16 @@ class Scheduler {
   // Ends an answer in progress, one that waits, or a standing question. Unknown ones are ignored:
   // they may just have ended.
   void Cancel(const StreamId& stream, QuestionId question);
-  // From the next frame or question on. Throws InputError on what a running stream cannot change
-  // (its compressors, cacher, memory), naming it.
+  // From the next frame or question on. Throws InputError, naming it, on what a running stream
+  // cannot change: everything but frames_per_batch, keep_dialogue and generate.
   void SetOptions(const StreamId& stream, const SessionOptions& options);
 
   StreamReport Report(const StreamId& stream) const;
   StreamReport Close(const StreamId& stream);
   std::vector<StreamId> streams() const;
 
-  // No frames or questions are taken from now on (kClosing, and refusals); what waits is finished.
-  // Returns when nothing is left to do or after `seconds` of wall time.
+  // No frames or questions are taken from now on (kClosing, and ResourceExhausted); what waits is
+  // finished. Returns when nothing is left to do or after `seconds` of wall time.
   void Drain(double seconds);
 
   // One round; returns whether there was anything to do. REQUIRES: manual.

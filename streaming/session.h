@@ -53,8 +53,9 @@ struct Session {
 
   // Positions the cache may hold: the model's, or fewer by option.
   int64_t context_limit() const;
-  // What the stream holds: KV cache, visual tokens that wait for it, references of the cacher, frames
-  // to replay, what the duplicate filter and the compressors remember. All but the KV cache stay the same however long it lasts.
+  // What the stream holds: KV cache, visual tokens that wait for it, references of the cacher,
+  // frames to replay, what the duplicate filter and the compressors remember. All but the KV cache
+  // stay the same however long it lasts.
   int64_t SizeBytes() const;
 };
 

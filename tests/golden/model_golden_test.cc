@@ -201,7 +201,7 @@ TEST_P(ModelGoldenTest, GreedyTokensEqualTheReference) {
   if (!expected.empty() && std::find(stops.begin(), stops.end(), expected.back()) != stops.end())
     expected.pop_back();
   const Generated generated =
-      Generate(ctx, *vlm_, cache, prompt, GoldenIds("input_ids"), options, nullptr);
+      Generate(ctx, *vlm_, cache, std::move(prompt), GoldenIds("input_ids"), options, nullptr);
   EXPECT_EQ(generated.ids, expected);
 }
 

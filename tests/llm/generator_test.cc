@@ -136,10 +136,11 @@ Answer Ask(const ScriptedVlm& vlm, const GenerateOptions& options, size_t cancel
   Tensor prompt(DType::kF32, {3, 4});
   std::fill_n(prompt.data<float>(), 12, -1.0f);
   Answer answer;
-  answer.generated = Generate(ctx, vlm, cache, prompt, {}, options, [&](std::string_view piece) {
-    answer.pieces.emplace_back(piece);
-    return answer.pieces.size() < cancel_at;
-  });
+  answer.generated =
+      Generate(ctx, vlm, cache, std::move(prompt), {}, options, [&](std::string_view piece) {
+        answer.pieces.emplace_back(piece);
+        return answer.pieces.size() < cancel_at;
+      });
   answer.cache_length = cache.length();
   return answer;
 }
@@ -241,7 +242,7 @@ TEST(GeneratorTest, TracesPrefillAndEveryDecodedToken) {
   KvCache cache(std::make_shared<KvBlockPool>(vlm.decoder().kv_geometry(), 0));
   Tensor prompt(DType::kF32, {3, 4});
   std::fill_n(prompt.data<float>(), 12, 0.0f);
-  Generate(ctx, vlm, cache, prompt, {}, {}, nullptr);
+  Generate(ctx, vlm, cache, std::move(prompt), {}, {}, nullptr);
   const StageCost prefill = ctx.tracer().stages().at("prefill_question");
   EXPECT_EQ(prefill.calls, 1);
   EXPECT_EQ(prefill.items, 3);

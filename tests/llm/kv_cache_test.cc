@@ -65,6 +65,83 @@ TEST(KvCacheTest, RewindingGivesWholeBlocksBackAndKeepsTheRest) {
   EXPECT_EQ(pool->bytes_in_use(), 0);
 }
 
+// Fills rows [begin, end) of every layer's blocks with `value`.
+void Fill(const KvCache& cache, int64_t begin, int64_t end, float value) {
+  for (int layer = 0; layer < kGeometry.num_layers; ++layer) {
+    for (int64_t row = begin; row < end; ++row) {
+      auto* block = static_cast<float*>(cache.layer(layer).blocks[row / kKvBlockTokens]);
+      block[(row % kKvBlockTokens) * 8] = value + static_cast<float>(row) + 1000.0f * layer;
+    }
+  }
+}
+bool Holds(const KvCache& cache, int64_t begin, int64_t end, float value) {
+  for (int layer = 0; layer < kGeometry.num_layers; ++layer) {
+    for (int64_t row = begin; row < end; ++row) {
+      const auto* block = static_cast<float*>(cache.layer(layer).blocks[row / kKvBlockTokens]);
+      if (block[(row % kKvBlockTokens) * 8] != value + static_cast<float>(row) + 1000.0f * layer) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+TEST(KvCacheTest, ABranchSharesBlocksAndGoesOnByItself) {
+  auto pool = std::make_shared<KvBlockPool>(kGeometry, 0);
+  KvCache cache(pool);
+  const int64_t begun = 2 * kKvBlockTokens + 10;
+  cache.Reserve(begun);
+  Fill(cache, 0, begun, 0.5f);
+  auto first = cache.Branch(), second = cache.Branch();
+  EXPECT_EQ(first->length(), begun);
+  EXPECT_EQ(pool->bytes_in_use(), 3 * 3 * kBlockBytes);  // nothing is copied yet
+  first->Reserve(80);
+  Fill(*first, begun, begun + 80, 0.25f);
+  cache.Reserve(100);
+  Fill(cache, begun, begun + 100, 0.75f);
+  second->Reserve(1);
+  Fill(*second, begun, begun + 1, 0.125f);
+  EXPECT_TRUE(Holds(cache, 0, begun, 0.5f) && Holds(cache, begun, begun + 100, 0.75f));
+  EXPECT_TRUE(Holds(*first, 0, begun, 0.5f) && Holds(*first, begun, begun + 80, 0.25f));
+  EXPECT_TRUE(Holds(*second, 0, begun, 0.5f) && Holds(*second, begun, begun + 1, 0.125f));
+  // Two full blocks for all; then 2, 2 and 1 of each one's own.
+  EXPECT_EQ(pool->bytes_in_use(), 3 * (2 + 2 + 2 + 1) * kBlockBytes);
+  first.reset();
+  EXPECT_EQ(pool->bytes_in_use(), 3 * (2 + 2 + 1) * kBlockBytes);
+  second.reset();
+  EXPECT_EQ(cache.SizeBytes(), pool->bytes_in_use());
+}
+
+TEST(KvCacheTest, ABranchOutlivesItsOriginAndAnOriginThatIsRewoundUnderIt) {
+  auto pool = std::make_shared<KvBlockPool>(kGeometry, 0);
+  auto cache = std::make_unique<KvCache>(pool);
+  cache->Reserve(3 * kKvBlockTokens);
+  Fill(*cache, 0, 3 * kKvBlockTokens, 0.5f);
+  const auto branch = cache->Branch();
+  cache->RewindTo({kKvBlockTokens + 7});
+  cache->Reserve(kKvBlockTokens);
+  Fill(*cache, kKvBlockTokens + 7, 2 * kKvBlockTokens + 7, 0.75f);
+  EXPECT_TRUE(Holds(*branch, 0, 3 * kKvBlockTokens, 0.5f));
+  EXPECT_TRUE(Holds(*cache, 0, kKvBlockTokens + 7, 0.5f));
+  cache.reset();
+  EXPECT_TRUE(Holds(*branch, 0, 3 * kKvBlockTokens, 0.5f));
+  EXPECT_EQ(pool->bytes_in_use(), branch->SizeBytes());
+}
+
+TEST(KvCacheTest, ABranchThatFindsNoRoomToCopyLeavesBothAsTheyWere) {
+  auto pool = std::make_shared<KvBlockPool>(kGeometry, 5 * kBlockBytes);  // one to spare of three
+  KvCache cache(pool);
+  cache.Reserve(10);
+  Fill(cache, 0, 10, 0.5f);
+  {
+    const auto branch = cache.Branch();
+    EXPECT_THROW(branch->Reserve(1), ResourceExhausted);
+    EXPECT_EQ(branch->length(), 10);
+    EXPECT_TRUE(Holds(*branch, 0, 10, 0.5f) && Holds(cache, 0, 10, 0.5f));
+  }
+  EXPECT_EQ(pool->bytes_in_use(), 3 * kBlockBytes);
+}
+
 TEST(KvCacheTest, AnExhaustedBudgetLeavesTheCacheUnchanged) {
   // Room for 7 blocks: two of each of the three layers, and one.
   auto pool = std::make_shared<KvBlockPool>(kGeometry, 7 * kBlockBytes + 100);

@@ -1,9 +1,9 @@
 // A model small enough to follow by eye, and a source that plays a script.
 //
-// The decoder keeps, beside each cache, one line per position of what was fed there ("f3.0" is
-// token 0 of a picture of brightness 3, "nl" the newline row, "#65" the id 65), and its answers
-// depend on every line. So a test can read what a session remembers, and two sessions answer alike
-// only if they remember alike.
+// The decoder's keys are the rows it was fed, which read as words ("f3.0" is token 0 of a picture
+// of brightness 3, "nl" the newline row, "A" the id 65), and its answers depend on every one. So a
+// test can read what a session remembers, and two sessions answer alike only if they remember
+// alike.
 #ifndef SLUICE_TESTS_STREAMING_FAKES_H_
 #define SLUICE_TESTS_STREAMING_FAKES_H_
 
@@ -80,6 +80,7 @@ class FakeEncoder : public VisionEncoder {
  public:
   VisualTokens Encode(ExecContext& ctx, ConstTensorView pixels, std::span<const FramePtr> frames,
                       const EncodeHooks&) const override {
+    if (before_encode) before_encode(frames);
     TraceScope trace(&ctx.tracer(), "encode", static_cast<int64_t>(frames.size()));
     trace.AddWork(static_cast<double>(frames.size()) * FlopsPerFrame(), 0);
     batches.push_back(static_cast<int>(frames.size()));
@@ -105,7 +106,8 @@ class FakeEncoder : public VisionEncoder {
   int64_t output_size() const override { return 4; }
   double FlopsPerFrame() const override { return 1000; }
 
-  mutable std::vector<int> batches;  // frames of each call
+  mutable std::vector<int> batches;                              // frames of each call
+  std::function<void(std::span<const FramePtr>)> before_encode;  // may throw
 
  private:
   PreprocessConfig config_{.width = 4, .height = 4};
@@ -114,24 +116,36 @@ class FakeEncoder : public VisionEncoder {
 // Answers with kFakeAnswerTokens letters, each a hash of all that is in the cache.
 class FakeDecoder : public Decoder {
  public:
-  void Step(ExecContext&, std::span<SequenceStep> sequences, const DecoderProbe&) const override {
-    for (SequenceStep& step : sequences) {
-      if (fail_next_step.exchange(false)) throw Error("[fake] the step failed");
-      auto& lines = memory_[step.cache];
-      lines.resize(step.cache->length());  // what was rewound is forgotten
-      const int64_t count = step.embeddings.dim(0);
-      if (step.cache->length() + count > positions) throw InputError("[fake] too many positions");
-      step.cache->Reserve(count);
-      for (int64_t i = 0; i < count; ++i) {
-        lines.push_back(Line(step.embeddings.data<float>() + i * step.embeddings.stride0()));
+  void Step(ExecContext& ctx, std::span<SequenceStep> sequences,
+            const DecoderProbe&) const override {
+    if (before_step) before_step(sequences);
+    if (fail_next_step.exchange(false)) throw Error("[fake] the step failed");
+    std::vector<int64_t> begins;
+    for (const SequenceStep& step : sequences) begins.push_back(step.cache->length());
+    try {
+      for (const SequenceStep& step : sequences) {
+        if (step.cache->length() + step.embeddings.dim(0) > positions) {
+          throw InputError("[fake] too many positions");
+        }
+        step.cache->Reserve(step.embeddings.dim(0));
       }
+    } catch (...) {
+      for (size_t i = 0; i < begins.size(); ++i) sequences[i].cache->RewindTo({begins[i]});
+      throw;
+    }
+    steps.push_back(static_cast<int>(sequences.size()));
+    for (size_t i = 0; i < sequences.size(); ++i) {
+      const SequenceStep& step = sequences[i];
+      StoreKv(ctx, step.embeddings, step.embeddings, begins[i], step.cache->layer(0));
+      last_memory_ = Memory(*step.cache);
+      last_length_ = step.cache->length();
       if (step.logits.empty()) continue;
-      told_ = count > 1 ? 0 : told_ + 1;
+      int& told = told_[step.cache];
+      told = step.embeddings.dim(0) > 1 ? 0 : told + 1;
       float* logits = step.logits.data<float>();
       std::fill(logits, logits + kFakeVocab, 0.0f);
-      size_t hash = 0;
-      for (const std::string& line : lines) hash = hash * 31 + std::hash<std::string>()(line);
-      logits[told_ < kFakeAnswerTokens ? 'a' + hash % 26 : FakeTokenizer::kStop] = 1;
+      const size_t hash = std::hash<std::string>()(last_memory_);
+      logits[told < answer_tokens ? 'a' + hash % 26 : FakeTokenizer::kStop] = 1;
     }
   }
   void Embed(ExecContext&, std::span<const int32_t> ids, TensorView out) const override {
@@ -154,24 +168,24 @@ class FakeDecoder : public Decoder {
   // What the cache holds, one word a position. Text runs are joined: "[user f0.0 f0.1 nl ...".
   std::string Memory(const KvCache& cache) const {
     std::string text;
-    const auto found = memory_.find(&cache);
-    if (found == memory_.end()) return text;
-    for (int64_t i = 0; i < std::min<int64_t>(cache.length(), found->second.size()); ++i) {
-      text += found->second[i];
-    }
+    for (int64_t i = 0; i < cache.length(); ++i) text += Line(Key(cache, i));
     return text;
   }
-  // Also what was rewound since the last step.
-  std::string LastMemory(const KvCache& cache) const {
-    std::string text;
-    for (const std::string& line : memory_.at(&cache)) text += line;
-    return text;
-  }
+  // The same of the latest step's cache, whatever became of it.
+  const std::string& LastMemory() const { return last_memory_; }
+  int64_t LastLength() const { return last_length_; }
 
   int64_t positions = 1000;
+  int answer_tokens = kFakeAnswerTokens;
   mutable std::atomic<bool> fail_next_step = false;
+  std::function<void(std::span<const SequenceStep>)> before_step;  // may throw
+  mutable std::vector<int> steps;                                  // sequences of each call
 
  private:
+  static const float* Key(const KvCache& cache, int64_t row) {
+    const auto* block = static_cast<const float*>(cache.layer(0).blocks[row / kKvBlockTokens]);
+    return block + 4 * (row % kKvBlockTokens);
+  }
   static std::string Line(const float* row) {
     if (row[3] == 1) return " f" + std::to_string(int(row[0])) + "." + std::to_string(int(row[1]));
     if (row[3] == 2) return " nl ";
@@ -179,8 +193,9 @@ class FakeDecoder : public Decoder {
     if (id >= 256) return FakeTokenizer::kControl[id - 256];
     return std::string(1, static_cast<char>(id));
   }
-  mutable std::map<const KvCache*, std::vector<std::string>> memory_;
-  mutable int told_ = 0;
+  mutable std::string last_memory_;
+  mutable int64_t last_length_ = 0;
+  mutable std::map<const KvCache*, int> told_;  // tokens of the answer on each cache
 };
 
 // Used by one thread at a time.
@@ -193,7 +208,7 @@ class FakeVlm : public Vlm {
   const VlmInfo& info() const override { return info_; }
   const FakeTokenizer& tokenizer() const override { return tokenizer_; }
   const PromptFormat& prompt_format() const override { return format_; }
-  const FakeEncoder& encoder() const override { return encoder_; }
+  FakeEncoder& encoder() const override { return encoder_; }
   FakeDecoder& decoder() const override { return decoder_; }
   const GenerationDefaults& generation_defaults() const override { return defaults_; }
   ConstTensorView newline_row() const override { return newline_; }
@@ -202,7 +217,7 @@ class FakeVlm : public Vlm {
   VlmInfo info_;
   FakeTokenizer tokenizer_;
   PromptFormat format_{PromptFormat::Revision::kChatMl};
-  FakeEncoder encoder_;
+  mutable FakeEncoder encoder_;
   mutable FakeDecoder decoder_;
   GenerationDefaults defaults_;
   Tensor newline_{DType::kF32, {4}};

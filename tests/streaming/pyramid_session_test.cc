@@ -178,7 +178,7 @@ TEST_F(PyramidSessionTest, ReplayEqualsThePapersPrefillOfTheWholePrompt) {
   const auto prefix = static_cast<int64_t>(session->prefix_ids.size());
   const auto count = static_cast<int64_t>(question.size());
   const int64_t visual = tokens.size(), width = vlm.decoder().hidden_size();
-  const Tensor prompt(DType::kF32, {prefix + visual + 1 + count, width});
+  Tensor prompt(DType::kF32, {prefix + visual + 1 + count, width});
   vlm.decoder().Embed(*ctx_, session->prefix_ids, prompt.view().Slice(0, prefix));
   std::copy_n(tokens.features.data<float>(), visual * width, prompt.data<float>() + prefix * width);
   std::copy_n(vlm.newline_row().data<float>(), width,
@@ -190,7 +190,8 @@ TEST_F(PyramidSessionTest, ReplayEqualsThePapersPrefillOfTheWholePrompt) {
   const PyramidPlan plan = PyramidPlan::Make(options.pyramid, kLayers);
   PyramidDrop drop(plan, labels, 0);
   KvCache cache(session->cache.pool(), KvPositions::kRows);
-  const Generated want = Generate(*ctx_, vlm, cache, prompt, {}, options.generate, nullptr, &drop);
+  const Generated want =
+      Generate(*ctx_, vlm, cache, std::move(prompt), {}, options.generate, nullptr, &drop);
 
   EXPECT_EQ(Answer(*session, "What is there?"), want.ids);
   EXPECT_THAT(drop.stage_sizes(), ElementsAre(81, 40, 20));

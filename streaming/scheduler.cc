@@ -1,0 +1,1098 @@
+#include "streaming/scheduler.h"
+
+#include <sys/random.h>
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <new>
+#include <span>
+#include <thread>
+#include <utility>
+
+#include "runtime/error.h"
+#include "streaming/logging.h"
+#include "streaming/pipeline.h"
+
+namespace sluice {
+namespace {
+
+constexpr AnswerEnd kEnds[] = {AnswerEnd::kStop, AnswerEnd::kLength, AnswerEnd::kCancelled,
+                               AnswerEnd::kTime, AnswerEnd::kMemory, AnswerEnd::kFailed};
+constexpr DropReason kReasons[] = {
+    DropReason::kQueueFull, DropReason::kRate,      DropReason::kMemory, DropReason::kOutOfOrder,
+    DropReason::kBadFrame,  DropReason::kDuplicate, DropReason::kClosing};
+constexpr const char* kStages[] = {"duplicates", "preprocess",       "encode", "compress",
+                                   "prefill",    "prefill_question", "decode"};
+
+double Seconds(WallTime begin, WallTime end) {
+  return std::chrono::duration<double>(end - begin).count();
+}
+
+StreamId NewId() {
+  uint8_t bytes[16];
+  if (getrandom(bytes, sizeof(bytes), 0) != sizeof(bytes)) {
+    throw Error("[scheduler] the system gave no random bytes for a stream's name");
+  }
+  StreamId id;
+  for (const uint8_t byte : bytes) {
+    for (const int digit : {byte >> 4, byte & 15}) id += "0123456789abcdef"[digit];
+  }
+  return id;
+}
+
+void CheckOptions(const SchedulerOptions& options) {
+  if (options.frames_per_round < 1 || options.prompt_rows_per_round < 1 ||
+      options.max_streams < 1) {
+    throw InputError(
+        "[scheduler] frames_per_round, prompt_rows_per_round and max_streams must be at least 1, "
+        "got " +
+        std::to_string(options.frames_per_round) + ", " +
+        std::to_string(options.prompt_rows_per_round) + " and " +
+        std::to_string(options.max_streams));
+  }
+}
+
+void CheckBudget(const StreamBudget& budget) {
+  const auto require = [](bool holds, const char* what) {
+    if (!holds) throw InputError(std::string("[scheduler] a stream's budget: ") + what);
+  };
+  require(budget.kv_bytes >= 0, "kv_bytes must be 0 (no limit) or more");
+  require(budget.queued_frames >= 1, "queued_frames must be at least 1");
+  require(budget.queued_questions >= 1, "queued_questions must be at least 1");
+  require(budget.answer_tokens >= 1, "answer_tokens must be at least 1");
+  require(budget.answer_seconds >= 0, "answer_seconds must be 0 (no limit) or more");
+  require(budget.frames_per_second >= 0, "frames_per_second must be 0 (no limit) or more");
+}
+
+// What a running stream may not change must be equal.
+void CheckChange(const SessionOptions& now, const SessionOptions& wanted) {
+  const auto require = [](bool equal, const char* what) {
+    if (equal) return;
+    throw InputError(std::string("[scheduler] a running stream cannot change its ") + what +
+                     "; open another one");
+  };
+  require(now.system_prompt == wanted.system_prompt, "system_prompt");
+  require(now.duplicate_threshold == wanted.duplicate_threshold, "duplicate_threshold");
+  require(now.max_context_tokens == wanted.max_context_tokens, "max_context_tokens");
+  require(now.cacher == wanted.cacher, "cacher");
+  require(now.turbo == wanted.turbo, "turbo");
+  require(now.compressors == wanted.compressors, "compressors");
+  require(now.pyramid == wanted.pyramid, "pyramid");
+  CheckGenerateOptions(wanted.generate);
+  if (wanted.frames_per_batch < 1) {
+    throw InputError("[scheduler] frames_per_batch must be at least 1, got " +
+                     std::to_string(wanted.frames_per_batch));
+  }
+}
+
+bool IsWhole(const Frame& frame) {
+  return frame.width > 0 && frame.height > 0 &&
+         frame.rgb.size() / 3 / static_cast<size_t>(frame.width) ==
+             static_cast<size_t>(frame.height) &&
+         frame.rgb.size() == size_t{3} * frame.width * frame.height;
+}
+
+// Runs `work`; what it throws comes back as one line, and whether it was for want of memory.
+struct Trouble {
+  bool memory = false;
+  std::string line;
+};
+std::optional<Trouble> Try(const std::function<void()>& work, bool input_is_memory) {
+  try {
+    work();
+    return std::nullopt;
+  } catch (const ResourceExhausted& error) {
+    return Trouble{true, error.what()};
+  } catch (const InputError& error) {
+    return Trouble{input_is_memory, error.what()};
+  } catch (const std::bad_alloc&) {
+    return Trouble{true, "[scheduler] the system has no memory for this; open fewer streams"};
+  } catch (const std::exception& error) {
+    return Trouble{false, error.what()};
+  }
+}
+
+// A place in the order of all calls.
+using Order = uint64_t;
+
+struct WaitingFrame {
+  FrameNumber number = 0;
+  FramePtr frame;
+  Order order = 0;
+};
+
+struct WaitingQuestion {
+  StreamQuestion question;
+  Order order = 0;
+  WallTime asked;
+  bool standing = false;
+  bool quiet = false;  // only reported when changed
+  bool cancelled = false;
+};
+
+struct Standing {
+  StandingQuestion what;
+  std::optional<MediaTime> due;     // none: with the next frame
+  std::optional<std::string> last;  // answer
+};
+
+struct Instruments {
+  explicit Instruments(Metrics& metrics) {
+    for (const char* stage : kStages) {
+      stages[stage] = &metrics.histogram("sluice_stage_seconds", "Time of one call of a stage.",
+                                         LatencyBounds(), {{"stage", stage}});
+    }
+    for (const DropReason reason : kReasons) {
+      dropped[reason] =
+          &metrics.counter("sluice_frames_dropped_total", "Frames that were not encoded.",
+                           {{"reason", Name(reason)}});
+    }
+    for (const AnswerEnd end : kEnds) {
+      answers[end] = &metrics.counter("sluice_answers_total", "Answers by how they ended.",
+                                      {{"end", Name(end)}});
+    }
+    pushed = &metrics.counter("sluice_frames_pushed_total", "Frames that clients sent.");
+    encoded = &metrics.counter("sluice_frames_encoded_total", "Frames that were encoded.");
+    visual_tokens =
+        &metrics.counter("sluice_visual_tokens_total", "Visual tokens that compressors left.");
+    patches = &metrics.counter("sluice_cacher_patches_total",
+                               "Patches, of every layer, of frames that a cacher saw.");
+    fresh = &metrics.counter("sluice_cacher_fresh_patches_total",
+                             "Of them, those that were computed afresh.");
+    answer_tokens = &metrics.counter("sluice_answer_tokens_total", "Tokens generated.");
+    first_token = &metrics.histogram("sluice_time_to_first_token_seconds",
+                                     "From asking to the first token.", LatencyBounds());
+    answer = &metrics.histogram("sluice_answer_seconds", "From asking to the end of an answer.",
+                                LatencyBounds());
+    round =
+        &metrics.histogram("sluice_round_seconds", "Time of a scheduling round.", LatencyBounds());
+    kv_bytes = &metrics.gauge("sluice_kv_bytes", "Bytes of keys and values by tier.",
+                              {{"tier", "device"}});
+    queued_frames = &metrics.gauge("sluice_queued_frames", "Frames that wait.");
+    queued_questions = &metrics.gauge("sluice_queued_questions", "Questions that wait.");
+    in_progress = &metrics.gauge("sluice_answers_in_progress", "Answers in progress.");
+    streams = &metrics.gauge("sluice_streams_open", "Open streams.");
+  }
+  std::map<std::string, Histogram*, std::less<>> stages;
+  std::map<DropReason, Counter*> dropped;
+  std::map<AnswerEnd, Counter*> answers;
+  Counter *pushed, *encoded, *visual_tokens, *patches, *fresh, *answer_tokens;
+  Histogram *first_token, *answer, *round;
+  Gauge *kv_bytes, *queued_frames, *queued_questions, *in_progress, *streams;
+};
+
+}  // namespace
+
+const char* Name(DropReason reason) {
+  switch (reason) {
+    case DropReason::kQueueFull:
+      return "queue_full";
+    case DropReason::kRate:
+      return "rate";
+    case DropReason::kMemory:
+      return "memory";
+    case DropReason::kOutOfOrder:
+      return "out_of_order";
+    case DropReason::kBadFrame:
+      return "bad_frame";
+    case DropReason::kDuplicate:
+      return "duplicate";
+    case DropReason::kClosing:
+      return "closing";
+  }
+  return "?";
+}
+
+const char* Name(AnswerEnd end) {
+  switch (end) {
+    case AnswerEnd::kStop:
+      return "stop";
+    case AnswerEnd::kLength:
+      return "length";
+    case AnswerEnd::kCancelled:
+      return "cancelled";
+    case AnswerEnd::kTime:
+      return "time";
+    case AnswerEnd::kMemory:
+      return "memory";
+    case AnswerEnd::kFailed:
+      return "failed";
+  }
+  return "?";
+}
+
+struct Scheduler::Stream {
+  StreamId id;
+  StreamBudget budget;
+
+  // Used by the round, or by who waits for its end.
+  std::unique_ptr<Session> session;       // none once the stream has failed
+  std::unique_ptr<PendingAnswer> answer;  // to `asked`
+  StreamAnswer told;                      // what is known of it so far
+  int64_t tokens_per_frame = 0;           // that compressors leave at most
+  bool warned = false;                    // of the memory that frames do not get
+  StcCacher::Counts reuse;                // as last added to the metrics
+
+  // Guarded by State::mutex.
+  SessionOptions options;
+  bool options_changed = false;
+  std::deque<WaitingFrame> frames;
+  std::deque<WaitingQuestion> questions;  // by order
+  std::optional<WaitingQuestion> asked;   // whose answer is in progress
+  bool stepped = false;                   // the answer has read its prompt
+  bool unread = false;                    // tokens wait to be prefilled
+  std::vector<Standing> standing;
+  StreamReport report;
+  std::optional<MediaTime> newest;  // frame accepted
+  int64_t newest_index = 0;
+  double allowance = 0;  // of frames, by the rate
+  WallTime filled;       // when that was right
+  std::string failure;
+
+  std::mutex events_mutex;  // taken with no other lock held
+  std::shared_ptr<StreamEvents> events;
+  bool silent = false;  // nothing follows
+
+  void Tell(const std::function<void(StreamEvents&)>& what) {
+    const std::lock_guard lock(events_mutex);
+    if (silent || !events) return;
+    try {
+      what(*events);
+    } catch (const std::exception& error) {
+      Logger()->warn("[scheduler] stream {}: a listener threw: {}", id, error.what());
+    }
+  }
+  void FallSilent() {
+    const std::lock_guard lock(events_mutex);
+    silent = true;
+  }
+  // The rest REQUIRES State::mutex.
+  bool QuestionIsReady() const {
+    return !questions.empty() && (frames.empty() || questions.front().order < frames.front().order);
+  }
+  bool MayTakeFrame() const { return !frames.empty() && (asked ? stepped : !QuestionIsReady()); }
+  bool HasWork() const { return asked || unread || !frames.empty() || !questions.empty(); }
+  void CountDrop(int64_t count) { report.frames.dropped += count; }
+};
+
+namespace {
+
+// Frames of one stream in a round.
+template <typename Stream>
+struct Batch {
+  std::shared_ptr<Stream> stream;
+  std::vector<WaitingFrame> frames;
+  std::vector<FramePtr> pictures;
+};
+
+}  // namespace
+
+struct Scheduler::State {
+  using StreamPtr = std::shared_ptr<Stream>;
+
+  State(std::shared_ptr<const Engine> model, const SchedulerOptions& scheduler_options,
+        const Clock& wall_clock, Metrics& metrics)
+      : engine(std::move(model)),
+        options(scheduler_options),
+        clock(wall_clock),
+        instruments(metrics),
+        ctx(engine->NewContext()) {}
+
+  // Keeps rounds out, or is one: between its construction and its end nobody else has one.
+  class Exclusive {
+   public:
+    Exclusive(State& state, bool visitor) : state_(state) {
+      std::unique_lock lock(state.mutex);
+      if (visitor) ++state.visitors;  // goes before the next round
+      state.changed.wait(lock, [&] { return !state.busy; });
+      if (visitor) --state.visitors;
+      state.busy = true;
+    }
+    ~Exclusive() {
+      {
+        const std::lock_guard lock(state_.mutex);
+        state_.busy = false;
+      }
+      state_.changed.notify_all();
+    }
+    Exclusive(const Exclusive&) = delete;
+    Exclusive& operator=(const Exclusive&) = delete;
+
+   private:
+    State& state_;
+  };
+
+  StreamPtr Find(const StreamId& id) const {  // REQUIRES: mutex
+    for (const StreamPtr& stream : streams) {
+      if (stream->id == id) return stream;
+    }
+    throw InputError("[scheduler] no stream " + id + " is open");
+  }
+  std::vector<StreamPtr> Streams() const {
+    const std::lock_guard lock(mutex);
+    return streams;
+  }
+  bool HasWork() const {  // REQUIRES: mutex
+    return std::any_of(streams.begin(), streams.end(),
+                       [](const StreamPtr& stream) { return stream->HasWork(); });
+  }
+  StreamPtr FindToAsk(const StreamId& id, const StreamQuestion& question) const;
+
+  bool RunRound();
+  void ApplyOptions();
+  bool EndEarly();
+  bool StepAnswers();
+  std::vector<StreamPtr> AnswersToStep();
+  bool Begin(const StreamPtr& stream);
+  void EndAnswerOf(Stream& stream, AnswerEnd end, const std::string& error);
+  void EndWaiting(Stream& stream, const WaitingQuestion& question, AnswerEnd end,
+                  const std::string& error);
+  void Report(Stream& stream, const WaitingQuestion& question, StreamAnswer answer);
+  bool IngestFrames();
+  std::vector<Batch<Stream>> TakeFrames(std::vector<std::pair<StreamPtr, WaitingFrame>>& too_large);
+  void TakeTurns(std::vector<StreamPtr> order, int64_t most, int64_t& taken,
+                 std::vector<Batch<Stream>>& batches,
+                 std::vector<std::pair<StreamPtr, WaitingFrame>>& too_large);
+  void AskWhatIsDue(Stream& stream, const WaitingFrame& frame);
+  bool HasRoom(const Stream& stream, size_t frames) const;
+  void IngestAlone(Batch<Stream>& batch);
+  void Encoded(Batch<Stream>& batch, std::span<const FramePtr> taken);
+  void Drop(Stream& stream, std::span<const WaitingFrame> frames, DropReason reason);
+  void Warn(Stream& stream, const std::string& line);
+  bool ReadWhatWaits();
+  void End(Stream& stream, AnswerEnd end, const std::string& failure);
+  void UpdateReports();
+  void Work();
+
+  const std::shared_ptr<const Engine> engine;
+  const SchedulerOptions options;
+  const Clock& clock;
+  Instruments instruments;
+  const std::unique_ptr<ExecContext> ctx;  // of the round
+
+  mutable std::mutex mutex;
+  std::condition_variable changed;
+  std::vector<StreamPtr> streams;  // in the order of opening
+  Order next_order = 1;
+  int visitors = 0;
+  bool busy = false, draining = false, stopping = false, manual = false;
+  std::thread thread;
+};
+
+// ---- A round ---------------------------------------------------------------------------------
+
+bool Scheduler::State::RunRound() {
+  const WallTime begin = clock.Now();
+  ApplyOptions();
+  bool worked = EndEarly();
+  worked |= StepAnswers();
+  worked |= IngestFrames();
+  if (!worked) worked = ReadWhatWaits();
+  UpdateReports();
+  if (worked) instruments.round->Observe(Seconds(begin, clock.Now()));
+  return worked;
+}
+
+void Scheduler::State::ApplyOptions() {
+  const std::lock_guard lock(mutex);
+  for (const StreamPtr& stream : streams) {
+    if (stream->options_changed && stream->session) stream->session->options = stream->options;
+    stream->options_changed = false;
+  }
+}
+
+// Answers, and questions that wait, which were cancelled or whose time is over.
+bool Scheduler::State::EndEarly() {
+  const WallTime now = clock.Now();
+  bool any = false;
+  for (const StreamPtr& stream : Streams()) {
+    const auto end_of = [&](const WaitingQuestion& question) -> std::optional<AnswerEnd> {
+      if (question.cancelled) return AnswerEnd::kCancelled;
+      const double limit = stream->budget.answer_seconds;
+      if (limit > 0 && Seconds(question.asked, now) >= limit) return AnswerEnd::kTime;
+      return std::nullopt;
+    };
+    std::optional<AnswerEnd> in_progress;
+    std::vector<std::pair<WaitingQuestion, AnswerEnd>> waiting;
+    {
+      const std::lock_guard lock(mutex);
+      if (stream->asked) in_progress = end_of(*stream->asked);
+      std::erase_if(stream->questions, [&](const WaitingQuestion& question) {
+        const auto end = end_of(question);
+        if (end) waiting.emplace_back(question, *end);
+        return end.has_value();
+      });
+    }
+    if (in_progress) EndAnswerOf(*stream, *in_progress, "");
+    for (const auto& [question, end] : waiting) EndWaiting(*stream, question, end, "");
+    any |= in_progress || !waiting.empty();
+  }
+  return any;
+}
+
+bool Scheduler::State::StepAnswers() {
+  const std::vector<StreamPtr> stepping = AnswersToStep();
+  if (stepping.empty()) return false;
+  std::vector<Generation*> generations;
+  for (const StreamPtr& stream : stepping) generations.push_back(&*stream->answer->generation);
+  const Vlm& vlm = *engine->vlm();
+  std::vector<std::optional<Trouble>> troubles(stepping.size());
+  if (Try([&] { Advance(*ctx, vlm, generations); }, false)) {
+    // Somebody's trouble: each by itself, and it stays theirs.
+    for (size_t i = 0; i < stepping.size(); ++i) {
+      troubles[i] = Try([&] { Advance(*ctx, vlm, {&generations[i], 1}); }, false);
+    }
+  }
+  const WallTime now = clock.Now();
+  for (size_t i = 0; i < stepping.size(); ++i) {
+    Stream& stream = *stepping[i];
+    const Generation& generation = *generations[i];
+    if (troubles[i]) {
+      EndAnswerOf(stream, troubles[i]->memory ? AnswerEnd::kMemory : AnswerEnd::kFailed,
+                  troubles[i]->line);
+      continue;
+    }
+    {
+      const std::lock_guard lock(mutex);
+      if (!stream.stepped) {
+        stream.told.usage.first_token_seconds = Seconds(stream.asked->asked, now);
+        instruments.first_token->Observe(stream.told.usage.first_token_seconds);
+      }
+      stream.stepped = true;
+    }
+    if (generation.failure()) {
+      const auto trouble = Try([&] { std::rethrow_exception(generation.failure()); }, false);
+      EndAnswerOf(stream, trouble->memory ? AnswerEnd::kMemory : AnswerEnd::kFailed, trouble->line);
+    } else if (generation.finished()) {
+      const bool stopped = generation.result().reason == FinishReason::kStop;
+      EndAnswerOf(stream, stopped ? AnswerEnd::kStop : AnswerEnd::kLength, "");
+    }
+  }
+  return true;
+}
+
+// Those in progress and, as far as their prompts have room in a round, those that begin.
+std::vector<Scheduler::State::StreamPtr> Scheduler::State::AnswersToStep() {
+  std::vector<StreamPtr> stepping;
+  std::vector<std::pair<Order, StreamPtr>> beginning;
+  {
+    const std::lock_guard lock(mutex);
+    for (const StreamPtr& stream : streams) {
+      if (stream->asked && stream->stepped) {
+        stepping.push_back(stream);
+      } else if (stream->asked) {
+        beginning.emplace_back(stream->asked->order, stream);
+      } else if (stream->QuestionIsReady()) {
+        beginning.emplace_back(stream->questions.front().order, stream);
+      }
+    }
+  }
+  std::sort(beginning.begin(), beginning.end(),
+            [](const auto& a, const auto& b) { return a.first < b.first; });
+  int64_t rows = 0;
+  for (const auto& [order, stream] : beginning) {
+    if (rows >= options.prompt_rows_per_round) break;
+    if (!stream->answer && !Begin(stream)) continue;
+    const int64_t more = stream->answer->generation->next_rows();
+    if (rows > 0 && rows + more > options.prompt_rows_per_round) break;
+    rows += more;
+    stepping.push_back(stream);
+  }
+  return stepping;
+}
+
+// Makes the answer to the stream's first question. False: it has ended already.
+bool Scheduler::State::Begin(const StreamPtr& stream) {
+  WaitingQuestion question;
+  {
+    const std::lock_guard lock(mutex);
+    question = stream->questions.front();
+    stream->questions.pop_front();
+    stream->asked = question;
+    stream->stepped = false;
+  }
+  const Session& session = *stream->session;
+  StreamAnswer& told = stream->told = StreamAnswer();
+  told.id = question.question.id;
+  told.asked_at = session.last_time;
+  told.frames_seen = session.frames_seen;
+  told.standing = question.standing;
+  told.usage.visual_tokens = session.visual_tokens;
+  told.usage.queued_seconds = Seconds(question.asked, clock.Now());
+  PendingQuestion pending{question.question.text,
+                          question.question.generate.value_or(session.options.generate),
+                          !question.standing};
+  pending.generate.max_new_tokens =
+      std::min(pending.generate.max_new_tokens, stream->budget.answer_tokens);
+  TextSink sink = [stream = stream.get(), id = question.question.id,
+                   quiet = question.quiet](std::string_view piece) {
+    if (!quiet) stream->Tell([&](StreamEvents& events) { events.OnText(id, piece); });
+    return true;
+  };
+  const auto trouble =
+      Try([&] { stream->answer = BeginAnswer(*ctx, *stream->session, pending, std::move(sink)); },
+          false);
+  if (trouble) {
+    EndAnswerOf(*stream, trouble->memory ? AnswerEnd::kMemory : AnswerEnd::kFailed, trouble->line);
+    return false;
+  }
+  told.usage.prompt_tokens = stream->answer->prompt_tokens;
+  return true;
+}
+
+// Ends the answer in progress.
+void Scheduler::State::EndAnswerOf(Stream& stream, AnswerEnd end, const std::string& error) {
+  StreamAnswer answer = std::exchange(stream.told, {});
+  answer.end = end;
+  answer.error = error;
+  if (stream.answer) {
+    const bool whole = end == AnswerEnd::kStop || end == AnswerEnd::kLength;
+    const Generated generated =
+        whole ? EndAnswer(*stream.session, *stream.answer) : stream.answer->generation->result();
+    answer.text = generated.text;
+    answer.usage.answer_tokens = static_cast<int64_t>(generated.ids.size());
+    stream.answer.reset();
+  }
+  WaitingQuestion question;
+  {
+    const std::lock_guard lock(mutex);
+    question = *std::exchange(stream.asked, std::nullopt);
+  }
+  Report(stream, question, std::move(answer));
+}
+
+// Ends a question whose answer has not begun.
+void Scheduler::State::EndWaiting(Stream& stream, const WaitingQuestion& question, AnswerEnd end,
+                                  const std::string& error) {
+  StreamAnswer answer;
+  answer.id = question.question.id;
+  answer.end = end;
+  answer.error = error;
+  answer.standing = question.standing;
+  answer.usage.queued_seconds = Seconds(question.asked, clock.Now());
+  if (stream.session) {
+    answer.asked_at = stream.session->last_time;
+    answer.frames_seen = stream.session->frames_seen;
+  }
+  Report(stream, question, std::move(answer));
+}
+
+void Scheduler::State::Report(Stream& stream, const WaitingQuestion& question,
+                              StreamAnswer answer) {
+  answer.usage.total_seconds = Seconds(question.asked, clock.Now());
+  instruments.answers[answer.end]->Add();
+  instruments.answer_tokens->Add(answer.usage.answer_tokens);
+  instruments.answer->Observe(answer.usage.total_seconds);
+  const bool whole = answer.end == AnswerEnd::kStop || answer.end == AnswerEnd::kLength;
+  {
+    const std::lock_guard lock(mutex);
+    stream.report.answer_tokens += answer.usage.answer_tokens;
+    for (Standing& standing : stream.standing) {
+      if (!whole || !answer.standing || standing.what.question.id != answer.id) continue;
+      answer.changed = standing.last != answer.text;
+      standing.last = answer.text;
+    }
+  }
+  if (question.quiet && !answer.changed) return;
+  stream.Tell([&](StreamEvents& events) { events.OnAnswer(answer); });
+}
+
+// ---- Frames ----------------------------------------------------------------------------------
+
+bool Scheduler::State::IngestFrames() {
+  std::vector<std::pair<StreamPtr, WaitingFrame>> too_large;
+  std::vector<Batch<Stream>> batches = TakeFrames(too_large);
+  for (const auto& [stream, frame] : too_large) {
+    Warn(*stream, "[scheduler] the stream's budget of " + std::to_string(stream->budget.kv_bytes) +
+                      " bytes of keys and values is full; its frames are dropped");
+    Drop(*stream, {&frame, 1}, DropReason::kMemory);
+  }
+  if (batches.empty()) return !too_large.empty();
+  std::vector<Arrivals> arrivals;
+  for (const Batch<Stream>& batch : batches) {
+    arrivals.push_back({batch.stream->session.get(), batch.pictures});
+  }
+  if (Try([&] { Ingest(*ctx, arrivals); }, true)) {
+    for (Batch<Stream>& batch : batches) IngestAlone(batch);
+  } else {
+    for (size_t i = 0; i < batches.size(); ++i) Encoded(batches[i], arrivals[i].taken);
+  }
+  return true;
+}
+
+// too_large: frames for which the stream's budget has no room.
+std::vector<Batch<Scheduler::Stream>> Scheduler::State::TakeFrames(
+    std::vector<std::pair<StreamPtr, WaitingFrame>>& too_large) {
+  const std::lock_guard lock(mutex);
+  std::vector<Batch<Stream>> batches;
+  std::vector<StreamPtr> urgent, all;
+  for (const StreamPtr& stream : streams) {
+    if (!stream->MayTakeFrame()) continue;
+    all.push_back(stream);
+    if (!stream->asked && !stream->questions.empty()) urgent.push_back(stream);
+  }
+  std::sort(urgent.begin(), urgent.end(), [](const StreamPtr& a, const StreamPtr& b) {
+    return a->questions.front().order < b->questions.front().order;
+  });
+  int64_t taken = 0;
+  TakeTurns(std::move(urgent), options.frames_per_round / 2, taken, batches, too_large);
+  std::erase_if(all, [](const StreamPtr& stream) { return !stream->MayTakeFrame(); });
+  std::sort(all.begin(), all.end(), [](const StreamPtr& a, const StreamPtr& b) {
+    return a->frames.front().order < b->frames.front().order;
+  });
+  TakeTurns(std::move(all), options.frames_per_round, taken, batches, too_large);
+  return batches;
+}
+
+// One frame from each stream of `order`, again and again, until `most` are taken.
+void Scheduler::State::TakeTurns(std::vector<StreamPtr> order, int64_t most, int64_t& taken,
+                                 std::vector<Batch<Stream>>& batches,
+                                 std::vector<std::pair<StreamPtr, WaitingFrame>>& too_large) {
+  for (bool any = true; any && taken < most;) {
+    any = false;
+    for (const StreamPtr& stream : order) {
+      if (taken >= most) return;
+      if (!stream->MayTakeFrame()) continue;
+      auto batch = std::find_if(batches.begin(), batches.end(),
+                                [&](const auto& b) { return b.stream == stream; });
+      const size_t before = batch == batches.end() ? 0 : batch->frames.size();
+      if (before >= static_cast<size_t>(stream->options.frames_per_batch)) continue;
+      WaitingFrame frame = std::move(stream->frames.front());
+      stream->frames.pop_front();
+      any = true;
+      AskWhatIsDue(*stream, frame);
+      if (!HasRoom(*stream, before + 1)) {
+        too_large.emplace_back(stream, std::move(frame));
+        continue;
+      }
+      if (batch == batches.end()) batch = batches.insert(batch, Batch<Stream>{stream, {}, {}});
+      batch->pictures.push_back(frame.frame);
+      batch->frames.push_back(std::move(frame));
+      ++taken;
+    }
+  }
+}
+
+// Standing questions that come right after `frame`.
+void Scheduler::State::AskWhatIsDue(Stream& stream, const WaitingFrame& frame) {
+  if (draining) return;
+  for (Standing& standing : stream.standing) {
+    const StreamQuestion& question = standing.what.question;
+    if (standing.due && frame.frame->time < *standing.due) continue;
+    const auto same = [&](const WaitingQuestion& other) {
+      return other.question.id == question.id;
+    };
+    if (stream.asked && same(*stream.asked)) continue;
+    if (std::any_of(stream.questions.begin(), stream.questions.end(), same)) continue;
+    standing.due = frame.frame->time + MediaTime::FromSeconds(standing.what.interval_seconds);
+    WaitingQuestion asked{question, frame.order, clock.Now(), true, standing.what.only_when_changed,
+                          false};
+    const auto behind =
+        std::find_if(stream.questions.begin(), stream.questions.end(),
+                     [&](const WaitingQuestion& other) { return other.order > frame.order; });
+    stream.questions.insert(behind, std::move(asked));
+    ++stream.report.questions;
+  }
+}
+
+// Whether keys and values of so many more frames fit the stream's budget, whatever they leave.
+bool Scheduler::State::HasRoom(const Stream& stream, size_t frames) const {
+  if (stream.budget.kv_bytes == 0) return true;
+  const Session& session = *stream.session;
+  int64_t more = static_cast<int64_t>(frames) * stream.tokens_per_frame;
+  for (const VisualTokens& tokens : session.waiting) more += tokens.size();
+  if (session.cache.length() == 0) more += static_cast<int64_t>(session.prefix_ids.size());
+  int64_t blocks = 0;
+  for (int layer = 0; layer < engine->pool().geometry().num_layers; ++layer) {
+    blocks += (session.cache.rows(layer) + more + kKvBlockTokens - 1) / kKvBlockTokens;
+  }
+  return blocks * engine->pool().block_bytes() <= stream.budget.kv_bytes;
+}
+
+void Scheduler::State::IngestAlone(Batch<Stream>& batch) {
+  Stream& stream = *batch.stream;
+  Arrivals arrivals{stream.session.get(), batch.pictures};
+  const auto trouble = Try([&] { Ingest(*ctx, {&arrivals, 1}); }, true);
+  if (!trouble) {
+    Encoded(batch, arrivals.taken);
+    return;
+  }
+  if (trouble->memory) {
+    Warn(stream, trouble->line);
+    Drop(stream, batch.frames, DropReason::kMemory);
+    return;
+  }
+  Drop(stream, batch.frames, DropReason::kClosing);
+  End(stream, AnswerEnd::kFailed, trouble->line);
+}
+
+void Scheduler::State::Encoded(Batch<Stream>& batch, std::span<const FramePtr> taken) {
+  Stream& stream = *batch.stream;
+  stream.warned = false;
+  instruments.encoded->Add(static_cast<int64_t>(taken.size()));
+  {
+    const std::lock_guard lock(mutex);
+    stream.report.frames.encoded += static_cast<int64_t>(taken.size());
+    stream.unread = !stream.session->waiting.empty();
+  }
+  size_t next = 0;
+  for (const WaitingFrame& frame : batch.frames) {
+    if (next < taken.size() && taken[next] == frame.frame) {
+      ++next;
+      stream.Tell([&](StreamEvents& events) { events.OnFrame(frame.number, frame.frame->time); });
+    } else {
+      Drop(stream, {&frame, 1}, DropReason::kDuplicate);
+    }
+  }
+}
+
+void Scheduler::State::Drop(Stream& stream, std::span<const WaitingFrame> frames,
+                            DropReason reason) {
+  {
+    const std::lock_guard lock(mutex);
+    stream.CountDrop(static_cast<int64_t>(frames.size()));
+  }
+  instruments.dropped[reason]->Add(static_cast<int64_t>(frames.size()));
+  for (const WaitingFrame& frame : frames) {
+    stream.Tell(
+        [&](StreamEvents& events) { events.OnDropped(frame.number, frame.frame->time, reason); });
+  }
+}
+
+// Once, until a frame finds room again.
+void Scheduler::State::Warn(Stream& stream, const std::string& line) {
+  if (std::exchange(stream.warned, true)) return;
+  stream.Tell([&](StreamEvents& events) { events.OnWarning(line); });
+}
+
+bool Scheduler::State::ReadWhatWaits() {
+  bool any = false;
+  for (const StreamPtr& stream : Streams()) {
+    {
+      const std::lock_guard lock(mutex);
+      if (!std::exchange(stream->unread, false)) continue;
+    }
+    any = true;
+    // A question, or the next frames, will try again.
+    const auto trouble = Try([&] { ReadWaiting(*ctx, *stream->session); }, true);
+    if (!trouble) continue;
+    if (trouble->memory) {
+      Warn(*stream, trouble->line);
+    } else {
+      End(*stream, AnswerEnd::kFailed, trouble->line);
+    }
+  }
+  return any;
+}
+
+// ---- Ends ------------------------------------------------------------------------------------
+
+// Ends everything of a stream. failure: why the stream cannot go on; empty when its owner closes
+// it.
+void Scheduler::State::End(Stream& stream, AnswerEnd end, const std::string& failure) {
+  UpdateReports();
+  std::deque<WaitingFrame> frames;
+  std::deque<WaitingQuestion> questions;
+  bool answering;
+  {
+    const std::lock_guard lock(mutex);
+    frames.swap(stream.frames);
+    questions.swap(stream.questions);
+    answering = stream.asked.has_value();
+    stream.failure = failure.empty() ? "it was closed" : failure;
+    stream.unread = false;
+    stream.standing.clear();
+  }
+  for (const WaitingFrame& frame : frames) Drop(stream, {&frame, 1}, DropReason::kClosing);
+  if (answering) EndAnswerOf(stream, end, failure);
+  for (const WaitingQuestion& question : questions) EndWaiting(stream, question, end, failure);
+  if (!failure.empty()) stream.Tell([&](StreamEvents& events) { events.OnFailed(failure); });
+  stream.FallSilent();
+  stream.session.reset();
+}
+
+void Scheduler::State::UpdateReports() {
+  for (auto& [name, cost] : ctx->tracer().stages()) {
+    const auto stage = instruments.stages.find(name);
+    if (stage == instruments.stages.end()) continue;
+    for (int64_t i = 0; i < cost.calls; ++i) {
+      stage->second->Observe(cost.seconds / static_cast<double>(cost.calls));
+    }
+  }
+  ctx->tracer().Clear();
+  const std::lock_guard lock(mutex);
+  int64_t frames = 0, questions = 0, answers = 0;
+  for (const StreamPtr& stream : streams) {
+    frames += static_cast<int64_t>(stream->frames.size());
+    questions += static_cast<int64_t>(stream->questions.size());
+    answers += stream->asked ? 1 : 0;
+    if (!stream->session) continue;
+    const Session& session = *stream->session;
+    StreamReport& report = stream->report;
+    report.session_bytes = session.SizeBytes();
+    report.kv_bytes = session.cache.SizeBytes();
+    report.last_time = session.last_time;
+    instruments.visual_tokens->Add(session.visual_tokens - report.visual_tokens);
+    report.visual_tokens = session.visual_tokens;
+    if (!session.reuse) continue;
+    const StcCacher::Counts reuse = session.reuse->counts();
+    instruments.patches->Add(reuse.patches - stream->reuse.patches);
+    instruments.fresh->Add(reuse.fresh - stream->reuse.fresh);
+    stream->reuse = reuse;
+  }
+  instruments.queued_frames->Set(static_cast<double>(frames));
+  instruments.queued_questions->Set(static_cast<double>(questions));
+  instruments.in_progress->Set(static_cast<double>(answers));
+  instruments.kv_bytes->Set(static_cast<double>(engine->pool().bytes_in_use()));
+}
+
+void Scheduler::State::Work() {
+  for (;;) {
+    {
+      std::unique_lock lock(mutex);
+      changed.wait(lock, [&] { return stopping || (visitors == 0 && !busy && HasWork()); });
+      if (stopping) return;
+    }
+    const Exclusive round(*this, /*visitor=*/false);
+    RunRound();
+  }
+}
+
+// ---- Calls -----------------------------------------------------------------------------------
+
+Scheduler::Scheduler(std::shared_ptr<const Engine> engine, const SchedulerOptions& options,
+                     const Clock& clock, Metrics& metrics, bool manual) {
+  CheckOptions(options);
+  state_ = std::make_unique<State>(std::move(engine), options, clock, metrics);
+  state_->manual = manual;
+  if (!manual) state_->thread = std::thread([state = state_.get()] { state->Work(); });
+}
+
+Scheduler::~Scheduler() {
+  {
+    const std::lock_guard lock(state_->mutex);
+    state_->stopping = state_->draining = true;
+  }
+  state_->changed.notify_all();
+  if (state_->thread.joinable()) state_->thread.join();
+  for (const auto& stream : state_->streams) {
+    const bool unfinished = stream->asked || !stream->frames.empty() || !stream->questions.empty();
+    state_->End(*stream, AnswerEnd::kCancelled,
+                unfinished ? "[scheduler] the scheduler is closing" : "");
+  }
+}
+
+StreamId Scheduler::Open(const SessionOptions& options, const StreamBudget& budget,
+                         std::shared_ptr<StreamEvents> events) {
+  CheckBudget(budget);
+  CheckGenerateOptions(options.generate);
+  auto stream = std::make_shared<Stream>();
+  stream->id = NewId();
+  stream->budget = budget;
+  stream->options = options;
+  stream->events = std::move(events);
+  stream->session = state_->engine->NewSession(options);
+  stream->tokens_per_frame = state_->engine->vlm()->encoder().tokens_per_frame();
+  for (const auto& compressor : stream->session->compressors) {
+    stream->tokens_per_frame = compressor->TokensLeft(stream->tokens_per_frame);
+  }
+  stream->allowance = std::max(1.0, budget.frames_per_second);
+  stream->filled = state_->clock.Now();
+  const std::lock_guard lock(state_->mutex);
+  if (state_->draining) throw ResourceExhausted("[scheduler] the scheduler is closing");
+  if (static_cast<int>(state_->streams.size()) >= state_->options.max_streams) {
+    throw ResourceExhausted("[scheduler] " + std::to_string(state_->options.max_streams) +
+                            " streams are open, as many as max_streams allows; close one");
+  }
+  state_->streams.push_back(stream);
+  state_->instruments.streams->Set(static_cast<double>(state_->streams.size()));
+  return stream->id;
+}
+
+void Scheduler::Attach(const StreamId& id, std::shared_ptr<StreamEvents> events) {
+  State::StreamPtr stream;
+  {
+    const std::lock_guard lock(state_->mutex);
+    stream = state_->Find(id);
+  }
+  const std::lock_guard lock(stream->events_mutex);
+  stream->events.swap(events);
+}
+
+void Scheduler::Push(const StreamId& id, FrameNumber number, FramePtr frame) {
+  State::StreamPtr stream;
+  std::optional<WaitingFrame> dropped;
+  std::optional<DropReason> reason;
+  const MediaTime time = frame->time;
+  {
+    const std::lock_guard lock(state_->mutex);
+    stream = state_->Find(id);
+    ++stream->report.frames.pushed;
+    state_->instruments.pushed->Add();
+    const double rate = stream->budget.frames_per_second;
+    if (rate > 0) {
+      const WallTime now = state_->clock.Now();
+      stream->allowance =
+          std::min(std::max(1.0, rate), stream->allowance + rate * Seconds(stream->filled, now));
+      stream->filled = now;
+    }
+    if (state_->draining || !stream->failure.empty()) {
+      reason = DropReason::kClosing;
+    } else if (!IsWhole(*frame)) {
+      reason = DropReason::kBadFrame;
+    } else if (stream->newest &&
+               (time <= *stream->newest || frame->index <= stream->newest_index)) {
+      reason = DropReason::kOutOfOrder;
+    } else if (rate > 0 && stream->allowance < 1) {
+      reason = DropReason::kRate;
+    }
+    if (reason) {
+      dropped = WaitingFrame{number, std::move(frame), 0};
+    } else {
+      if (rate > 0) stream->allowance -= 1;
+      stream->newest = time;
+      stream->newest_index = frame->index;
+      if (static_cast<int>(stream->frames.size()) >= stream->budget.queued_frames) {
+        reason = DropReason::kQueueFull;
+        dropped = std::move(stream->frames.front());
+        stream->frames.pop_front();
+      }
+      stream->frames.push_back({number, std::move(frame), state_->next_order++});
+    }
+  }
+  state_->changed.notify_all();
+  if (dropped) state_->Drop(*stream, {&*dropped, 1}, *reason);
+}
+
+// Who may be asked that. REQUIRES: mutex.
+Scheduler::State::StreamPtr Scheduler::State::FindToAsk(const StreamId& id,
+                                                        const StreamQuestion& question) const {
+  const StreamPtr stream = Find(id);
+  const std::string place = "[scheduler] question " + std::to_string(question.id) + " ";
+  if (question.text.find_first_not_of(" \t\r\n") == std::string::npos) {
+    throw InputError(place + "is blank; expected some text");
+  }
+  if (question.generate) CheckGenerateOptions(*question.generate);
+  if (draining) throw ResourceExhausted("[scheduler] the scheduler is closing");
+  if (!stream->failure.empty()) {
+    throw Error(place + "cannot be asked, the stream has ended: " + stream->failure);
+  }
+  const auto same = [&](const StreamQuestion& other) { return other.id == question.id; };
+  bool in_use = stream->asked && same(stream->asked->question);
+  for (const WaitingQuestion& waiting : stream->questions) in_use |= same(waiting.question);
+  for (const Standing& standing : stream->standing) in_use |= same(standing.what.question);
+  if (in_use) throw InputError(place + "has a number that is in use; give it another one");
+  return stream;
+}
+
+void Scheduler::Ask(const StreamId& id, const StreamQuestion& question) {
+  {
+    const std::lock_guard lock(state_->mutex);
+    const State::StreamPtr stream = state_->FindToAsk(id, question);
+    const auto waiting =
+        std::count_if(stream->questions.begin(), stream->questions.end(),
+                      [](const WaitingQuestion& other) { return !other.standing; });
+    if (waiting >= stream->budget.queued_questions) {
+      throw ResourceExhausted("[scheduler] " + std::to_string(waiting) +
+                              " questions wait, as many as the stream's budget allows; wait for "
+                              "an answer or cancel one");
+    }
+    stream->questions.push_back(
+        {question, state_->next_order++, state_->clock.Now(), false, false, false});
+    ++stream->report.questions;
+  }
+  state_->changed.notify_all();
+}
+
+void Scheduler::AskAlways(const StreamId& id, const StandingQuestion& question) {
+  const std::lock_guard lock(state_->mutex);
+  if (!(question.interval_seconds > 0 && question.interval_seconds < 1e9)) {
+    throw InputError("[scheduler] interval_seconds must be above 0 and below 1e9, got " +
+                     std::to_string(question.interval_seconds));
+  }
+  const State::StreamPtr stream = state_->FindToAsk(id, question.question);
+  if (static_cast<int>(stream->standing.size()) >= stream->budget.queued_questions) {
+    throw ResourceExhausted("[scheduler] " + std::to_string(stream->standing.size()) +
+                            " standing questions are asked, as many as the stream's budget of "
+                            "questions allows; cancel one");
+  }
+  stream->standing.push_back({question, {}, {}});
+}
+
+void Scheduler::Cancel(const StreamId& id, QuestionId question) {
+  {
+    const std::lock_guard lock(state_->mutex);
+    const State::StreamPtr stream = state_->Find(id);
+    if (stream->asked && stream->asked->question.id == question) stream->asked->cancelled = true;
+    for (WaitingQuestion& waiting : stream->questions) {
+      if (waiting.question.id == question) waiting.cancelled = true;
+    }
+    std::erase_if(stream->standing,
+                  [&](const Standing& standing) { return standing.what.question.id == question; });
+  }
+  state_->changed.notify_all();
+}
+
+void Scheduler::SetOptions(const StreamId& id, const SessionOptions& options) {
+  const std::lock_guard lock(state_->mutex);
+  const State::StreamPtr stream = state_->Find(id);
+  CheckChange(stream->options, options);
+  stream->options = options;
+  stream->options_changed = true;
+}
+
+StreamReport Scheduler::Report(const StreamId& id) const {
+  const std::lock_guard lock(state_->mutex);
+  StreamReport report = state_->Find(id)->report;
+  report.frames.waiting = report.frames.pushed - report.frames.encoded - report.frames.dropped;
+  return report;
+}
+
+StreamReport Scheduler::Close(const StreamId& id) {
+  const State::Exclusive exclusive(*state_, /*visitor=*/true);
+  State::StreamPtr stream;
+  {
+    const std::lock_guard lock(state_->mutex);
+    stream = state_->Find(id);
+  }
+  if (stream->session) state_->End(*stream, AnswerEnd::kCancelled, "");
+  const StreamReport report = Report(id);
+  const std::lock_guard lock(state_->mutex);
+  std::erase(state_->streams, stream);
+  state_->instruments.streams->Set(static_cast<double>(state_->streams.size()));
+  return report;
+}
+
+std::vector<StreamId> Scheduler::streams() const {
+  std::vector<StreamId> ids;
+  for (const auto& stream : state_->Streams()) ids.push_back(stream->id);
+  return ids;
+}
+
+void Scheduler::Drain(double seconds) {
+  {
+    const std::lock_guard lock(state_->mutex);
+    state_->draining = true;
+  }
+  if (state_->manual) {
+    const WallTime begin = state_->clock.Now();
+    while (Seconds(begin, state_->clock.Now()) < seconds && RunRound()) {
+    }
+    return;
+  }
+  std::unique_lock lock(state_->mutex);
+  state_->changed.wait_for(lock, std::chrono::duration<double>(seconds),
+                           [&] { return !state_->busy && !state_->HasWork(); });
+}
+
+bool Scheduler::RunRound() {
+  const State::Exclusive round(*state_, /*visitor=*/false);
+  return state_->RunRound();
+}
+
+}  // namespace sluice
