@@ -212,10 +212,10 @@ std::optional<WallTime> LiveStream::away_since() const {
   return away_since_;
 }
 
-void LiveStream::FrameReceived() {
+int64_t LiveStream::FrameReceived() {
   const std::lock_guard lock(mutex_);
-  ++received_;
   ++under_way_;
+  return received_++;
 }
 
 void LiveStream::FrameRefused(FrameNumber frame, double media_seconds, v1::DropReason reason,

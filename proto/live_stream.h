@@ -75,7 +75,7 @@ class LiveStream final : public StreamEvents {
   std::optional<WallTime> away_since() const;
 
   // What is under way.
-  void FrameReceived();
+  int64_t FrameReceived();  // its index: how many came before
   void FrameRefused(FrameNumber frame, double media_seconds, v1::DropReason reason,
                     const std::string& detail);
   // False if the number is in use.

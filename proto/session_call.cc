@@ -224,7 +224,7 @@ void SessionCall::HandleOpen(const v1::Open& open) {
 }
 
 void SessionCall::HandleFrame(const v1::Frame& message, int64_t bytes) {
-  stream_->FrameReceived();
+  const int64_t index = stream_->FrameReceived();
   const auto refuse = [&](v1::DropReason reason, const char* label, const std::string& detail) {
     hub_.CountRefusedFrame(label);
     stream_->FrameRefused(message.number(), message.media_seconds(), reason, detail);
@@ -233,6 +233,7 @@ void SessionCall::HandleFrame(const v1::Frame& message, int64_t bytes) {
     return refuse(v1::DROP_REASON_QUOTA, "quota", "");
   }
   auto frame = std::make_shared<Frame>();
+  frame->index = index;
   try {
     Decode(message, hub_.options.frame_pixels, *frame);
   } catch (const InputError& error) {
