@@ -3,6 +3,7 @@
 #include <opencv2/imgcodecs.hpp>
 #include <opencv2/imgproc.hpp>
 #include <string>
+#include <vector>
 
 #include "runtime/error.h"
 
@@ -139,6 +140,16 @@ void TakeRawImage(int64_t width, int64_t height, std::string_view bytes, int64_t
   frame.width = static_cast<int>(width);
   frame.height = static_cast<int>(height);
   frame.rgb.assign(bytes.begin(), bytes.end());
+}
+
+std::string EncodeJpeg(const Frame& frame) {
+  // OpenCV wants the bytes mutable but does not write them.
+  const cv::Mat rgb(frame.height, frame.width, CV_8UC3, const_cast<uint8_t*>(frame.rgb.data()));
+  cv::Mat bgr;
+  cv::cvtColor(rgb, bgr, cv::COLOR_RGB2BGR);
+  std::vector<uint8_t> bytes;
+  cv::imencode(".jpg", bgr, bytes, {cv::IMWRITE_JPEG_QUALITY, 95});
+  return {bytes.begin(), bytes.end()};
 }
 
 }  // namespace sluice

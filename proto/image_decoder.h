@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <string_view>
 
 #include "vision/frame.h"
@@ -28,6 +29,9 @@ void DecodeImage(ImageFormat format, std::string_view bytes, int64_t max_pixels,
 // does not go with the number of bytes.
 void TakeRawImage(int64_t width, int64_t height, std::string_view bytes, int64_t max_pixels,
                   Frame& frame);
+
+// A JPEG file that looks the same (quality 95).
+std::string EncodeJpeg(const Frame& frame);
 
 }  // namespace sluice
 

@@ -8,6 +8,8 @@
 #include <grpcpp/impl/codegen/client_unary_call.h>
 #include <gtest/gtest.h>
 #include <netinet/in.h>
+#include <openssl/pem.h>
+#include <openssl/x509v3.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -673,6 +675,100 @@ TEST_F(ServiceTest, ManyConnectionsComeAndGoWithoutATrace) {
       close(handle);
     }
   });
+}
+
+// A key with a certificate for 127.0.0.1, signed by itself or by another such pair.
+struct Pair {
+  explicit Pair(const Pair* issuer) : key(EVP_EC_gen("P-256")), certificate(X509_new()) {
+    X509_set_version(certificate, 2);
+    ASN1_INTEGER_set(X509_get_serialNumber(certificate), issuer ? 2 : 1);
+    X509_gmtime_adj(X509_getm_notBefore(certificate), -60);
+    X509_gmtime_adj(X509_getm_notAfter(certificate), 3600);
+    X509_set_pubkey(certificate, key);
+    const auto* name = reinterpret_cast<const unsigned char*>(issuer ? "127.0.0.1" : "authority");
+    X509_NAME_add_entry_by_txt(X509_get_subject_name(certificate), "CN", MBSTRING_ASC, name, -1, -1,
+                               0);
+    X509* const signer = issuer ? issuer->certificate : certificate;
+    X509_set_issuer_name(certificate, X509_get_subject_name(signer));
+    Extend(NID_basic_constraints, issuer ? "CA:FALSE" : "critical,CA:TRUE");
+    if (issuer) Extend(NID_subject_alt_name, "IP:127.0.0.1");
+    X509_sign(certificate, issuer ? issuer->key : key, EVP_sha256());
+  }
+  ~Pair() {
+    X509_free(certificate);
+    EVP_PKEY_free(key);
+  }
+  void Extend(int id, const char* value) {
+    X509_EXTENSION* extension = X509V3_EXT_conf_nid(nullptr, nullptr, id, value);
+    X509_add_ext(certificate, extension, -1);
+    X509_EXTENSION_free(extension);
+  }
+  template <typename Write>
+  static std::string Pem(const Write& write) {
+    BIO* bio = BIO_new(BIO_s_mem());
+    write(bio);
+    char* data = nullptr;
+    const auto size = static_cast<size_t>(BIO_get_mem_data(bio, &data));
+    std::string pem(data, size);
+    BIO_free(bio);
+    return pem;
+  }
+  std::string CertificatePem() const {
+    return Pem([this](BIO* bio) { PEM_write_bio_X509(bio, certificate); });
+  }
+  std::string KeyPem() const {
+    return Pem([this](BIO* bio) {
+      PEM_write_bio_PrivateKey(bio, key, nullptr, nullptr, 0, nullptr, nullptr);
+    });
+  }
+  EVP_PKEY* const key;
+  X509* const certificate;
+};
+
+TEST_F(ServiceTest, OverTlsOnlyClientsWithACertificateOfTheAuthorityGetIn) {
+  const Pair authority(nullptr), server(&authority), client(&authority), stranger(nullptr);
+  const auto directory =
+      std::filesystem::path(::testing::TempDir()) / ("service_test_" + std::to_string(getpid()));
+  std::filesystem::create_directories(directory);
+  const auto file = [&](const char* name, const std::string& text) {
+    std::ofstream(directory / name) << text;
+    return directory / name;
+  };
+  options_.certificate = file("server.pem", server.CertificatePem());
+  options_.key = file("server.key", server.KeyPem());
+  options_.client_ca = file("ca.pem", authority.CertificatePem());
+  Start();
+  std::filesystem::remove_all(directory);
+
+  const auto code = [&](const Pair* own) {
+    grpc::SslCredentialsOptions ssl;
+    ssl.pem_root_certs = authority.CertificatePem();
+    if (own) {
+      ssl.pem_cert_chain = own->CertificatePem();
+      ssl.pem_private_key = own->KeyPem();
+    }
+    Client connection(port(), "", {}, grpc::SslCredentials(ssl));
+    connection.SendOpen();
+    connection.Close();
+    return connection.Finish().error_code();
+  };
+  EXPECT_EQ(code(&client), StatusCode::OK);
+  EXPECT_EQ(code(nullptr), StatusCode::UNAVAILABLE);
+  EXPECT_EQ(code(&stranger), StatusCode::UNAVAILABLE);
+  Client plain(port());
+  plain.SendOpen();
+  EXPECT_EQ(plain.Finish().error_code(), StatusCode::UNAVAILABLE);
+}
+
+TEST_F(ServiceTest, OptionsThatMakeNoSenseAreRefusedInOneLine) {
+  options_.certificate = "/nowhere/server.pem";
+  EXPECT_THROW(Start(), InputError);  // without a key
+  options_.key = "/nowhere/server.key";
+  EXPECT_THROW(Start(), InputError);
+  options_.certificate.clear();
+  options_.key.clear();
+  options_.workers = 0;
+  EXPECT_THROW(Start(), InputError);
 }
 
 int ThreadsOfThisProcess() {
