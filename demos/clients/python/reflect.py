@@ -28,7 +28,11 @@ def main():
         if not arguments.method:
             for name in database.get_services():
                 print(name)
-                for method in pool.FindServiceByName(name).methods:
+                try:
+                    methods = pool.FindServiceByName(name).methods
+                except KeyError:  # a service that is named but not described
+                    methods = []
+                for method in methods:
                     print(f"  {method.name}({method.input_type.full_name}) -> "
                           f"{method.output_type.full_name}")
             return
