@@ -12,8 +12,10 @@ install(TARGETS sluice_all ${libraries} EXPORT sluiceTargets
         ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
 foreach(library ${libraries})
   string(REPLACE "sluice_" "" folder ${library})
-  install(DIRECTORY ${PROJECT_SOURCE_DIR}/${folder}
-          DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/sluice FILES_MATCHING PATTERN "*.h")
+  if(IS_DIRECTORY ${PROJECT_SOURCE_DIR}/${folder})  # not of sluice_messages, which are generated
+    install(DIRECTORY ${PROJECT_SOURCE_DIR}/${folder}
+            DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/sluice FILES_MATCHING PATTERN "*.h")
+  endif()
 endforeach()
 
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/sluice)

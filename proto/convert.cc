@@ -40,17 +40,6 @@ size_t SequenceLength(std::string_view text) {
   return 0;
 }
 
-std::string Utf8(std::string_view text) {
-  std::string out;
-  out.reserve(text.size());
-  while (!text.empty()) {
-    const size_t length = SequenceLength(text);
-    out += length > 0 ? text.substr(0, length) : std::string_view("\xEF\xBF\xBD");
-    text.remove_prefix(std::max<size_t>(length, 1));
-  }
-  return out;
-}
-
 v1::Source ToProto(const SourceInfo& info) {
   v1::Source source;
   source.set_live(info.live);
@@ -86,6 +75,17 @@ v1::StageCost ToProto(const StageCost& cost) {
 }
 
 }  // namespace
+
+std::string Utf8(std::string_view text) {
+  std::string out;
+  out.reserve(text.size());
+  while (!text.empty()) {
+    const size_t length = SequenceLength(text);
+    out += length > 0 ? text.substr(0, length) : std::string_view("\xEF\xBF\xBD");
+    text.remove_prefix(std::max<size_t>(length, 1));
+  }
+  return out;
+}
 
 std::string RunReportJson(const RunResult& result, const Tracer& tracer) {
   v1::RunReport report;

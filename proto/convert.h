@@ -4,11 +4,15 @@
 #define SLUICE_PROTO_CONVERT_H_
 
 #include <string>
+#include <string_view>
 
 #include "runtime/trace.h"
 #include "streaming/engine.h"
 
 namespace sluice {
+
+// `text` with U+FFFD in place of what is not UTF-8, which protobuf would refuse.
+std::string Utf8(std::string_view text);
 
 // One run as sluice.v1.RunReport in protobuf's JSON form, on one line without a newline. Text that
 // is not UTF-8 (a damaged codec name, say) is repaired with U+FFFD.

@@ -19,9 +19,12 @@ LAST = ["demos", "tests"]
 WORLD = ("demos/world/", "models/training/")
 # Where a third-party header may first appear on the street.
 FIRST_FOLDER = {"gst/": "streaming", "glib": "streaming", "google/protobuf/": "proto",
-                "sluice/": "proto", "grpc": "proto", "CLI/": "demos"}
+                "sluice/": "proto", "grpc": "proto", "opencv2/": "proto",
+                "openssl/": "proto", "boost/": "proto", "CLI/": "demos"}
 QUOTED_THIRD_PARTY = ("hwy/",)  # Highway's own documentation quotes its headers
-GENERATED = re.compile(r"sluice/v\d+/\w+\.pb\.h$")
+GENERATED = re.compile(r"sluice/v\d+/[\w.]+\.pb\.h$")
+# Who may see protobuf's types: the service, and clients, which speak to it over the wire.
+WIRE = ("proto/", "tests/proto/", "demos/clients/", "demos/cli/remote")
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 SOURCES = (".cc", ".h", ".cu", ".cuh")
 
@@ -40,8 +43,7 @@ def breach(root, path, kind, target):
         if target.startswith(prefix) and STREET.index(folder) < STREET.index(first):
             return f"'{prefix}' begins in {first}/"
     if GENERATED.match(target):
-        inside = path.startswith(("proto/", "tests/proto/"))
-        return None if inside else "protobuf types never leave proto/"
+        return None if path.startswith(WIRE) else "protobuf types never leave proto/"
     if kind == "<" or target.startswith(QUOTED_THIRD_PARTY):
         return None
 

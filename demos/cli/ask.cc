@@ -11,8 +11,10 @@
 #include "demos/cli/common.h"
 #include "demos/cli/methods.h"
 #include "demos/cli/questions.h"
+#include "demos/cli/remote_ask.h"
 #include "proto/convert.h"
 #include "runtime/error.h"
+#include "streaming/defaults.h"
 #include "streaming/logging.h"
 #include "streaming/source.h"
 
@@ -20,6 +22,7 @@ namespace sluice::cli {
 namespace {
 
 struct AskFlags {
+  RemoteServer remote;
   ModelFlags model;
   MethodFlags methods;
   std::string source;
@@ -48,22 +51,13 @@ extern "C" void OnInterrupt(int) {
   std::signal(SIGINT, SIG_DFL);
 }
 
-// What the checkpoint's authors recommend, unless a flag says otherwise.
-GenerateOptions GenerationFor(const Vlm& vlm, const AskFlags& flags) {
-  GenerateOptions options;
+// What the flags say.
+void ApplyGeneration(const AskFlags& flags, GenerateOptions& options) {
   options.max_new_tokens = flags.max_new_tokens;
-  const GenerationDefaults& defaults = vlm.generation_defaults();
-  options.sampling.repetition_penalty = defaults.repetition_penalty;
-  if (defaults.do_sample) {
-    options.sampling.temperature = defaults.temperature;
-    options.sampling.top_k = defaults.top_k;
-    options.sampling.top_p = defaults.top_p;
-  }
   if (flags.temperature) options.sampling.temperature = *flags.temperature;
   if (flags.top_k) options.sampling.top_k = *flags.top_k;
   if (flags.top_p) options.sampling.top_p = *flags.top_p;
   options.sampling.seed = flags.seed;
-  return options;
 }
 
 std::vector<ExpectedQuestion> GatherQuestions(const AskFlags& flags) {
@@ -192,21 +186,32 @@ void Ask(const AskFlags& flags) {
   // The source first: a mistyped path should not wait for a large checkpoint.
   const std::unique_ptr<Source> source = Source::Open(flags.source, source_options);
 
-  const Engine engine = OpenEngine(flags.model);
   SessionOptions session_options;
   session_options.system_prompt = flags.system_prompt;
   session_options.keep_dialogue = !flags.no_dialogue;
   ApplyMethods(flags.methods, session_options);
-  session_options.generate = GenerationFor(*engine.vlm(), flags);
-  const auto session = engine.NewSession(session_options);
-  const auto context = engine.NewContext();
-
   std::vector<TimedQuestion> timed;
   timed.reserve(questions.size());
   for (const ExpectedQuestion& question : questions) timed.push_back(question.question);
-  std::signal(SIGINT, OnInterrupt);
   Narrator narrator(flags.json, questions, *source);
-  const RunResult result = Run(*context, *session, *source, timed, narrator.Observer());
+  Tracer tracer;
+  RunResult result;
+  if (!flags.remote.server.empty()) {
+    ApplyGeneration(flags, session_options.generate);
+    const bool own_sampling = flags.temperature || flags.top_k || flags.top_p;
+    std::signal(SIGINT, OnInterrupt);
+    result =
+        RunRemote(flags.remote, session_options, own_sampling, *source, timed, narrator.Observer());
+  } else {
+    const Engine engine = OpenEngine(flags.model);
+    session_options.generate.sampling = RecommendedSampling(engine.vlm()->generation_defaults());
+    ApplyGeneration(flags, session_options.generate);
+    const auto session = engine.NewSession(session_options);
+    const auto context = engine.NewContext();
+    std::signal(SIGINT, OnInterrupt);
+    result = Run(*context, *session, *source, timed, narrator.Observer());
+    tracer = context->tracer();
+  }
   narrator.Finish();
   std::signal(SIGINT, SIG_DFL);
 
@@ -215,7 +220,6 @@ void Ask(const AskFlags& flags) {
     Logger()->warn("{} of {} frames were dropped: the source is faster than this machine",
                    result.queue.dropped, result.queue.pushed);
   }
-  const Tracer& tracer = context->tracer();
   if (flags.json) {
     std::printf("%s\n", RunReportJson(result, tracer).c_str());
   } else if (flags.stats) {
@@ -251,7 +255,18 @@ void AddAsk(CLI::App& app) {
                       "render` writes it");
   command->add_option("--require-right", flags->require_right,
                       "Fail unless at least so many answers equal the file's");
+  auto* server = command->add_option("--server", flags->remote.server,
+                                     "Let the server at HOST:PORT answer (sluice serve)");
+  command->add_option("--token-file", flags->remote.token_file, "File that holds its token")
+      ->needs(server);
+  command
+      ->add_option("--ca-file", flags->remote.ca_file,
+                   "Connect with TLS to a server whose certificate this authority signed (PEM)")
+      ->needs(server);
   AddModelFlags(*command, flags->model);
+  for (const char* local : {"--model", "--dtype", "--threads"}) {
+    command->get_option(local)->excludes(server);
+  }
   AddMethodFlags(*command, flags->methods);
   auto* fps = command->add_option("--fps", flags->rate.fps, "Frames to look at per second of media")
                   ->capture_default_str()

@@ -13,6 +13,7 @@ void AddBench(CLI::App& app);
 void AddEval(CLI::App& app);
 void AddInfo(CLI::App& app);
 void AddRender(CLI::App& app);
+void AddServe(CLI::App& app);
 
 }  // namespace sluice::cli
 

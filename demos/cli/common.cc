@@ -36,8 +36,7 @@ void AddClipOptions(CLI::App& command, const ClipOptions& flags) {
       ->check(CLI::Range(1, 1000));
 }
 
-Engine OpenEngine(const ModelFlags& flags) {
-  EngineOptions options;
+Engine OpenEngine(const ModelFlags& flags, EngineOptions options) {
   options.model =
       flags.model.empty() ? BundledPath("models/sluice-mini") : std::filesystem::path(flags.model);
   if (!flags.dtype.empty()) {

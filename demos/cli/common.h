@@ -36,7 +36,8 @@ struct ClipOptions {
 };
 void AddClipOptions(CLI::App& command, const ClipOptions& flags);
 
-Engine OpenEngine(const ModelFlags& flags);
+// options: what the flags do not tell.
+Engine OpenEngine(const ModelFlags& flags, EngineOptions options = {});
 
 // A file or directory that comes with Sluice, named by its path in the repository: beside the
 // program if it is installed (PREFIX/share/sluice/...), else in the source tree it was built from.

@@ -45,6 +45,7 @@ int main(int argc, char** argv) {
   sluice::cli::AddBench(app);
   sluice::cli::AddEval(app);
   sluice::cli::AddRender(app);
+  sluice::cli::AddServe(app);
 
   try {
     app.parse(argc, argv);

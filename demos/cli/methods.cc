@@ -4,6 +4,7 @@
 
 #include "compression/registry.h"
 #include "runtime/error.h"
+#include "streaming/defaults.h"
 
 namespace sluice::cli {
 
@@ -146,11 +147,7 @@ MethodFlags ParseMethodFlags(const std::string& arguments) {
 }
 
 void ApplyMethods(const MethodFlags& flags, SessionOptions& options) {
-  if (flags.preset != "exact") {
-    options.cacher = StcCacherOptions{.shared_selection = true};
-    options.compressors = {flags.preset == "stc" ? "stc-pruner" : "turbo-merge=0.34"};
-    if (flags.preset == "fast") options.cacher->interval = 4;
-  }
+  ApplyPreset(flags.preset, options);
   options.duplicate_threshold = flags.duplicate_threshold;
   if (flags.cacher) options.cacher = flags.cacher_options;
   if (flags.turbo) options.turbo = TurboOptions{.remove = *flags.turbo};

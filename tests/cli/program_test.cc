@@ -412,5 +412,20 @@ TEST_F(ProgramTest, BenchMeasuresEveryStageAgainstThePeak) {
   }
 }
 
+TEST_F(ProgramTest, ServeRefusesSettingsThatMakeNoSense) {
+  const auto file = directory_ / "serve.json";
+  std::ofstream(file) << R"({"max_stream": 3})";
+  ExpectRefused("serve --config " + file.string(), "nearest is 'max_streams'");
+  ExpectRefused("serve --max-streams 0", "max_streams");
+  ExpectRefused("serve --config " + (directory_ / "missing.json").string(), "cannot be read");
+}
+
+TEST_F(ProgramTest, AskNamesAServerThatIsNotThere) {
+  const Outcome outcome = Sluice("ask --server 127.0.0.1:1 --source test:ball:1 --question x");
+  EXPECT_EQ(outcome.exit_code, 1);
+  EXPECT_THAT(outcome.err, HasSubstr("127.0.0.1:1"));
+  ExpectRefused("ask --server 127.0.0.1:1 --model m --source test:ball:1 --question x", "--model");
+}
+
 }  // namespace
 }  // namespace sluice

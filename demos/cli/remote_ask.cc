@@ -1,0 +1,178 @@
+#include "demos/cli/remote_ask.h"
+
+#include <algorithm>
+#include <fstream>
+#include <sstream>
+#include <stdexcept>
+
+#include "demos/clients/cpp/client.h"
+#include "proto/image_decoder.h"
+#include "proto/messages.h"
+#include "runtime/error.h"
+
+namespace sluice::cli {
+namespace {
+
+std::string ReadText(const std::string& file) {
+  if (file.empty()) return "";
+  std::ifstream in(file, std::ios::binary);
+  std::stringstream text;
+  text << in.rdbuf();
+  if (!in) throw InputError("[ask] cannot read " + file);
+  return text.str();
+}
+
+// One run. Frames go out as long as the server has room for them; questions are waited for.
+class RemoteRun {
+ public:
+  RemoteRun(client::Session& session, const RunObserver& observer, RunResult& result)
+      : session_(session), observer_(observer), result_(result) {}
+
+  void Push(const Frame& frame) {
+    v1::SessionRequest request;
+    v1::Frame& message = *request.mutable_frame();
+    message.set_number(static_cast<uint64_t>(result_.queue.pushed));
+    message.set_media_seconds(frame.time.seconds());
+    const v1::Limits& limits = session_.opened().limits();
+    constexpr int64_t kEnvelope = 1024;  // bytes of a message beside the picture, and to spare
+    if (static_cast<int64_t>(frame.rgb.size()) + kEnvelope <= limits.message_bytes()) {
+      message.mutable_rgb()->set_width(frame.width);
+      message.mutable_rgb()->set_height(frame.height);
+      message.mutable_rgb()->set_data(frame.rgb.data(), frame.rgb.size());
+    } else {
+      message.set_jpeg(EncodeJpeg(frame));
+    }
+    while (under_way_ >= limits.budgets().queued_frames()) ReadOne();
+    Send(request);
+    ++under_way_;
+    ++result_.queue.pushed;
+    ++result_.frames;
+    last_ = frame.time;
+    if (observer_.on_frame) observer_.on_frame(frame, result_.frames);
+  }
+
+  void Ask(const TimedQuestion& question) {
+    if (observer_.on_question) observer_.on_question(question, last_);
+    v1::SessionRequest request;
+    request.mutable_ask()->set_question_id(++questions_);
+    request.mutable_ask()->set_text(question.text);
+    Send(request);
+    asked_ = question;
+    while (asked_) ReadOne();
+  }
+
+  void Close() {
+    v1::SessionRequest request;
+    request.mutable_close();
+    Send(request);
+    while (!closed_) ReadOne();
+    session_.Finish();
+  }
+
+ private:
+  void Send(const v1::SessionRequest& request) {
+    if (session_.Send(request)) return;
+    while (session_.Read()) continue;
+    session_.Finish();  // throws what the server said
+  }
+
+  void ReadOne() {
+    const auto message = session_.Read();
+    if (!message) {
+      session_.Finish();
+      throw Error("[ask] the server ended the session");
+    }
+    if (message->has_frame_ack()) --under_way_;
+    if (message->has_frame_dropped()) OnDropped(message->frame_dropped());
+    if (message->has_text() && observer_.on_text && !observer_.on_text(message->text().text())) {
+      v1::SessionRequest request;
+      request.mutable_cancel()->set_question_id(message->text().question_id());
+      Send(request);
+    }
+    if (message->has_answer()) OnAnswer(message->answer());
+    if (message->has_refused()) throw InputError(message->refused().error());
+    if (message->has_warning()) result_.warning = message->warning().line();
+    closed_ |= message->has_closed();
+  }
+
+  void OnDropped(const v1::FrameDropped& dropped) {
+    --under_way_;
+    if (dropped.reason() == v1::DROP_REASON_DUPLICATE) {
+      ++result_.duplicates;
+      return;
+    }
+    if (dropped.reason() == v1::DROP_REASON_BAD_FRAME) throw InputError(dropped.detail());
+    ++result_.queue.dropped;
+  }
+
+  void OnAnswer(const v1::StreamAnswer& answer) {
+    if (answer.end() == v1::ANSWER_END_FAILED || answer.end() == v1::ANSWER_END_MEMORY) {
+      throw Error(answer.error());
+    }
+    TimedAnswer timed;
+    timed.question = *asked_;
+    timed.asked_at = MediaTime::FromSeconds(answer.asked_at_media_seconds());
+    timed.frames_seen = answer.frames_seen();
+    timed.generated.text = answer.text();
+    timed.generated.reason = answer.end() == v1::ANSWER_END_STOP     ? FinishReason::kStop
+                             : answer.end() == v1::ANSWER_END_LENGTH ? FinishReason::kLength
+                                                                     : FinishReason::kCancelled;
+    timed.first_token_seconds = answer.usage().first_token_seconds();
+    timed.total_seconds = answer.usage().total_seconds();
+    result_.answers.push_back(timed);
+    if (observer_.on_answer) observer_.on_answer(timed);
+    asked_.reset();
+  }
+
+  client::Session& session_;
+  const RunObserver& observer_;
+  RunResult& result_;
+  int64_t under_way_ = 0;
+  uint64_t questions_ = 0;
+  MediaTime last_;
+  std::optional<TimedQuestion> asked_;
+  bool closed_ = false;
+};
+
+}  // namespace
+
+RunResult RunRemote(const RemoteServer& server, const SessionOptions& options, bool own_sampling,
+                    Source& source, std::vector<TimedQuestion> questions,
+                    const RunObserver& observer) {
+  std::string token = ReadText(server.token_file);
+  token.resize(std::min(token.size(), token.find('\n')));
+  v1::Open open;
+  *open.mutable_options() = ToProto(options);
+  if (!own_sampling) {
+    open.mutable_options()->mutable_generation()->clear_temperature();
+    open.mutable_options()->mutable_generation()->clear_top_k();
+    open.mutable_options()->mutable_generation()->clear_top_p();
+  }
+  try {
+    client::Session session({server.server, token, ReadText(server.ca_file)}, open);
+    // Those without a time come last, at the end.
+    std::stable_sort(questions.begin(), questions.end(),
+                     [](const auto& a, const auto& b) { return a.at && (!b.at || *a.at < *b.at); });
+    RunResult result;
+    result.source = source.info();
+    if (observer.on_open) observer.on_open(result.source);
+    RemoteRun run(session, observer, result);
+    auto next = questions.begin();
+    while (const FramePtr frame = source.Next()) {
+      for (; next != questions.end() && next->at && *next->at < frame->time; ++next) {
+        run.Ask(*next);
+      }
+      run.Push(*frame);
+    }
+    for (; next != questions.end(); ++next) run.Ask(*next);
+    run.Close();
+    if (source.warning()) result.warning = source.warning();
+    return result;
+  } catch (const Error&) {
+    throw;
+  } catch (const std::runtime_error& error) {  // of the client
+    throw Error(error.what());
+  }
+}
+
+}  // namespace sluice::cli

@@ -1,0 +1,27 @@
+// `sluice ask --server`: the source is decoded here, a server answers.
+#ifndef SLUICE_DEMOS_CLI_REMOTE_ASK_H_
+#define SLUICE_DEMOS_CLI_REMOTE_ASK_H_
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "streaming/engine.h"
+
+namespace sluice::cli {
+
+struct RemoteServer {
+  std::string server;      // HOST:PORT; empty: ask here
+  std::string token_file;  // whose first line is the token; empty: none
+  std::string ca_file;     // PEM; empty: no TLS
+};
+
+// As Run of streaming/engine.h, with the session of a server. Sampling of the options counts only
+// if `own_sampling`; otherwise it is what the server's checkpoint says. Tokens' ids are not told.
+RunResult RunRemote(const RemoteServer& server, const SessionOptions& options, bool own_sampling,
+                    Source& source, std::vector<TimedQuestion> questions,
+                    const RunObserver& observer);
+
+}  // namespace sluice::cli
+
+#endif  // SLUICE_DEMOS_CLI_REMOTE_ASK_H_

@@ -1,0 +1,96 @@
+// sluice serve: the gRPC service, until a signal ends it.
+#include <signal.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <thread>
+
+#include "demos/cli/commands.h"
+#include "demos/cli/common.h"
+#include "proto/json_log.h"
+#include "proto/metrics_endpoint.h"
+#include "proto/server_config.h"
+#include "proto/service.h"
+#include "runtime/error.h"
+
+namespace sluice::cli {
+namespace {
+
+// Waits on a thread of its own, so that no handler has to be safe inside a signal. The signals are
+// blocked before other threads begin, which inherit that.
+sigset_t BlockEndSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  return signals;
+}
+
+void Serve(const ServerConfig& config) {
+  const ServiceOptions options = Finished(config);
+  const sigset_t signals = BlockEndSignals();
+  signal(SIGPIPE, SIG_IGN);
+  UseJsonLog();
+
+  EngineOptions engine_options;
+  engine_options.kv_budget_bytes = config.kv_mb << 20;
+  const auto engine = std::make_shared<const Engine>(OpenEngine(
+      {.model = config.model, .dtype = config.dtype, .threads = config.threads}, engine_options));
+  const SystemClock clock;
+  Metrics metrics;
+  Scheduler scheduler(engine, config.scheduler, clock, metrics);
+  Service service(engine->vlm(), scheduler, metrics, clock, options);
+  std::unique_ptr<MetricsEndpoint> endpoint;
+  if (!config.metrics.empty()) {
+    endpoint = std::make_unique<MetricsEndpoint>(metrics, config.metrics);
+    LogEvent(spdlog::level::info, "metrics", {{"port", endpoint->port()}});
+  }
+
+  int number = 0;
+  sigwait(&signals, &number);
+  LogEvent(spdlog::level::info, "signal", {{"number", number}});
+  std::thread([signals] {  // a second signal ends the program at once
+    int again = 0;
+    sigwait(&signals, &again);
+    std::_Exit(128 + again);
+  })
+      .detach();
+  service.Shutdown();
+}
+
+}  // namespace
+
+void AddServe(CLI::App& app) {
+  CLI::App* command =
+      app.add_subcommand("serve", "Serve live video sessions over gRPC (docs/service.md)");
+  auto config = std::make_shared<ServerConfig>();
+  // The file first, so that flags win over it.
+  command
+      ->add_option_function<std::string>(
+          "--config", [config](const std::string& file) { ReadServerConfig(file, *config); },
+          "JSON file with the same settings, as \"max_streams\", and tokens")
+      ->trigger_on_parse();
+  command->add_option("--model", config->model,
+                      "Checkpoint directory in Hugging Face layout (default: the bundled model)");
+  command->add_option("--dtype", config->dtype,
+                      "Compute in f32 or bf16 (default: the machine's best)");
+  command->add_option("--threads", config->threads, "Threads (default: physical cores)");
+  for (const Setting& setting : SettingsOf(*config)) {
+    std::string flag = "--" + setting.name;
+    std::replace(flag.begin(), flag.end(), '_', '-');
+    std::visit(
+        [&](auto* value) {
+          if constexpr (std::is_same_v<decltype(value), bool*>) {
+            command->add_flag(flag, *value, setting.help);
+          } else {
+            command->add_option(flag, *value, setting.help)->capture_default_str();
+          }
+        },
+        setting.value);
+  }
+  command->callback([config] { Serve(*config); });
+}
+
+}  // namespace sluice::cli

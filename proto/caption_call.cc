@@ -1,0 +1,216 @@
+#include "proto/caption_call.h"
+
+#include <utility>
+
+#include "proto/convert.h"
+#include "proto/messages.h"
+#include "runtime/error.h"
+
+namespace sluice {
+namespace {
+
+constexpr double kDefaultInterval = 5;
+constexpr char kDefaultInstruction[] = "Describe what happens.";
+
+}  // namespace
+
+// What is under way. Thread-safe.
+class CaptionCall::Events final : public StreamEvents {
+ public:
+  void OnFrame(FrameNumber, MediaTime) override { FrameDone(); }
+  void OnDropped(FrameNumber, MediaTime, DropReason) override { FrameDone(); }
+  void OnText(QuestionId, std::string_view) override {}
+  void OnAnswer(const StreamAnswer& answer) override {
+    Set([&] { answer_ = answer; });
+  }
+  void OnWarning(std::string_view) override {}
+  void OnFailed(std::string_view error) override {
+    Set([&] { error_ = std::string(error); });
+  }
+
+  void FrameBegins() {
+    const std::lock_guard lock(mutex_);
+    ++frames_;
+  }
+  void Stop() {
+    Set([&] { stopped_ = true; });
+  }
+  // Waits until fewer than `most` frames are under way. False: the call has ended.
+  bool WaitForRoom(int most) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return stopped_ || error_ || frames_ < most; });
+    Check();
+    return !stopped_;
+  }
+  // Waits for an answer; none: the call has ended.
+  std::optional<StreamAnswer> WaitForAnswer() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return stopped_ || error_ || answer_; });
+    Check();
+    return std::exchange(answer_, std::nullopt);
+  }
+
+ private:
+  void FrameDone() {
+    Set([&] { --frames_; });
+  }
+  void Check() const {
+    if (error_) throw Error(*error_);
+  }
+  template <typename Change>
+  void Set(const Change& change) {
+    {
+      const std::lock_guard lock(mutex_);
+      change();
+    }
+    changed_.notify_all();
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int frames_ = 0;
+  bool stopped_ = false;
+  std::optional<StreamAnswer> answer_;
+  std::optional<std::string> error_;
+};
+
+CaptionCall* CaptionCall::Begin(StreamHub& hub, std::shared_ptr<Account> account,
+                                const v1::CaptionRequest& request) {
+  auto call = std::shared_ptr<CaptionCall>(new CaptionCall(hub, std::move(account), request));
+  call->self_ = call;
+  if (!call->account_) {
+    call->Finish({grpc::StatusCode::UNAUTHENTICATED,
+                  "[caption] expected metadata \"authorization: Bearer TOKEN\" with a token that "
+                  "is known and has not expired"});
+  } else if (hub.draining()) {
+    call->Finish({grpc::StatusCode::UNAVAILABLE, "[caption] the server shuts down"});
+  } else {
+    try {
+      hub.Spawn([call] { call->Run(); });
+    } catch (const ResourceExhausted& error) {
+      call->Finish({grpc::StatusCode::RESOURCE_EXHAUSTED, error.what()});
+    }
+  }
+  return call.get();
+}
+
+CaptionCall::CaptionCall(StreamHub& hub, std::shared_ptr<Account> account,
+                         const v1::CaptionRequest& request)
+    : hub_(hub),
+      account_(std::move(account)),
+      request_(request),
+      events_(std::make_shared<Events>()) {
+  hub_.calls.Add(1);
+}
+
+void CaptionCall::OnDone() {
+  hub_.calls.Add(-1);
+  const auto self = std::move(self_);
+}
+
+void CaptionCall::OnCancel() {
+  std::shared_ptr<Source> source;
+  {
+    const std::lock_guard lock(mutex_);
+    cancelled_ = true;
+    source = source_;
+  }
+  changed_.notify_all();
+  events_->Stop();
+  if (source) source->Cancel();
+}
+
+void CaptionCall::OnWriteDone(bool ok) {
+  {
+    const std::lock_guard lock(mutex_);
+    writing_ = false;
+    if (!ok) cancelled_ = true;
+  }
+  changed_.notify_all();
+}
+
+bool CaptionCall::Write(const v1::CaptionResponse& caption) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (cancelled_) return false;
+    writing_ = true;
+  }
+  StartWrite(&caption);
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [this] { return !writing_; });
+  return !cancelled_;
+}
+
+void CaptionCall::Run() {
+  grpc::Status status;
+  StreamId stream;
+  try {
+    const SessionOptions options = FromProto(request_.options(), hub_.vlm->generation_defaults());
+    const auto lease = Account::Open(account_);
+    const std::shared_ptr<Source> source = Source::Open(
+        CheckSource(request_.url(), hub_.options.sources), SourceOptionsOf(request_.fps()));
+    bool wanted = false;
+    {
+      const std::lock_guard lock(mutex_);
+      source_ = source;
+      wanted = !cancelled_;
+    }
+    if (wanted) {
+      stream = hub_.scheduler.Open(options, hub_.options.budget, events_);
+      Play(*source, stream, *events_);
+    }
+  } catch (const InputError& error) {
+    status = {grpc::StatusCode::INVALID_ARGUMENT, Utf8(error.what())};
+  } catch (const ResourceExhausted& error) {
+    status = {grpc::StatusCode::RESOURCE_EXHAUSTED, Utf8(error.what())};
+  } catch (const std::exception& error) {
+    status = {grpc::StatusCode::INTERNAL, Utf8(error.what())};
+  }
+  if (!stream.empty()) hub_.scheduler.Close(stream);
+  Finish(status);
+}
+
+void CaptionCall::Play(Source& source, const StreamId& stream, Events& events) {
+  const double asked = request_.interval_media_seconds();
+  if (!(asked >= 0)) throw InputError("[caption] expected interval_media_seconds above 0");
+  const MediaTime interval = MediaTime::FromSeconds(asked == 0 ? kDefaultInterval : asked);
+  StreamQuestion question{
+      .id = 0,
+      .text = request_.instruction().empty() ? kDefaultInstruction : request_.instruction(),
+      .generate = {}};
+  std::optional<MediaTime> begin;
+  MediaTime last;
+  const auto caption = [&] {
+    ++question.id;
+    hub_.scheduler.Ask(stream, question);
+    const auto answer = events.WaitForAnswer();
+    if (!answer) return false;
+    if (answer->end == AnswerEnd::kFailed || answer->end == AnswerEnd::kMemory) {
+      throw Error(answer->error);
+    }
+    v1::CaptionResponse response;
+    response.set_begin_media_seconds(begin->seconds());
+    response.set_end_media_seconds(last.seconds());
+    response.set_text(Utf8(answer->text));
+    return Write(response);
+  };
+
+  FrameNumber number = 0;
+  const int room = hub_.options.budget.queued_frames;
+  while (source.info().live || events.WaitForRoom(room)) {
+    FramePtr frame = source.Next();
+    if (!frame) break;
+    if (hub_.draining()) throw Error("[caption] the server shuts down");
+    if (!begin) begin = frame->time;
+    if (frame->time >= *begin + interval) {  // about everything before this frame
+      if (!caption()) return;
+      begin = frame->time;
+    }
+    last = frame->time;
+    events.FrameBegins();
+    hub_.scheduler.Push(stream, number++, std::move(frame));
+  }
+  if (begin) caption();
+}
+
+}  // namespace sluice

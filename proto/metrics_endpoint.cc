@@ -1,0 +1,135 @@
+#include "proto/metrics_endpoint.h"
+
+#include <atomic>
+#include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/strand.hpp>
+#include <boost/beast/core.hpp>
+#include <boost/beast/http.hpp>
+#include <charconv>
+#include <chrono>
+#include <optional>
+#include <thread>
+#include <utility>
+
+#include "runtime/error.h"
+
+namespace sluice {
+namespace {
+
+namespace asio = boost::asio;
+namespace beast = boost::beast;
+namespace http = beast::http;
+using asio::ip::tcp;
+using boost::system::error_code;
+
+constexpr int kMaxConnections = 16;
+constexpr uint32_t kMaxHeaderBytes = 8 << 10;
+constexpr auto kPatience = std::chrono::seconds(5);  // for a request, and for taking the answer
+
+asio::ip::tcp::endpoint Parse(const std::string& listen) {
+  const size_t colon = listen.rfind(':');
+  std::string host = listen.substr(0, colon);
+  if (host.starts_with('[') && host.ends_with(']')) host = host.substr(1, host.size() - 2);
+  uint16_t port = 0;
+  const char* const end = listen.data() + listen.size();
+  const char* const begin = colon == std::string::npos ? end : listen.data() + colon + 1;
+  const auto parsed = std::from_chars(begin, end, port);
+  error_code error;
+  const auto address = asio::ip::make_address(host, error);
+  if (error || begin == end || parsed.ec != std::errc() || parsed.ptr != end) {
+    throw InputError("[metrics] expected ADDRESS:PORT such as 127.0.0.1:9464, got '" + listen +
+                     "'");
+  }
+  return {address, port};
+}
+
+// Reads one request, answers it, closes.
+class Connection : public std::enable_shared_from_this<Connection> {
+ public:
+  Connection(tcp::socket socket, const Metrics& metrics, int& open)
+      : stream_(std::move(socket)), metrics_(metrics), open_(open) {
+    ++open_;
+    parser_.header_limit(kMaxHeaderBytes);
+    parser_.body_limit(0);
+  }
+  ~Connection() { --open_; }
+
+  void Serve() {
+    stream_.expires_after(kPatience);
+    http::async_read(stream_, buffer_, parser_,
+                     [self = shared_from_this()](error_code error, size_t) {
+                       if (!error) self->Answer();
+                     });
+  }
+
+ private:
+  void Answer() {
+    const auto& request = parser_.get();
+    const bool known = request.target() == "/metrics";
+    const bool get = request.method() == http::verb::get || request.method() == http::verb::head;
+    response_.result(!known ? http::status::not_found
+                     : get  ? http::status::ok
+                            : http::status::method_not_allowed);
+    response_.set(http::field::content_type, "text/plain; version=0.0.4; charset=utf-8");
+    if (response_.result() == http::status::ok) response_.body() = metrics_.Text();
+    response_.keep_alive(false);
+    response_.prepare_payload();
+    if (request.method() == http::verb::head) response_.body().clear();
+    stream_.expires_after(kPatience);
+    http::async_write(stream_, response_, [self = shared_from_this()](error_code, size_t) {
+      error_code ignored;
+      self->stream_.socket().shutdown(tcp::socket::shutdown_send, ignored);
+    });
+  }
+
+  beast::tcp_stream stream_;
+  const Metrics& metrics_;
+  int& open_;  // of the endpoint; everything runs on its thread
+  beast::flat_buffer buffer_{kMaxHeaderBytes};
+  http::request_parser<http::string_body> parser_;
+  http::response<http::string_body> response_;
+};
+
+}  // namespace
+
+struct MetricsEndpoint::State {
+  State(const Metrics& shown, const tcp::endpoint& endpoint)
+      : metrics(shown), acceptor(context, endpoint) {}
+
+  void Accept() {
+    acceptor.async_accept([this](error_code error, tcp::socket socket) {
+      if (error == asio::error::operation_aborted) return;
+      // Beyond the limit the socket is closed at once.
+      if (!error && open < kMaxConnections) {
+        std::make_shared<Connection>(std::move(socket), metrics, open)->Serve();
+      }
+      Accept();
+    });
+  }
+
+  const Metrics& metrics;
+  int open = 0;  // before `context`, whose handlers count it down when they go
+  asio::io_context context{1};
+  tcp::acceptor acceptor;
+  std::thread thread;
+};
+
+MetricsEndpoint::MetricsEndpoint(const Metrics& metrics, const std::string& listen) {
+  const tcp::endpoint endpoint = Parse(listen);
+  try {
+    state_ = std::make_unique<State>(metrics, endpoint);
+  } catch (const boost::system::system_error& error) {
+    throw InputError("[metrics] cannot listen on " + listen + ": " + error.code().message());
+  }
+  state_->Accept();
+  state_->thread = std::thread([state = state_.get()] { state->context.run(); });
+}
+
+MetricsEndpoint::~MetricsEndpoint() {
+  state_->context.stop();
+  state_->thread.join();
+}
+
+int MetricsEndpoint::port() const { return state_->acceptor.local_endpoint().port(); }
+
+}  // namespace sluice

@@ -1,0 +1,220 @@
+#include "proto/server_config.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
+#include "runtime/error.h"
+
+namespace sluice {
+namespace {
+
+using nlohmann::json;
+
+// Levenshtein's.
+size_t Distance(std::string_view a, std::string_view b) {
+  std::vector<size_t> row(b.size() + 1);
+  for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
+  for (size_t i = 1; i <= a.size(); ++i) {
+    size_t diagonal = std::exchange(row[0], i);
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const size_t replaced = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+      diagonal = std::exchange(row[j], std::min({row[j] + 1, row[j - 1] + 1, replaced}));
+    }
+  }
+  return row[b.size()];
+}
+
+[[noreturn]] void RefuseName(const std::string& place, const std::string& name,
+                             const std::vector<std::string>& known) {
+  const auto nearest = std::min_element(
+      known.begin(), known.end(),
+      [&](const auto& a, const auto& b) { return Distance(a, name) < Distance(b, name); });
+  throw InputError(place + ": there is no setting '" + name + "'; the nearest is '" + *nearest +
+                   "'");
+}
+
+// "2026-12-31T00:00:00Z".
+CalendarTime ParseTime(const std::string& place, const std::string& text) {
+  int year = 0, month = 0, day = 0, hour = 0, minute = 0, second = 0, length = 0;
+  const int fields = std::sscanf(text.c_str(), "%4d-%2d-%2dT%2d:%2d:%2dZ%n", &year, &month, &day,
+                                 &hour, &minute, &second, &length);
+  using namespace std::chrono;
+  const year_month_day date{std::chrono::year(year), std::chrono::month(month),
+                            std::chrono::day(day)};
+  const bool clock =
+      hour >= 0 && hour < 24 && minute >= 0 && minute < 60 && second >= 0 && second < 60;
+  if (fields != 6 || static_cast<size_t>(length) != text.size() || !date.ok() || !clock) {
+    throw InputError(place + ": expected expires as 2026-12-31T00:00:00Z, got '" + text + "'");
+  }
+  return sys_days(date) + hours(hour) + minutes(minute) + seconds(second);
+}
+
+AccessToken ParseToken(const std::string& place, const json& object) {
+  AccessToken token{.name = {}, .sha256 = {}, .expires = {}};
+  if (!object.is_object()) throw InputError(place + ": expected each of tokens to be an object");
+  for (const auto& [name, value] : object.items()) {
+    if (name == "name") {
+      token.name = value.get<std::string>();
+    } else if (name == "sha256") {
+      token.sha256 = value.get<std::string>();
+    } else if (name == "expires") {
+      token.expires = ParseTime(place, value.get<std::string>());
+    } else if (name == "sessions") {
+      token.sessions = value.get<int>();
+    } else if (name == "frames_per_second") {
+      token.frames_per_second = value.get<double>();
+    } else if (name == "bytes_per_second") {
+      token.bytes_per_second = value.get<double>();
+    } else {
+      RefuseName(
+          place + ": tokens", name,
+          {"name", "sha256", "expires", "sessions", "frames_per_second", "bytes_per_second"});
+    }
+  }
+  if (token.sessions < 0 || !(token.frames_per_second >= 0) || !(token.bytes_per_second >= 0)) {
+    throw InputError(place + ": token '" + token.name + "': expected quotas from 0");
+  }
+  return token;
+}
+
+void Set(const Setting& setting, const json& value) {
+  std::visit(
+      [&](auto* target) {
+        using T = std::remove_pointer_t<decltype(target)>;
+        // Numbers must be whole where whole ones are meant, and fit.
+        if constexpr (std::is_integral_v<T> && !std::is_same_v<T, bool>) {
+          const bool fits = value.is_number_integer() &&
+                            value.get<int64_t>() >= std::numeric_limits<T>::min() &&
+                            value.get<int64_t>() <= std::numeric_limits<T>::max();
+          if (!fits) throw json::type_error::create(302, "expected a whole number", &value);
+        }
+        *target = value.get<T>();
+      },
+      setting.value);
+}
+
+void Range(const char* name, double value, double low, double high) {
+  if (!(value >= low && value <= high)) {
+    char line[160];
+    std::snprintf(line, sizeof line, "[serve] %s: expected %g to %g, got %g", name, low, high,
+                  value);
+    throw InputError(line);
+  }
+}
+
+}  // namespace
+
+std::vector<Setting> SettingsOf(ServerConfig& c) {
+  StreamBudget& budget = c.service.budget;
+  return {
+      {"listen", "HOST:PORT of the gRPC service", &c.service.listen},
+      {"metrics", "ADDRESS:PORT of http://.../metrics; empty: none", &c.metrics},
+      {"certificate", "The server's certificate chain (PEM); with key turns TLS on",
+       &c.certificate},
+      {"key", "The certificate's private key (PEM)", &c.key},
+      {"client_ca", "Let in only clients whose certificate this authority signed (PEM)",
+       &c.client_ca},
+      {"source_urls",
+       "URLs that clients may have the server open, as rtsp://*.example.com/*; may be repeated",
+       &c.service.sources.urls},
+      {"source_directories", "Directories whose files clients may have the server open",
+       &c.source_directories},
+      {"source_private", "Sources may have loopback, private and link-local addresses",
+       &c.service.sources.private_addresses},
+      {"max_sources", "Sources open at a time", &c.service.max_sources},
+      {"max_streams", "Streams at a time", &c.scheduler.max_streams},
+      {"frames_per_round", "Frames encoded together, at most", &c.scheduler.frames_per_round},
+      {"kv_mb", "MiB of KV cache of all streams together; 0: no limit", &c.kv_mb},
+      {"stream_kv_mb", "MiB of KV cache of one stream; 0: no limit", &c.stream_kv_mb},
+      {"queued_frames", "Frames of a stream that may wait", &budget.queued_frames},
+      {"queued_questions", "Questions of a stream that may wait", &budget.queued_questions},
+      {"answer_tokens", "Longest answer", &budget.answer_tokens},
+      {"answer_seconds", "From asking to the end of the answer, at most", &budget.answer_seconds},
+      {"frames_per_second", "Of a stream, at most; 0: no limit", &budget.frames_per_second},
+      {"max_message_mb", "MiB of a message, at most", &c.max_message_mb},
+      {"frame_pixels", "Width * height of a picture, at most", &c.service.frame_pixels},
+      {"outgoing_kb", "KiB that may wait for a client that does not read", &c.outgoing_kb},
+      {"linger_seconds", "How long a stream waits for its client to come back",
+       &c.service.linger_seconds},
+      {"drain_seconds", "For what is under way at shutdown", &c.service.drain_seconds},
+      {"keepalive_seconds", "Of silence, until a client is asked whether it is there",
+       &c.service.keepalive_seconds},
+      {"workers", "Threads that decode pictures", &c.service.workers},
+  };
+}
+
+void ReadServerConfig(const std::filesystem::path& file, ServerConfig& config) {
+  const std::string place = "[serve] " + file.string();
+  std::ifstream in(file, std::ios::binary);
+  if (!in) throw InputError(place + ": cannot be read");
+  json root;
+  try {
+    root = json::parse(in, nullptr, true, true);
+  } catch (const json::parse_error& error) {
+    throw InputError(place + ": is not JSON at byte " + std::to_string(error.byte));
+  }
+  if (!root.is_object()) throw InputError(place + ": expected one JSON object");
+  std::vector<Setting> settings = SettingsOf(config);
+  settings.push_back({"model", "", &config.model});
+  settings.push_back({"dtype", "", &config.dtype});
+  settings.push_back({"threads", "", &config.threads});
+  std::vector<std::string> known = {"tokens"};
+  for (const Setting& setting : settings) known.push_back(setting.name);
+
+  for (const auto& [name, value] : root.items()) {
+    try {
+      if (name == "tokens") {
+        if (!value.is_array()) throw InputError(place + ": expected tokens to be a list");
+        for (const json& token : value) {
+          config.service.tokens.push_back(ParseToken(place, token));
+        }
+        continue;
+      }
+      const auto setting = std::find_if(settings.begin(), settings.end(),
+                                        [&](const Setting& s) { return s.name == name; });
+      if (setting == settings.end()) RefuseName(place, name, known);
+      Set(*setting, value);
+    } catch (const json::exception&) {
+      throw InputError(place + ": '" + name + "' has a value of the wrong kind");
+    }
+  }
+}
+
+ServiceOptions Finished(const ServerConfig& c) {
+  constexpr double kMany = 1e9;
+  const StreamBudget& budget = c.service.budget;
+  if (!c.dtype.empty() && c.dtype != "f32" && c.dtype != "bf16") {
+    throw InputError("[serve] dtype: expected f32 or bf16, got '" + c.dtype + "'");
+  }
+  Range("threads", c.threads, 0, 1024);
+  Range("kv_mb", static_cast<double>(c.kv_mb), 0, kMany);
+  Range("stream_kv_mb", static_cast<double>(c.stream_kv_mb), 0, kMany);
+  Range("max_streams", c.scheduler.max_streams, 1, 1e6);
+  Range("frames_per_round", c.scheduler.frames_per_round, 1, 1024);
+  Range("queued_frames", budget.queued_frames, 1, 1e6);
+  Range("queued_questions", budget.queued_questions, 1, 1e6);
+  Range("answer_tokens", budget.answer_tokens, 1, kMany);
+  Range("answer_seconds", budget.answer_seconds, 0.001, kMany);
+  Range("frames_per_second", budget.frames_per_second, 0, kMany);
+  Range("max_message_mb", static_cast<double>(c.max_message_mb), 1, 1024);
+  Range("outgoing_kb", static_cast<double>(c.outgoing_kb), 1, kMany);
+  ServiceOptions options = c.service;
+  options.budget.kv_bytes = c.stream_kv_mb << 20;
+  options.message_bytes = c.max_message_mb << 20;
+  options.outgoing_bytes = c.outgoing_kb << 10;
+  options.certificate = c.certificate;
+  options.key = c.key;
+  options.client_ca = c.client_ca;
+  options.sources.directories.assign(c.source_directories.begin(), c.source_directories.end());
+  return options;
+}
+
+}  // namespace sluice

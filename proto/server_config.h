@@ -1,0 +1,47 @@
+// What `sluice serve` may be told: by flags or by one JSON file, with the same names
+// ("--max-streams" is "max_streams"). Tokens come in the file alone.
+#ifndef SLUICE_PROTO_SERVER_CONFIG_H_
+#define SLUICE_PROTO_SERVER_CONFIG_H_
+
+#include <filesystem>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "proto/service.h"
+
+namespace sluice {
+
+struct ServerConfig {
+  std::string model;  // empty: the bundled one
+  std::string dtype;  // "f32", "bf16"; empty: the machine's best
+  int threads = 0;    // 0: physical cores
+  int64_t kv_mb = 0;  // of all streams together; 0: no limit
+  int64_t stream_kv_mb = 0;
+  std::string metrics = "127.0.0.1:9464";  // empty: none
+  int64_t max_message_mb = 8;
+  int64_t outgoing_kb = 1024;
+  std::string certificate, key, client_ca;
+  std::vector<std::string> source_directories;
+  SchedulerOptions scheduler;
+  ServiceOptions service;  // its paths and sizes are set by Finish
+};
+
+struct Setting {
+  std::string name;  // as in the file
+  std::string help;
+  std::variant<std::string*, int*, int64_t*, double*, bool*, std::vector<std::string>*> value;
+};
+// All of them, pointing into `config`.
+std::vector<Setting> SettingsOf(ServerConfig& config);
+
+// Sets what the file tells. Throws InputError in one line naming the file, and for an unknown name
+// the nearest known one.
+void ReadServerConfig(const std::filesystem::path& file, ServerConfig& config);
+
+// The service's options with everything in place. Throws InputError on values out of range.
+ServiceOptions Finished(const ServerConfig& config);
+
+}  // namespace sluice
+
+#endif  // SLUICE_PROTO_SERVER_CONFIG_H_

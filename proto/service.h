@@ -1,0 +1,65 @@
+// The gRPC service of sluice/v1/service.proto over a scheduler, with the standard health and
+// reflection services beside it.
+//
+// Connections cost no threads: gRPC's few threads hand every message to a small pool, which decodes
+// pictures and talks to the scheduler; the next message of a connection is read when the last one
+// is dealt with, so a client that sends faster is held up by the network. Only sources that the
+// server opens itself have a thread each.
+#ifndef SLUICE_PROTO_SERVICE_H_
+#define SLUICE_PROTO_SERVICE_H_
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "llm/vlm.h"
+#include "proto/access.h"
+#include "proto/source_rules.h"
+#include "runtime/clock.h"
+#include "streaming/metrics.h"
+#include "streaming/scheduler.h"
+
+namespace sluice {
+
+struct ServiceOptions {
+  std::string listen = "127.0.0.1:50051";  // port 0: any that is free
+  // PEM files. Without certificate and key connections are not encrypted; with client_ca only
+  // clients whose certificate it has signed are let in.
+  std::filesystem::path certificate, key, client_ca;
+  std::vector<AccessToken> tokens;  // none: everybody may connect
+  SourceRules sources;
+  StreamBudget budget;                 // of each stream, at most
+  int64_t message_bytes = 8 << 20;     // larger messages end the call
+  int64_t frame_pixels = 4096 * 2304;  // larger pictures are dropped
+  int64_t outgoing_bytes = 1 << 20;    // that may wait for a client
+  double linger_seconds = 60;          // that a stream waits for its client to come back
+  double drain_seconds = 10;           // for what is under way at shutdown
+  double keepalive_seconds = 20;       // of silence, until the other end is asked
+  int max_sources = 16;                // open at a time
+  int workers = 2;                     // threads that decode pictures
+};
+
+// Thread-safe.
+class Service {
+ public:
+  // Listens when it returns. All references outlive it. Throws InputError on options that make no
+  // sense, unreadable files, an address that cannot be had.
+  Service(std::shared_ptr<const Vlm> vlm, Scheduler& scheduler, Metrics& metrics,
+          const Clock& clock, const ServiceOptions& options);
+  ~Service();  // as Shutdown
+  int port() const;
+
+  // Health turns NOT_SERVING, every client is told, what is under way is finished within
+  // drain_seconds, then all calls end. Later calls do nothing.
+  void Shutdown();
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace sluice
+
+#endif  // SLUICE_PROTO_SERVICE_H_

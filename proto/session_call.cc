@@ -1,0 +1,309 @@
+#include "proto/session_call.h"
+
+#include <chrono>
+#include <new>
+#include <string>
+#include <utility>
+
+#include "proto/convert.h"
+#include "proto/image_decoder.h"
+#include "proto/messages.h"
+#include "runtime/error.h"
+
+namespace sluice {
+namespace {
+
+using grpc::Status;
+using grpc::StatusCode;
+
+void Decode(const v1::Frame& message, int64_t max_pixels, Frame& frame) {
+  frame.time = MediaTimeOf(message.media_seconds());
+  switch (message.picture_case()) {
+    case v1::Frame::kJpeg:
+      return DecodeImage(ImageFormat::kJpeg, message.jpeg(), max_pixels, frame);
+    case v1::Frame::kPng:
+      return DecodeImage(ImageFormat::kPng, message.png(), max_pixels, frame);
+    case v1::Frame::kWebp:
+      return DecodeImage(ImageFormat::kWebp, message.webp(), max_pixels, frame);
+    case v1::Frame::kRgb:
+      return TakeRawImage(message.rgb().width(), message.rgb().height(), message.rgb().data(),
+                          max_pixels, frame);
+    case v1::Frame::PICTURE_NOT_SET:
+      break;
+  }
+  throw InputError("[frame] expected a picture as jpeg, png, webp or rgb, found none");
+}
+
+}  // namespace
+
+SessionCall* SessionCall::Begin(StreamHub& hub, std::shared_ptr<Account> account) {
+  auto call = std::shared_ptr<SessionCall>(new SessionCall(hub, std::move(account)));
+  call->self_ = call;
+  if (!call->account_) {
+    call->End({StatusCode::UNAUTHENTICATED,
+               "[session] expected metadata \"authorization: Bearer TOKEN\" with a token that is "
+               "known and has not expired"});
+  } else {
+    call->ReadNext();
+  }
+  return call.get();
+}
+
+SessionCall::SessionCall(StreamHub& hub, std::shared_ptr<Account> account)
+    : hub_(hub), account_(std::move(account)) {
+  hub_.calls.Add(1);
+}
+
+void SessionCall::OnDone() {
+  hub_.calls.Add(-1);
+  const auto self = std::move(self_);  // may be the last one, at the end of this line's scope
+}
+
+void SessionCall::ReadNext() {
+  const std::lock_guard lock(mutex_);
+  if (done_) return;
+  in_.Clear();
+  StartRead(&in_);
+}
+
+void SessionCall::OnReadDone(bool ok) {
+  hub_.pool().Post([self = shared_from_this(), ok] {
+    if (ok) {
+      self->TakeMessage();
+    } else if (self->stream_) {  // no more input: what is under way is finished
+      self->stream_->LeaveWhenSettled(self.get());
+    } else {
+      self->End(Status::OK);
+    }
+  });
+}
+
+void SessionCall::OnCancel() { End(Status::CANCELLED); }
+
+void SessionCall::Replaced() {
+  End({StatusCode::ABORTED, "[session] another call goes on with this stream"});
+}
+
+void SessionCall::End(const Status& status) {
+  const auto self = shared_from_this();
+  const std::lock_guard lock(mutex_);
+  if (std::exchange(done_, true)) return;
+  if (stream_) {
+    std::optional<v1::SessionResponse> unsent;
+    if (writing_) unsent = std::move(sending_);
+    stream_->Detach(this, std::move(unsent), hub_.clock.Now());
+  }
+  Finish(status);
+}
+
+void SessionCall::Wake() {
+  const auto self = shared_from_this();
+  const std::lock_guard lock(mutex_);
+  if (done_ || !stream_) return;
+  if (stream_->overloaded()) {
+    return End({StatusCode::RESOURCE_EXHAUSTED,
+                "[session] more than " + std::to_string(hub_.options.outgoing_bytes) +
+                    " bytes wait for this client; read faster, then resume the stream"});
+  }
+  if (writing_) return;
+  if (auto message = stream_->Take()) {
+    sending_ = std::move(*message);
+    bool own_buffer = false;
+    out_.Clear();
+    const Status status =
+        grpc::SerializationTraits<v1::SessionResponse>::Serialize(sending_, &out_, &own_buffer);
+    if (!status.ok()) return End(status);
+    writing_ = true;
+    StartWrite(&out_);
+  } else if (const auto ended = stream_->ended()) {
+    End(*ended);
+  }
+}
+
+void SessionCall::OnWriteDone(bool ok) {
+  const auto self = shared_from_this();
+  const std::lock_guard lock(mutex_);
+  if (!ok) return End(Status::CANCELLED);  // with writing_ still set: the message was not sent
+  writing_ = false;
+  Wake();
+}
+
+void SessionCall::TakeMessage() {
+  try {
+    if (account_->ExpiredAt(std::chrono::system_clock::now())) {
+      return End({StatusCode::UNAUTHENTICATED, "[session] the token has expired"});
+    }
+    const auto bytes = static_cast<int64_t>(in_.Length());
+    v1::SessionRequest request;
+    if (!grpc::SerializationTraits<v1::SessionRequest>::Deserialize(&in_, &request).ok()) {
+      throw InputError("[session] expected a sluice.v1.SessionRequest, got other bytes");
+    }
+    Handle(request, bytes);
+    ReadNext();
+  } catch (const InputError& error) {
+    End({StatusCode::INVALID_ARGUMENT, Utf8(error.what())});
+  } catch (const ResourceExhausted& error) {
+    End({StatusCode::RESOURCE_EXHAUSTED, Utf8(error.what())});
+  } catch (const std::bad_alloc&) {
+    End({StatusCode::RESOURCE_EXHAUSTED, "[session] this machine has no memory left"});
+  } catch (const std::exception& error) {
+    End({StatusCode::INTERNAL, Utf8(error.what())});
+  }
+}
+
+void SessionCall::Handle(const v1::SessionRequest& request, int64_t bytes) {
+  if (request.has_open()) return HandleOpen(request.open());
+  if (request.message_case() == v1::SessionRequest::MESSAGE_NOT_SET) {
+    throw InputError(
+        "[session] expected one of SessionRequest's messages, found none that this "
+        "version knows");
+  }
+  if (!stream_) throw InputError("[session] expected open as the first message, got another one");
+  switch (request.message_case()) {
+    case v1::SessionRequest::kFrame:
+      return HandleFrame(request.frame(), bytes);
+    case v1::SessionRequest::kOpenSource:
+      return HandleSource(request.open_source());
+    case v1::SessionRequest::kAsk:
+      return HandleAsk("ask", request.ask(), nullptr);
+    case v1::SessionRequest::kStandingQuestion:
+      return HandleAsk("standing_question", request.standing_question().ask(),
+                       &request.standing_question());
+    case v1::SessionRequest::kCancel:
+      return HandleCancel(request.cancel().question_id());
+    case v1::SessionRequest::kSetOptions:
+      return HandleOptions(request.set_options().options());
+    case v1::SessionRequest::kSave:
+      return Refuse("save", 0, "[save] this server has no directory for saved streams");
+    case v1::SessionRequest::kClose:
+      if (request.close().at_once()) {
+        return hub_.Close(stream_);
+      }
+      return stream_->CloseWhenSettled();
+    case v1::SessionRequest::kOpen:
+    case v1::SessionRequest::MESSAGE_NOT_SET:
+      break;
+  }
+}
+
+void SessionCall::HandleOpen(const v1::Open& open) {
+  if (stream_) throw InputError("[session] expected one open in a call, got a second one");
+  if (hub_.draining()) {
+    return End({StatusCode::UNAVAILABLE, "[session] the server shuts down; try again later"});
+  }
+  const bool resumes = !open.resume_stream_id().empty();
+  std::shared_ptr<LiveStream> stream;
+  if (resumes) {
+    if (open.has_options() || open.has_budgets()) {
+      throw InputError("[session] a resumed stream keeps its options and budgets; send neither");
+    }
+    stream = hub_.Find(open.resume_stream_id(), *account_);
+    if (!stream) {
+      return End({StatusCode::NOT_FOUND,
+                  "[session] there is no stream of this id to go on with; open a new one"});
+    }
+  } else {
+    stream = hub_.Open(open, account_);
+  }
+
+  v1::SessionResponse message;
+  v1::Opened& opened = *message.mutable_opened();
+  opened.set_stream_id(stream->id);
+  *opened.mutable_model() = ToProto(*hub_.vlm);
+  *opened.mutable_limits() = hub_.LimitsOf(stream->budget());
+  opened.set_resumed(resumes);
+  if (resumes) stream->AddCounts(message);
+  {
+    // Both or neither: a call that ended in between leaves a stream that waits for its client.
+    const std::lock_guard lock(mutex_);
+    stream_ = stream;
+    stream->Attach(shared_from_this(), std::move(message));
+    if (done_) stream->Detach(this, std::nullopt, hub_.clock.Now());
+  }
+  Wake();
+}
+
+void SessionCall::HandleFrame(const v1::Frame& message, int64_t bytes) {
+  const int64_t index = stream_->FrameReceived();
+  const auto refuse = [&](v1::DropReason reason, const char* label, const std::string& detail) {
+    hub_.CountRefusedFrame(label);
+    stream_->FrameRefused(message.number(), message.media_seconds(), reason, detail);
+  };
+  if (!account_->TakeFrame(bytes, hub_.clock.Now())) {
+    return refuse(v1::DROP_REASON_QUOTA, "quota", "");
+  }
+  auto frame = std::make_shared<Frame>();
+  frame->index = index;
+  try {
+    Decode(message, hub_.options.frame_pixels, *frame);
+  } catch (const InputError& error) {
+    return refuse(v1::DROP_REASON_BAD_FRAME, "bad_frame", error.what());
+  }
+  try {
+    hub_.scheduler.Push(stream_->id, message.number(), std::move(frame));
+  } catch (const InputError&) {  // it was closed or has failed meanwhile
+    refuse(v1::DROP_REASON_CLOSING, "closing", "");
+  }
+}
+
+void SessionCall::HandleAsk(const char* request, const v1::Ask& ask,
+                            const v1::StandingQuestion* standing) {
+  const QuestionId id = ask.question_id();
+  if (!stream_->QuestionBegins(id, standing != nullptr)) {
+    return Refuse(request, id,
+                  "[ask] expected a question_id that is not in use, got " + std::to_string(id));
+  }
+  try {
+    StreamQuestion question{.id = id, .text = ask.text(), .generate = {}};
+    if (ask.has_generation()) {
+      question.generate = FromProto(ask.generation(), stream_->generate());
+    }
+    if (standing == nullptr) return hub_.scheduler.Ask(stream_->id, question);
+    StandingQuestion always{.question = std::move(question),
+                            .only_when_changed = standing->only_when_changed()};
+    if (standing->interval_media_seconds() != 0) {
+      always.interval_seconds = standing->interval_media_seconds();
+    }
+    hub_.scheduler.AskAlways(stream_->id, always);
+  } catch (const Error& error) {
+    stream_->QuestionRefused(id);
+    Refuse(request, id, error.what());
+  }
+}
+
+void SessionCall::HandleCancel(QuestionId question) {
+  hub_.scheduler.Cancel(stream_->id, question);
+  stream_->StandingEnds(question);
+}
+
+void SessionCall::HandleSource(const v1::OpenSource& request) {
+  if (!stream_->SourceBegins()) {
+    return Refuse("open_source", 0, "[source] expected one source at a time, another is open");
+  }
+  try {
+    hub_.Play(stream_, request);
+  } catch (const Error& error) {
+    Refuse("open_source", 0, error.what());
+    stream_->SourceEnds();
+  }
+}
+
+void SessionCall::HandleOptions(const v1::ModelOptions& message) {
+  try {
+    const SessionOptions options = FromProto(message, hub_.vlm->generation_defaults());
+    hub_.scheduler.SetOptions(stream_->id, options);
+    stream_->SetGenerate(options.generate);
+  } catch (const Error& error) {
+    Refuse("set_options", 0, error.what());
+  }
+}
+
+void SessionCall::Refuse(const char* request, QuestionId question, const std::string& error) {
+  v1::SessionResponse message;
+  message.mutable_refused()->set_request(request);
+  message.mutable_refused()->set_question_id(question);
+  message.mutable_refused()->set_error(Utf8(error));
+  stream_->Send(std::move(message));
+}
+
+}  // namespace sluice

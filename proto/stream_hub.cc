@@ -1,0 +1,249 @@
+#include "proto/stream_hub.h"
+
+#include <algorithm>
+#include <chrono>
+#include <vector>
+
+#include "proto/convert.h"
+#include "proto/json_log.h"
+#include "proto/messages.h"
+#include "runtime/error.h"
+
+namespace sluice {
+namespace {
+
+constexpr double kDefaultFps = 2;
+
+}  // namespace
+
+SourceOptions SourceOptionsOf(double fps) {
+  if (!(fps >= 0 && fps <= 1000)) {
+    throw InputError("[source] expected fps in (0, 1000], got " + std::to_string(fps));
+  }
+  SourceOptions options;
+  options.rate.fps = fps == 0 ? kDefaultFps : fps;
+  return options;
+}
+
+StreamHub::StreamHub(std::shared_ptr<const Vlm> model, Scheduler& streams, Metrics& metrics,
+                     const Clock& wall, const ServiceOptions& service_options)
+    : options(service_options),
+      vlm(std::move(model)),
+      scheduler(streams),
+      clock(wall),
+      calls(metrics.gauge("sluice_calls_open", "Session and Caption calls in progress.")),
+      metrics_(metrics),
+      access_(service_options.tokens),
+      pool_(std::make_unique<WorkerPool>(service_options.workers)),
+      watcher_([this] { WatchAbsent(); }) {}
+
+StreamHub::~StreamHub() {
+  {
+    const std::lock_guard lock(mutex_);
+    ending_ = true;
+  }
+  changed_.notify_all();
+  watcher_.join();
+  for (const auto& stream : All()) Close(stream);
+  for (Thread& thread : threads_) thread.thread.join();
+  pool_.reset();
+}
+
+std::shared_ptr<Account> StreamHub::Authenticate(std::string_view authorization) const {
+  return access_.Find(authorization, std::chrono::system_clock::now());
+}
+
+v1::Limits StreamHub::LimitsOf(const StreamBudget& budget) const {
+  v1::Limits limits;
+  *limits.mutable_budgets() = ToProto(budget);
+  limits.set_message_bytes(options.message_bytes);
+  limits.set_frame_pixels(options.frame_pixels);
+  limits.set_linger_seconds(options.linger_seconds);
+  return limits;
+}
+
+std::vector<std::shared_ptr<LiveStream>> StreamHub::All() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::shared_ptr<LiveStream>> all;
+  for (const auto& [id, stream] : streams_) all.push_back(stream);
+  return all;
+}
+
+std::shared_ptr<LiveStream> StreamHub::Open(const v1::Open& open,
+                                            const std::shared_ptr<Account>& account) {
+  const SessionOptions session = FromProto(open.options(), vlm->generation_defaults());
+  LiveStream::Terms terms{.max_bytes = options.outgoing_bytes,
+                          .budget = Granted(open.budgets(), options.budget),
+                          .generate = session.generate,
+                          .lease = Account::Open(account),
+                          .attend = {}};
+  // The stream is named in its own terms; whoever attends to it finds it alive or not at all.
+  auto self = std::make_shared<std::weak_ptr<LiveStream>>();
+  terms.attend = [this, self] {
+    pool_->Post([this, self] {
+      if (const auto stream = self->lock()) Attend(stream);
+    });
+  };
+  const StreamBudget budget = terms.budget;
+  const auto stream = std::make_shared<LiveStream>(std::move(terms));
+  *self = stream;
+  stream->id = scheduler.Open(session, budget, stream);
+  {
+    const std::lock_guard lock(mutex_);
+    streams_[stream->id] = stream;
+  }
+  LogEvent(spdlog::level::info, "stream_opened",
+           {{"stream", stream->id.substr(0, 8)}, {"account", account->name()}});
+  return stream;
+}
+
+std::shared_ptr<LiveStream> StreamHub::Find(const StreamId& id, const Account& account) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = streams_.find(id);
+  if (found == streams_.end() || &found->second->account() != &account) return nullptr;
+  return found->second;
+}
+
+void StreamHub::Forget(const StreamId& id) {
+  const std::lock_guard lock(mutex_);
+  streams_.erase(id);
+}
+
+void StreamHub::Attend(const std::shared_ptr<LiveStream>& stream) {
+  switch (stream->duty()) {
+    case LiveStream::Duty::kNone:
+      return;
+    case LiveStream::Duty::kLeave:
+      stream->End(grpc::Status::OK);
+      return;
+    case LiveStream::Duty::kClose:
+    case LiveStream::Duty::kBury:
+      Close(stream);
+      return;
+  }
+}
+
+void StreamHub::Close(const std::shared_ptr<LiveStream>& stream) {
+  stream->StopSource();
+  StreamReport report;
+  try {
+    report = scheduler.Close(stream->id);
+  } catch (const InputError&) {  // closed by somebody else, who tells it
+    Forget(stream->id);
+    return;
+  }
+  Forget(stream->id);
+  v1::SessionResponse message;
+  v1::Closed& closed = *message.mutable_closed();
+  closed.set_frames_received(stream->received());
+  closed.set_frames_encoded(report.frames.encoded);
+  closed.set_frames_dropped(report.frames.dropped + stream->refused());
+  closed.set_questions(report.questions);
+  closed.set_answer_tokens(report.answer_tokens);
+  closed.set_visual_tokens(report.visual_tokens);
+  closed.set_last_media_seconds(report.last_time.seconds());
+  stream->Send(std::move(message));
+  stream->End(grpc::Status::OK);
+  LogEvent(spdlog::level::info, "stream_closed",
+           {{"stream", stream->id.substr(0, 8)},
+            {"frames_received", stream->received()},
+            {"frames_encoded", report.frames.encoded},
+            {"questions", report.questions}});
+}
+
+void StreamHub::WatchAbsent() {
+  const std::chrono::duration<double> linger(options.linger_seconds);
+  std::unique_lock lock(mutex_);
+  while (!ending_) {
+    changed_.wait_for(lock, std::min(std::chrono::duration<double>(1),
+                                     linger / 4 + std::chrono::duration<double>(0.01)));
+    lock.unlock();
+    for (const auto& stream : All()) {
+      const auto since = stream->away_since();
+      if (since && clock.Now() - *since >= linger) Close(stream);
+    }
+    lock.lock();
+  }
+}
+
+void StreamHub::Spawn(std::function<void()> job) {
+  const std::lock_guard lock(mutex_);
+  for (auto it = threads_.begin(); it != threads_.end();) {
+    const auto thread = it++;
+    if (!thread->done) continue;
+    thread->thread.join();
+    threads_.erase(thread);
+  }
+  if (ending_ || static_cast<int>(threads_.size()) >= options.max_sources) {
+    throw ResourceExhausted("[source] expected at most " + std::to_string(options.max_sources) +
+                            " sources of this server at a time; try again later");
+  }
+  Thread& thread = threads_.emplace_back();
+  thread.thread = std::thread([&thread, job = std::move(job)]() mutable {
+    job();
+    job = nullptr;
+    thread.done = true;
+  });
+}
+
+void StreamHub::CountRefusedFrame(const char* reason) {
+  metrics_
+      .counter("sluice_frames_refused_total", "Frames that did not reach the scheduler.",
+               {{"reason", reason}})
+      .Add();
+}
+
+void StreamHub::Play(const std::shared_ptr<LiveStream>& stream, const v1::OpenSource& request) {
+  Spawn([this, stream, request] { PlaySource(*stream, request); });
+}
+
+void StreamHub::PlaySource(LiveStream& stream, const v1::OpenSource& request) {
+  v1::SessionResponse end;
+  v1::SourceEnded& ended = *end.mutable_source_ended();
+  try {
+    const SourceOptions source_options = SourceOptionsOf(request.fps());
+    const std::shared_ptr<Source> source =
+        Source::Open(CheckSource(request.url(), options.sources), source_options);
+    const SourceInfo& info = source->info();
+    if (stream.SourceIsOpen(source)) {
+      v1::SessionResponse message;
+      v1::SourceOpened& opened = *message.mutable_source_opened();
+      opened.set_live(info.live);
+      if (info.duration) opened.set_media_seconds(info.duration->seconds());
+      opened.set_width(info.width);
+      opened.set_height(info.height);
+      opened.set_codec(Utf8(info.codec));
+      stream.Send(std::move(message));
+      int64_t number = 0;
+      while (info.live || stream.WaitForRoom()) {
+        FramePtr frame = source->Next();
+        if (!frame) break;
+        stream.FrameReceived();
+        scheduler.Push(stream.id, static_cast<FrameNumber>(number++), std::move(frame));
+      }
+      ended.set_frames(number);
+      if (source->warning()) ended.set_error(Utf8(*source->warning()));
+    }
+  } catch (const std::exception& error) {
+    ended.set_error(Utf8(error.what()));
+  }
+  stream.Send(std::move(end));
+  stream.SourceEnds();
+}
+
+void StreamHub::Drain() {
+  if (draining_.exchange(true)) return;
+  LogEvent(spdlog::level::info, "draining", {{"seconds", options.drain_seconds}});
+  for (const auto& stream : All()) {
+    v1::SessionResponse message;
+    message.mutable_going_away()->set_seconds(options.drain_seconds);
+    stream->Send(std::move(message));
+    stream->StopSource();
+  }
+  scheduler.Drain(options.drain_seconds);
+  for (const auto& stream : All()) {
+    stream->End({grpc::StatusCode::UNAVAILABLE, "[serve] the server has shut down; try again"});
+  }
+}
+
+}  // namespace sluice

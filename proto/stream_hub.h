@@ -1,0 +1,82 @@
+// All streams of the service, with what calls need to work on them. Thread-safe.
+#ifndef SLUICE_PROTO_STREAM_HUB_H_
+#define SLUICE_PROTO_STREAM_HUB_H_
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "proto/live_stream.h"
+#include "proto/service.h"
+#include "proto/worker_pool.h"
+
+namespace sluice {
+
+class StreamHub {
+ public:
+  StreamHub(std::shared_ptr<const Vlm> vlm, Scheduler& scheduler, Metrics& metrics,
+            const Clock& clock, const ServiceOptions& options);
+  ~StreamHub();
+
+  const ServiceOptions options;
+  const std::shared_ptr<const Vlm> vlm;
+  Scheduler& scheduler;
+  const Clock& clock;
+  Gauge& calls;
+  WorkerPool& pool() { return *pool_; }
+
+  // The account behind a call's "authorization" metadata, or null.
+  std::shared_ptr<Account> Authenticate(std::string_view authorization) const;
+  v1::Limits LimitsOf(const StreamBudget& budget) const;
+
+  // Throw InputError and ResourceExhausted as the scheduler does.
+  std::shared_ptr<LiveStream> Open(const v1::Open& open, const std::shared_ptr<Account>& account);
+  // Null: there is no such stream, or it is another account's.
+  std::shared_ptr<LiveStream> Find(const StreamId& id, const Account& account) const;
+  // Reports, and ends the stream.
+  void Close(const std::shared_ptr<LiveStream>& stream);
+  // Plays a source into a stream on a thread of its own. Throws ResourceExhausted.
+  void Play(const std::shared_ptr<LiveStream>& stream, const v1::OpenSource& request);
+  // Runs `job` on a thread of its own, of which there are max_sources.
+  void Spawn(std::function<void()> job);
+  void CountRefusedFrame(const char* reason);
+
+  bool draining() const { return draining_; }
+  // Tells every client, finishes what is under way, ends all streams.
+  void Drain();
+
+ private:
+  struct Thread {
+    std::thread thread;
+    std::atomic<bool> done = false;
+  };
+  void Attend(const std::shared_ptr<LiveStream>& stream);
+  void WatchAbsent();
+  void Forget(const StreamId& id);
+  std::vector<std::shared_ptr<LiveStream>> All() const;
+  void PlaySource(LiveStream& stream, const v1::OpenSource& request);
+
+  Metrics& metrics_;
+  const Access access_;
+  std::atomic<bool> draining_ = false;
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::map<StreamId, std::shared_ptr<LiveStream>> streams_;
+  std::list<Thread> threads_;
+  bool ending_ = false;
+  std::unique_ptr<WorkerPool> pool_;
+  std::thread watcher_;  // closes streams whose clients do not come back
+};
+
+// Options of OpenSource and CaptionRequest, checked.
+SourceOptions SourceOptionsOf(double fps);
+
+}  // namespace sluice
+
+#endif  // SLUICE_PROTO_STREAM_HUB_H_

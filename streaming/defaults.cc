@@ -1,0 +1,31 @@
+#include "streaming/defaults.h"
+
+#include <string>
+
+#include "runtime/error.h"
+
+namespace sluice {
+
+SamplingOptions RecommendedSampling(const GenerationDefaults& defaults) {
+  SamplingOptions sampling;
+  sampling.repetition_penalty = defaults.repetition_penalty;
+  if (defaults.do_sample) {
+    sampling.temperature = defaults.temperature;
+    sampling.top_k = defaults.top_k;
+    sampling.top_p = defaults.top_p;
+  }
+  return sampling;
+}
+
+void ApplyPreset(std::string_view preset, SessionOptions& options) {
+  if (preset == "exact") return;
+  if (preset != "stc" && preset != "fast") {
+    throw InputError("[options] expected preset exact, stc or fast, got '" + std::string(preset) +
+                     "'");
+  }
+  options.cacher = StcCacherOptions{.shared_selection = true};
+  options.compressors = {preset == "stc" ? "stc-pruner" : "turbo-merge=0.34"};
+  if (preset == "fast") options.cacher->interval = 4;
+}
+
+}  // namespace sluice
