@@ -144,14 +144,15 @@ int64_t WaitingTokens(const Session& session) {
   return tokens;
 }
 
-// Throws InputError unless the context holds `more` visual tokens besides those it has or will read
-// soon, and a question after them.
+// Tokens that a question and its answer need.
+int64_t QuestionRoom(const Session& session) {
+  return kQuestionTokens + session.options.generate.max_new_tokens;
+}
+
+// Throws InputError unless there is room for the tokens that `frames` left.
 void CheckRoom(const Session& session, int64_t more, size_t frames) {
-  const int64_t room = kQuestionTokens + session.options.generate.max_new_tokens;
-  const bool fresh = session.cache.length() == 0;
-  const auto prefix = static_cast<int64_t>(fresh ? session.prefix_ids.size() : 0);
-  const int64_t held = session.cache.length() + prefix + WaitingTokens(session);
-  if (held + more + room <= session.context_limit()) return;
+  if (HasRoom(session, more)) return;
+  const int64_t room = QuestionRoom(session);
   throw InputError("[ingest] the context is full: it holds " + std::to_string(session.frames_seen) +
                    " frames (" + std::to_string(session.visual_tokens) + " tokens); " +
                    std::to_string(frames) + " more (" + std::to_string(more) + " tokens) and " +
@@ -291,6 +292,14 @@ void ReadWaiting(ExecContext& ctx, std::span<Session* const> sessions) {
 }
 
 }  // namespace
+
+bool HasRoom(const Session& session, int64_t tokens) {
+  if (session.pyramid.replays()) return true;  // the window has its own bounds
+  const bool fresh = session.cache.length() == 0;
+  const auto prefix = static_cast<int64_t>(fresh ? session.prefix_ids.size() : 0);
+  const int64_t held = session.cache.length() + prefix + WaitingTokens(session);
+  return held + tokens + QuestionRoom(session) <= session.context_limit();
+}
 
 void Ingest(ExecContext& ctx, std::span<Arrivals> arrivals) {
   if (arrivals.empty()) return;

@@ -39,6 +39,10 @@ void Ingest(ExecContext& ctx, Session& session, std::span<const FramePtr> frames
 // so that in bf16, and in f32 for some sizes, results differ from its by rounding.
 void Ingest(ExecContext& ctx, std::span<Arrivals> arrivals);
 
+// Whether the context holds `tokens` more visual tokens and a question after them: Ingest throws
+// where it does not.
+bool HasRoom(const Session& session, int64_t tokens);
+
 // Prefills what waits, for a moment with nothing else to do. Throws as Ingest does.
 void ReadWaiting(ExecContext& ctx, Session& session);
 

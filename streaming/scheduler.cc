@@ -294,6 +294,12 @@ struct Batch {
 
 struct Scheduler::State {
   using StreamPtr = std::shared_ptr<Stream>;
+  // A frame for which its stream has no room.
+  struct Refused {
+    StreamPtr stream;
+    WaitingFrame frame;
+    std::string why;
+  };
 
   State(std::shared_ptr<const Engine> model, const SchedulerOptions& scheduler_options,
         const Clock& wall_clock, Metrics& metrics)
@@ -354,12 +360,11 @@ struct Scheduler::State {
                   const std::string& error);
   void Report(Stream& stream, const WaitingQuestion& question, StreamAnswer answer);
   bool IngestFrames();
-  std::vector<Batch<Stream>> TakeFrames(std::vector<std::pair<StreamPtr, WaitingFrame>>& too_large);
+  std::vector<Batch<Stream>> TakeFrames(std::vector<Refused>& refused);
   void TakeTurns(std::vector<StreamPtr> order, int64_t most, int64_t& taken,
-                 std::vector<Batch<Stream>>& batches,
-                 std::vector<std::pair<StreamPtr, WaitingFrame>>& too_large);
+                 std::vector<Batch<Stream>>& batches, std::vector<Refused>& refused);
   void AskWhatIsDue(Stream& stream, const WaitingFrame& frame);
-  bool HasRoom(const Stream& stream, size_t frames) const;
+  std::string Refusal(const Stream& stream, size_t frames) const;
   void IngestAlone(Batch<Stream>& batch);
   void Encoded(Batch<Stream>& batch, std::span<const FramePtr> taken);
   void Drop(Stream& stream, std::span<const WaitingFrame> frames, DropReason reason);
@@ -605,29 +610,32 @@ void Scheduler::State::Report(Stream& stream, const WaitingQuestion& question,
 // ---- Frames ----------------------------------------------------------------------------------
 
 bool Scheduler::State::IngestFrames() {
-  std::vector<std::pair<StreamPtr, WaitingFrame>> too_large;
-  std::vector<Batch<Stream>> batches = TakeFrames(too_large);
-  for (const auto& [stream, frame] : too_large) {
-    Warn(*stream, "[scheduler] the stream's budget of " + std::to_string(stream->budget.kv_bytes) +
-                      " bytes of keys and values is full; its frames are dropped");
-    Drop(*stream, {&frame, 1}, DropReason::kMemory);
+  std::vector<Refused> refused;
+  std::vector<Batch<Stream>> batches = TakeFrames(refused);
+  for (const Refused& of : refused) {
+    Warn(*of.stream, of.why);
+    Drop(*of.stream, {&of.frame, 1}, DropReason::kMemory);
   }
-  if (batches.empty()) return !too_large.empty();
+  // Streams that lately found no memory do not put the others' step at risk.
+  const auto alone =
+      std::stable_partition(batches.begin(), batches.end(),
+                            [](const Batch<Stream>& batch) { return !batch.stream->warned; });
+  const std::span<Batch<Stream>> together(batches.begin(), alone);
   std::vector<Arrivals> arrivals;
-  for (const Batch<Stream>& batch : batches) {
+  for (const Batch<Stream>& batch : together) {
     arrivals.push_back({batch.stream->session.get(), batch.pictures});
   }
-  if (Try([&] { Ingest(*ctx, arrivals); }, true)) {
-    for (Batch<Stream>& batch : batches) IngestAlone(batch);
+  if (together.size() > 1 && !Try([&] { Ingest(*ctx, arrivals); }, true)) {
+    for (size_t i = 0; i < together.size(); ++i) Encoded(together[i], arrivals[i].taken);
   } else {
-    for (size_t i = 0; i < batches.size(); ++i) Encoded(batches[i], arrivals[i].taken);
+    for (Batch<Stream>& batch : together) IngestAlone(batch);
   }
-  return true;
+  for (auto batch = alone; batch != batches.end(); ++batch) IngestAlone(*batch);
+  return !batches.empty() || !refused.empty();
 }
 
-// too_large: frames for which the stream's budget has no room.
-std::vector<Batch<Scheduler::Stream>> Scheduler::State::TakeFrames(
-    std::vector<std::pair<StreamPtr, WaitingFrame>>& too_large) {
+// refused: frames for which the stream has no room.
+std::vector<Batch<Scheduler::Stream>> Scheduler::State::TakeFrames(std::vector<Refused>& refused) {
   const std::lock_guard lock(mutex);
   std::vector<Batch<Stream>> batches;
   std::vector<StreamPtr> urgent, all;
@@ -640,19 +648,19 @@ std::vector<Batch<Scheduler::Stream>> Scheduler::State::TakeFrames(
     return a->questions.front().order < b->questions.front().order;
   });
   int64_t taken = 0;
-  TakeTurns(std::move(urgent), options.frames_per_round / 2, taken, batches, too_large);
+  TakeTurns(std::move(urgent), options.frames_per_round / 2, taken, batches, refused);
   std::erase_if(all, [](const StreamPtr& stream) { return !stream->MayTakeFrame(); });
   std::sort(all.begin(), all.end(), [](const StreamPtr& a, const StreamPtr& b) {
     return a->frames.front().order < b->frames.front().order;
   });
-  TakeTurns(std::move(all), options.frames_per_round, taken, batches, too_large);
+  TakeTurns(std::move(all), options.frames_per_round, taken, batches, refused);
   return batches;
 }
 
 // One frame from each stream of `order`, again and again, until `most` are taken.
 void Scheduler::State::TakeTurns(std::vector<StreamPtr> order, int64_t most, int64_t& taken,
                                  std::vector<Batch<Stream>>& batches,
-                                 std::vector<std::pair<StreamPtr, WaitingFrame>>& too_large) {
+                                 std::vector<Refused>& refused) {
   for (bool any = true; any && taken < most;) {
     any = false;
     for (const StreamPtr& stream : order) {
@@ -666,8 +674,8 @@ void Scheduler::State::TakeTurns(std::vector<StreamPtr> order, int64_t most, int
       stream->frames.pop_front();
       any = true;
       AskWhatIsDue(*stream, frame);
-      if (!HasRoom(*stream, before + 1)) {
-        too_large.emplace_back(stream, std::move(frame));
+      if (std::string why = Refusal(*stream, before + 1); !why.empty()) {
+        refused.push_back({stream, std::move(frame), std::move(why)});
         continue;
       }
       if (batch == batches.end()) batch = batches.insert(batch, Batch<Stream>{stream, {}, {}});
@@ -700,18 +708,26 @@ void Scheduler::State::AskWhatIsDue(Stream& stream, const WaitingFrame& frame) {
   }
 }
 
-// Whether keys and values of so many more frames fit the stream's budget, whatever they leave.
-bool Scheduler::State::HasRoom(const Stream& stream, size_t frames) const {
-  if (stream.budget.kv_bytes == 0) return true;
+// Why the stream cannot hold so many more frames, if they leave as much as they may; or nothing. To
+// be known before they are encoded: a step that fails is done again for each stream by itself.
+std::string Scheduler::State::Refusal(const Stream& stream, size_t frames) const {
   const Session& session = *stream.session;
   int64_t more = static_cast<int64_t>(frames) * stream.tokens_per_frame;
+  if (!HasRoom(session, more)) {
+    return "[scheduler] the context is full after " + std::to_string(session.frames_seen) +
+           " frames; further ones are dropped, questions are still answered";
+  }
+  if (stream.budget.kv_bytes == 0) return "";
   for (const VisualTokens& tokens : session.waiting) more += tokens.size();
   if (session.cache.length() == 0) more += static_cast<int64_t>(session.prefix_ids.size());
   int64_t blocks = 0;
   for (int layer = 0; layer < engine->pool().geometry().num_layers; ++layer) {
     blocks += (session.cache.rows(layer) + more + kKvBlockTokens - 1) / kKvBlockTokens;
   }
-  return blocks * engine->pool().block_bytes() <= stream.budget.kv_bytes;
+  if (blocks * engine->pool().block_bytes() <= stream.budget.kv_bytes) return "";
+  return "[scheduler] the stream's budget of " + std::to_string(stream.budget.kv_bytes) +
+         " bytes of keys and values is full after " + std::to_string(session.frames_seen) +
+         " frames; further ones are dropped, questions are still answered";
 }
 
 void Scheduler::State::IngestAlone(Batch<Stream>& batch) {

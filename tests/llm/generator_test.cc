@@ -236,6 +236,57 @@ TEST(GeneratorTest, OptionsOutOfRangeAreRefused) {
   EXPECT_THROW(Ask(ScriptedVlm("a\xff"), options), InputError);
 }
 
+TEST(GeneratorTest, SeveralAnswersShareEveryStepAndEndByThemselves) {
+  // One script for both, in turns: the first says "ac", the second "bdf".
+  const ScriptedVlm vlm(
+      "abcd\xff"
+      "f\xff");
+  ExecContext ctx({.num_threads = 1});
+  const auto pool = std::make_shared<KvBlockPool>(vlm.decoder().kv_geometry(), 0);
+  KvCache first_cache(pool), second_cache(pool);
+  const auto prompt = [] {
+    Tensor rows(DType::kF32, {3, 4});
+    std::fill_n(rows.data<float>(), 12, -1.0f);
+    return rows;
+  };
+  Generation first(vlm, first_cache, prompt(), {}, {}, nullptr);
+  Generation second(vlm, second_cache, prompt(), {}, {}, nullptr);
+  std::vector<Generation*> answers = {&first, &second};
+  EXPECT_EQ(first.next_rows(), 3);
+  while (!answers.empty()) {
+    Advance(ctx, vlm, answers);
+    std::erase_if(answers, [](const Generation* answer) { return answer->finished(); });
+  }
+  EXPECT_EQ(first.result().text, "ac");
+  EXPECT_EQ(second.result().text, "bdf");
+  EXPECT_EQ(second.result().reason, FinishReason::kStop);
+  EXPECT_EQ(second_cache.length(), 3 + 3);
+  EXPECT_EQ(ctx.tracer().stages().at("prefill_question").items, 6);
+  EXPECT_EQ(ctx.tracer().stages().at("decode").calls, 3);
+  EXPECT_EQ(ctx.tracer().stages().at("decode").items, 2 + 2 + 1);
+}
+
+TEST(GeneratorTest, ASinkThatThrowsEndsItsAnswerAndNoOther) {
+  const ScriptedVlm vlm("abcd\xff");
+  ExecContext ctx({.num_threads = 1});
+  const auto pool = std::make_shared<KvBlockPool>(vlm.decoder().kv_geometry(), 0);
+  KvCache first_cache(pool), second_cache(pool);
+  const auto prompt = [] {
+    Tensor rows(DType::kF32, {2, 4});
+    std::fill_n(rows.data<float>(), 8, -1.0f);
+    return rows;
+  };
+  Generation first(vlm, first_cache, prompt(), {}, {},
+                   [](std::string_view) -> bool { throw Error("gone"); });
+  Generation second(vlm, second_cache, prompt(), {}, {}, nullptr);
+  Generation* const both[] = {&first, &second};
+  Advance(ctx, vlm, both);
+  EXPECT_TRUE(first.finished());
+  EXPECT_THROW(std::rethrow_exception(first.failure()), Error);
+  EXPECT_FALSE(second.finished());
+  EXPECT_EQ(second.result().text, "b");
+}
+
 TEST(GeneratorTest, TracesPrefillAndEveryDecodedToken) {
   const ScriptedVlm vlm("abc\xff");
   ExecContext ctx({.num_threads = 1});
