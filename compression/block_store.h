@@ -21,9 +21,11 @@ enum class WhenFull {
 
 struct BlockStoreOptions {
   int64_t host_bytes = int64_t{1} << 30;
-  int64_t disk_bytes = 0;                // 0: no file
+  int64_t disk_bytes = 0;                     // 0: no file
   std::filesystem::path disk_directory = {};  // of the file
   WhenFull when_full = WhenFull::kOldest;
+
+  bool operator==(const BlockStoreOptions&) const = default;
 };
 
 class BlockStore {

@@ -39,6 +39,8 @@ struct MemoryOptions {
   BlockStoreOptions store = {};
   bool int8 = false;  // off-loaded keys and values, with a scale for each block and head
   int64_t dialogue_tokens = 512;  // of earlier questions and answers that a question is told
+
+  bool operator==(const MemoryOptions&) const = default;
 };
 
 // Used by one thread at a time.

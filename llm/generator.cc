@@ -150,7 +150,8 @@ void Advance(ExecContext& ctx, const Vlm& vlm, std::span<Generation* const> answ
     }
     firsts.push_back(answer->cache_.length());
     rows += answer->next_rows();
-    steps.push_back({&answer->cache_, answer->next_, answer->logits_, answer->policy_, answer->recall_});
+    steps.push_back(
+        {&answer->cache_, answer->next_, answer->logits_, answer->policy_, answer->recall_});
   }
   {
     TraceScope trace(&ctx.tracer(), prompts ? "prefill_question" : "decode", rows);

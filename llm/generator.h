@@ -41,9 +41,10 @@ using TextSink = std::function<bool(std::string_view piece)>;
 // An answer on its way, one token a step. Used by one thread at a time.
 class Generation {
  public:
-  // Continues `cache` after `prompt` ([S, E] f32 embeddings, S >= 1, read by the first step); cache,
-  // policy and recall (both for the prompt's step; may be null) are not owned. `prompt_ids` serves the
-  // repetition penalty only; `sink` may be empty. Throws InputError on options out of range.
+  // Continues `cache` after `prompt` ([S, E] f32 embeddings, S >= 1, read by the first step);
+  // cache, policy and recall (both for the prompt's step; may be null) are not owned. `prompt_ids`
+  // serves the repetition penalty only; `sink` may be empty. Throws InputError on options out of
+  // range.
   Generation(const Vlm& vlm, KvCache& cache, Tensor prompt, std::span<const int32_t> prompt_ids,
              const GenerateOptions& options, TextSink sink, LayerPolicy* policy = nullptr,
              KvPolicy* recall = nullptr);

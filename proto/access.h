@@ -22,7 +22,7 @@ using CalendarTime = std::chrono::system_clock::time_point;
 struct AccessToken {
   std::string name;    // for logs
   std::string sha256;  // of the token, 64 hexadecimal digits
-  std::optional<CalendarTime> expires;
+  std::optional<CalendarTime> expires = {};
   // 0: no limit.
   int sessions = 0;              // at a time, those that wait for their client included
   double frames_per_second = 0;  // of all its sessions together

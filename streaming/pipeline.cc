@@ -191,8 +191,8 @@ bool IsWorthReading(const Session& session) {
   return WaitingTokens(session) >= session.options.frames_per_batch * dense;
 }
 
-// What exceeds the window leaves it. Where there is no memory to do it in, the window is longer until
-// the next time.
+// What exceeds the window leaves it. Where there is no memory to do it in, the window is longer
+// until the next time.
 void Trim(ExecContext& ctx, Session& session) {
   if (!session.memory) return;
   try {
@@ -331,7 +331,7 @@ void ReadWaiting(ExecContext& ctx, std::span<Session* const> sessions) {
 }  // namespace
 
 bool HasRoom(const Session& session, int64_t tokens) {
-  if (session.memory) return true;               // its window was checked when the session began
+  if (session.memory) return true;             // its window was checked when the session began
   if (session.pyramid.replays()) return true;  // the window has its own bounds
   const bool fresh = session.cache.length() == 0;
   const auto prefix = static_cast<int64_t>(fresh ? session.prefix_ids.size() : 0);
@@ -413,12 +413,10 @@ std::unique_ptr<PendingAnswer> BeginAnswer(ExecContext& ctx, Session& session,
                            static_cast<int64_t>(turn.question_ids.size()));
     seen = session.memory->MostRows();
   }
-  const GenerateOptions options =
-      FitToContext(session, question.generate, seen, prompt.dim(0));
+  const GenerateOptions options = FitToContext(session, question.generate, seen, prompt.dim(0));
   // Frames that are replayed are in the prompt, and those that are recalled go into a cache of the
   // question's own.
-  const KvPositions positions =
-      answer->recall ? KvPositions::kRows : session.pyramid.positions();
+  const KvPositions positions = answer->recall ? KvPositions::kRows : session.pyramid.positions();
   answer->cache = session.pyramid.replays() || answer->recall
                       ? std::make_unique<KvCache>(session.cache.pool(), positions)
                       : session.cache.Branch();

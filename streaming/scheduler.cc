@@ -83,6 +83,7 @@ void CheckChange(const SessionOptions& now, const SessionOptions& wanted) {
   require(now.turbo == wanted.turbo, "turbo");
   require(now.compressors == wanted.compressors, "compressors");
   require(now.pyramid == wanted.pyramid, "pyramid");
+  require(now.memory == wanted.memory, "memory");
   CheckGenerateOptions(wanted.generate);
   if (wanted.frames_per_batch < 1) {
     throw InputError("[scheduler] frames_per_batch must be at least 1, got " +
@@ -557,9 +558,10 @@ void Scheduler::State::EndAnswerOf(Stream& stream, AnswerEnd end, const std::str
   answer.error = error;
   if (stream.answer) {
     const bool whole = end == AnswerEnd::kStop || end == AnswerEnd::kLength;
-    const Generated generated =
+    Generated generated =
         whole ? EndAnswer(*stream.session, *stream.answer) : stream.answer->generation->result();
     answer.text = generated.text;
+    answer.evidence = std::move(generated.evidence);
     answer.usage.answer_tokens = static_cast<int64_t>(generated.ids.size());
     stream.answer.reset();
   }

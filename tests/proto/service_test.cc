@@ -671,7 +671,9 @@ TEST_F(ServiceTest, ManyConnectionsComeAndGoWithoutATrace) {
       ASSERT_EQ(connect(handle, reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
       const std::string bytes =
           i % 3 == 0 ? "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" : "GET / HTTP/1.1\r\n";
-      if (i % 3 != 1) EXPECT_EQ(write(handle, bytes.data(), bytes.size()), ssize_t(bytes.size()));
+      if (i % 3 != 1) {
+        EXPECT_EQ(write(handle, bytes.data(), bytes.size()), ssize_t(bytes.size()));
+      }
       close(handle);
     }
   });
