@@ -39,6 +39,7 @@ struct VlmInfo {
   DType file_type = DType::kF32;
   DType compute_type = DType::kF32;
   double load_seconds = 0;
+  std::string fingerprint;  // Checkpoint::Fingerprint and that of config.json
 };
 
 class Vlm {

@@ -4,10 +4,12 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <zlib.h>
 
 #include <algorithm>
 #include <bit>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <limits>
@@ -401,6 +403,26 @@ Checkpoint Checkpoint::Open(const std::filesystem::path& directory) {
     }
   }
   return checkpoint;
+}
+
+std::string Checkpoint::Fingerprint() const {
+  constexpr size_t kSample = 4096;  // from the beginning and from the middle
+  uLong crc = crc32_z(0, nullptr, 0), adler = adler32_z(1, nullptr, 0);
+  const auto add = [&](const void* data, size_t size) {
+    crc = crc32_z(crc, static_cast<const Bytef*>(data), size);
+    adler = adler32_z(adler, static_cast<const Bytef*>(data), size);
+  };
+  for (const auto& [name, entry] : tensors_) {
+    const std::string line =
+        name + " " + Name(entry.view.dtype()) + " " + entry.view.shape().ToString() + "\n";
+    add(line.data(), line.size());
+    const size_t size = entry.view.SizeBytes(), sample = std::min(size, kSample);
+    add(entry.view.raw(), sample);
+    add(static_cast<const char*>(entry.view.raw()) + (size - sample) / 2, sample);
+  }
+  char text[17];
+  std::snprintf(text, sizeof(text), "%08lx%08lx", crc & 0xffffffff, adler & 0xffffffff);
+  return text;
 }
 
 int64_t Checkpoint::TotalBytes() const {

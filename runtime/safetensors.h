@@ -61,6 +61,9 @@ class Checkpoint {
   const std::map<std::string, std::string>& other_tensors() const { return other_tensors_; }
   const std::filesystem::path& directory() const { return directory_; }
   int64_t TotalBytes() const;
+  // Of all names, dtypes and shapes and of a sample of every tensor's bytes: 16 hexadecimal digits
+  // that tell one checkpoint from another, not a proof against forgery.
+  std::string Fingerprint() const;
 
  private:
   std::filesystem::path directory_;

@@ -6,6 +6,8 @@
 #include <map>
 #include <utility>
 
+#include "llm/json_file.h"
+#include "runtime/archive.h"
 #include "runtime/cpu_info.h"
 #include "runtime/error.h"
 
@@ -119,6 +121,9 @@ void Llava::LoadWeights(const std::filesystem::path& directory, const LlavaParts
     if (count > elements[info_.file_type]) info_.file_type = dtype;
   }
   info_.file_bytes = checkpoint.TotalBytes();
+  info_.fingerprint =
+      checkpoint.Fingerprint() +
+      std::to_string(ArchiveChecksum(ReadSmallFile("vlm", directory / "config.json", 1 << 20)));
   info_.weight_bytes = info_.parameters * static_cast<int64_t>(SizeOf(info_.compute_type));
 
   WeightStore weights(checkpoint, parts.canonical, info_.compute_type);

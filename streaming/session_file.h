@@ -1,0 +1,26 @@
+// A stream on disk: everything a Session holds, so that it goes on in another process as if nothing
+// had happened.
+#ifndef SLUICE_STREAMING_SESSION_FILE_H_
+#define SLUICE_STREAMING_SESSION_FILE_H_
+
+#include <filesystem>
+#include <memory>
+
+#include "runtime/exec_context.h"
+#include "streaming/engine.h"
+#include "streaming/session.h"
+
+namespace sluice {
+
+// Replaces `file` as a whole, or leaves it as it was: Throws Error when it cannot be written.
+void SaveSession(ExecContext& ctx, Session& session, const std::filesystem::path& file);
+
+// Throws InputError, naming file, field, expected and found, on a file that is damaged, of another
+// version, of another checkpoint or compute type, or that holds what no session has;
+// ResourceExhausted when the engine's KV pool has no room.
+std::unique_ptr<Session> LoadSession(ExecContext& ctx, const Engine& engine,
+                                     const std::filesystem::path& file);
+
+}  // namespace sluice
+
+#endif  // SLUICE_STREAMING_SESSION_FILE_H_
