@@ -153,9 +153,9 @@ void LiveStream::End(const grpc::Status& status) {
   Tell(lock, false);
 }
 
-std::optional<v1::SessionResponse> LiveStream::Take() {
+std::optional<v1::SessionResponse> LiveStream::Take(const Listener* listener) {
   const std::lock_guard lock(mutex_);
-  if (messages_.empty()) return std::nullopt;
+  if (listener_.get() != listener || messages_.empty()) return std::nullopt;
   bytes_ -= BytesOf(messages_.front());
   v1::SessionResponse message = std::move(messages_.front());
   if (message.has_text()) texts_.erase(message.text().question_id());

@@ -64,7 +64,9 @@ class LiveStream final : public StreamEvents {
   // Towards the client. After `end` nothing follows.
   void Send(v1::SessionResponse message);
   void End(const grpc::Status& status);
-  std::optional<v1::SessionResponse> Take();
+  // The next message, for the present listener only: one that has been replaced and does not know
+  // it yet gets nothing.
+  std::optional<v1::SessionResponse> Take(const Listener* listener);
   std::optional<grpc::Status> ended() const;  // once everything was taken
   bool overloaded() const;
 

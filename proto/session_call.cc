@@ -106,7 +106,7 @@ void SessionCall::Wake() {
                     " bytes wait for this client; read faster, then resume the stream"});
   }
   if (writing_) return;
-  if (auto message = stream_->Take()) {
+  if (auto message = stream_->Take(this)) {
     sending_ = std::move(*message);
     bool own_buffer = false;
     out_.Clear();
