@@ -63,7 +63,7 @@ class ProgramTest : public ::testing::Test {
 TEST_F(ProgramTest, HelpNamesEverySubcommand) {
   const Outcome outcome = Sluice("--help");
   EXPECT_EQ(outcome.exit_code, 0);
-  for (const char* command : {"ask", "bench", "eval", "info", "render"}) {
+  for (const char* command : {"ask", "bench", "eval", "info", "load", "render"}) {
     EXPECT_THAT(outcome.out, HasSubstr(command));
     const Outcome help = Sluice(std::string(command) + " --help");
     EXPECT_EQ(help.exit_code, 0);
