@@ -15,6 +15,10 @@
 namespace sluice {
 namespace {
 
+// One in so many of the frames that a question calls back is of the newest, however it ranks them:
+// what is asked about the present often ranks something older first.
+constexpr int64_t kNewestShare = 4;
+
 // Rows [tokens, heads * D] f32 as int8, each head with a scale: scales[heads], then the rows.
 void Quantise(ConstTensorView rows, int heads, float* scales, int8_t* to) {
   const int64_t width = rows.dim(1), size = width / heads;
@@ -285,11 +289,13 @@ std::vector<int32_t> StreamRecall::Choose(int layer, ConstTensorView queries) co
       scores[c] += dot / static_cast<float>(end - c * chunk);
     }
   }
+  const int64_t newest = taken / kNewestShare;
   std::vector<int32_t> order(chunks);
   std::iota(order.begin(), order.end(), 0);
-  std::partial_sort(order.begin(), order.begin() + taken, order.end(), [&](int32_t a, int32_t b) {
-    return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
-  });
+  std::rotate(order.begin(), order.end() - newest, order.end());
+  std::partial_sort(
+      order.begin() + newest, order.begin() + taken, order.end(),
+      [&](int32_t a, int32_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; });
   order.resize(taken);
   std::sort(order.begin(), order.end());
   std::vector<int32_t> blocks;

@@ -8,6 +8,7 @@
 // Where this differs:
 //   - keys are stored rotated to the number of their token and turned by the difference of
 //     positions when they are read elsewhere; index vectors come from keys turned back;
+//   - a quarter of the recalled blocks are the newest ones, whatever their rank;
 //   - in the window the prompt's beginning stands in front of the oldest token, as in StreamingVLM
 //     (2510.09608), not at a constant distance; the window moves by whole KV blocks;
 //   - blocks are as long as compressors left them, and layers may differ in length;

@@ -145,7 +145,8 @@ void CaptionCall::Run() {
   grpc::Status status;
   StreamId stream;
   try {
-    const SessionOptions options = FromProto(request_.options(), hub_.vlm->generation_defaults());
+    const SessionOptions options =
+        FromProto(request_.options(), hub_.vlm->generation_defaults(), hub_.options.memory);
     const auto lease = Account::Open(account_);
     const std::shared_ptr<Source> source = Source::Open(
         CheckSource(request_.url(), hub_.options.sources), SourceOptionsOf(request_.fps()));

@@ -88,6 +88,48 @@ void SetPyramid(const v1::ModelOptions& message, PyramidOptions& pyramid) {
   pyramid.instruction = message.pyramid_instruction();
 }
 
+MemoryOptions MemoryFromProto(const v1::Memory& message, const BlockStoreOptions& most) {
+  MemoryOptions memory;
+  if (message.has_window_tokens()) memory.window_tokens = message.window_tokens();
+  if (message.has_recall_frames()) memory.recall_blocks = message.recall_frames();
+  if (message.has_recall_chunk()) memory.recall_chunk = message.recall_chunk();
+  if (message.has_dialogue_tokens()) memory.dialogue_tokens = message.dialogue_tokens();
+  memory.int8 = message.int8();
+  memory.store = most;
+  if (message.has_host_bytes()) {
+    memory.store.host_bytes = std::min(message.host_bytes(), most.host_bytes);
+  }
+  if (message.has_disk_bytes()) {
+    memory.store.disk_bytes = std::min(message.disk_bytes(), most.disk_bytes);
+  }
+  switch (message.when_full()) {
+    case v1::MEMORY_WHEN_FULL_UNSPECIFIED:
+    case v1::MEMORY_WHEN_FULL_OLDEST:
+      memory.store.when_full = WhenFull::kOldest;
+      break;
+    case v1::MEMORY_WHEN_FULL_THIN:
+      memory.store.when_full = WhenFull::kThin;
+      break;
+    default:
+      Unknown("when_full", message.when_full());
+  }
+  return memory;
+}
+
+v1::Memory ToProto(const MemoryOptions& memory) {
+  v1::Memory message;
+  message.set_window_tokens(memory.window_tokens);
+  message.set_recall_frames(memory.recall_blocks);
+  message.set_recall_chunk(memory.recall_chunk);
+  message.set_host_bytes(memory.store.host_bytes);
+  message.set_disk_bytes(memory.store.disk_bytes);
+  message.set_when_full(memory.store.when_full == WhenFull::kThin ? v1::MEMORY_WHEN_FULL_THIN
+                                                                  : v1::MEMORY_WHEN_FULL_OLDEST);
+  message.set_int8(memory.int8);
+  message.set_dialogue_tokens(memory.dialogue_tokens);
+  return message;
+}
+
 // The smaller of two limits of which 0 is none.
 template <typename T>
 T Lower(T a, T b) {
@@ -101,7 +143,8 @@ void Check(bool ok, const char* expected) {
 
 }  // namespace
 
-SessionOptions FromProto(const v1::ModelOptions& message, const GenerationDefaults& defaults) {
+SessionOptions FromProto(const v1::ModelOptions& message, const GenerationDefaults& defaults,
+                         const BlockStoreOptions& most) {
   SessionOptions options;
   ApplyPreset(PresetName(message.preset()), options);
   options.system_prompt = message.system();
@@ -136,6 +179,7 @@ SessionOptions FromProto(const v1::ModelOptions& message, const GenerationDefaul
     options.compressors.assign(message.compress().begin(), message.compress().end());
   }
   SetPyramid(message, options.pyramid);
+  if (message.has_memory()) options.memory = MemoryFromProto(message.memory(), most);
   options.generate.sampling = RecommendedSampling(defaults);
   options.generate = FromProto(message.generation(), options.generate);
   return options;
@@ -187,6 +231,8 @@ v1::ModelOptions ToProto(const SessionOptions& options) {
     message.set_pyramid_replay_frames(pyramid.replay_frames);
     message.set_pyramid_instruction(pyramid.instruction);
   }
+
+  if (options.memory) *message.mutable_memory() = ToProto(*options.memory);
 
   v1::Generation& generation = *message.mutable_generation();
   generation.set_max_new_tokens(options.generate.max_new_tokens);

@@ -11,9 +11,12 @@
 namespace sluice {
 
 // Throws InputError on unknown values of enumerations and what does not go together; ranges are
-// checked by whoever uses the options.
-SessionOptions FromProto(const v1::ModelOptions& message, const GenerationDefaults& defaults);
-// With every method's values told, so that it means the same whatever the defaults are.
+// checked by whoever uses the options. most: what a memory's store gets, and at most, with its
+// directory.
+SessionOptions FromProto(const v1::ModelOptions& message, const GenerationDefaults& defaults,
+                         const BlockStoreOptions& most);
+// With every method's values told, so that it means the same whatever the defaults are; the
+// directory of a memory is not.
 // REQUIRES: options that flags can express.
 v1::ModelOptions ToProto(const SessionOptions& options);
 

@@ -134,6 +134,11 @@ std::vector<Setting> SettingsOf(ServerConfig& c) {
       {"frames_per_round", "Frames encoded together, at most", &c.scheduler.frames_per_round},
       {"kv_mb", "MiB of KV cache of all streams together; 0: no limit", &c.kv_mb},
       {"stream_kv_mb", "MiB of KV cache of one stream; 0: no limit", &c.stream_kv_mb},
+      {"stream_host_mb", "MiB of host memory for one stream's earlier frames", &c.stream_host_mb},
+      {"stream_disk_mb", "MiB of disk for those that do not fit there; needs memory_directory",
+       &c.stream_disk_mb},
+      {"memory_directory", "Where; the files have no name and go away with the program",
+       &c.memory_directory},
       {"queued_frames", "Frames of a stream that may wait", &budget.queued_frames},
       {"queued_questions", "Questions of a stream that may wait", &budget.queued_questions},
       {"answer_tokens", "Longest answer", &budget.answer_tokens},
@@ -198,6 +203,12 @@ ServiceOptions Finished(const ServerConfig& c) {
   Range("threads", c.threads, 0, 1024);
   Range("kv_mb", static_cast<double>(c.kv_mb), 0, kMany);
   Range("stream_kv_mb", static_cast<double>(c.stream_kv_mb), 0, kMany);
+  Range("stream_host_mb", static_cast<double>(c.stream_host_mb), 0, kMany);
+  Range("stream_disk_mb", static_cast<double>(c.stream_disk_mb), 0, kMany);
+  if (c.stream_disk_mb > 0 && !std::filesystem::is_directory(c.memory_directory)) {
+    throw InputError("[serve] memory_directory: expected a directory for stream_disk_mb, got '" +
+                     c.memory_directory + "'");
+  }
   Range("max_streams", c.scheduler.max_streams, 1, 1e6);
   Range("frames_per_round", c.scheduler.frames_per_round, 1, 1024);
   Range("queued_frames", budget.queued_frames, 1, 1e6);
@@ -209,6 +220,9 @@ ServiceOptions Finished(const ServerConfig& c) {
   Range("outgoing_kb", static_cast<double>(c.outgoing_kb), 1, kMany);
   ServiceOptions options = c.service;
   options.budget.kv_bytes = c.stream_kv_mb << 20;
+  options.memory.host_bytes = c.stream_host_mb << 20;
+  options.memory.disk_bytes = c.stream_disk_mb << 20;
+  options.memory.disk_directory = c.memory_directory;
   options.message_bytes = c.max_message_mb << 20;
   options.outgoing_bytes = c.outgoing_kb << 10;
   options.certificate = c.certificate;

@@ -18,6 +18,9 @@ struct ServerConfig {
   int threads = 0;    // 0: physical cores
   int64_t kv_mb = 0;  // of all streams together; 0: no limit
   int64_t stream_kv_mb = 0;
+  int64_t stream_host_mb = 1024;
+  int64_t stream_disk_mb = 0;
+  std::string memory_directory;
   std::string metrics = "127.0.0.1:9464";  // empty: none
   int64_t max_message_mb = 8;
   int64_t outgoing_kb = 1024;

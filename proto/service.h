@@ -31,6 +31,7 @@ struct ServiceOptions {
   std::vector<AccessToken> tokens;  // none: everybody may connect
   SourceRules sources;
   StreamBudget budget;                 // of each stream, at most
+  BlockStoreOptions memory;            // of each stream that has one, at most; when_full is its own
   int64_t message_bytes = 8 << 20;     // larger messages end the call
   int64_t frame_pixels = 4096 * 2304;  // larger pictures are dropped
   int64_t outgoing_bytes = 1 << 20;    // that may wait for a client

@@ -271,7 +271,8 @@ void SessionCall::HandleSource(const v1::OpenSource& request) {
 
 void SessionCall::HandleOptions(const v1::ModelOptions& message) {
   try {
-    const SessionOptions options = FromProto(message, hub_.vlm->generation_defaults());
+    const SessionOptions options =
+        FromProto(message, hub_.vlm->generation_defaults(), hub_.options.memory);
     hub_.scheduler.SetOptions(stream_->id, options);
     stream_->SetGenerate(options.generate);
   } catch (const Error& error) {

@@ -59,6 +59,8 @@ v1::Limits StreamHub::LimitsOf(const StreamBudget& budget) const {
   limits.set_message_bytes(options.message_bytes);
   limits.set_frame_pixels(options.frame_pixels);
   limits.set_linger_seconds(options.linger_seconds);
+  limits.set_memory_host_bytes(options.memory.host_bytes);
+  limits.set_memory_disk_bytes(options.memory.disk_bytes);
   return limits;
 }
 
@@ -71,7 +73,8 @@ std::vector<std::shared_ptr<LiveStream>> StreamHub::All() const {
 
 std::shared_ptr<LiveStream> StreamHub::Open(const v1::Open& open,
                                             const std::shared_ptr<Account>& account) {
-  const SessionOptions session = FromProto(open.options(), vlm->generation_defaults());
+  const SessionOptions session =
+      FromProto(open.options(), vlm->generation_defaults(), options.memory);
   LiveStream::Terms terms{.max_bytes = options.outgoing_bytes,
                           .budget = Granted(open.budgets(), options.budget),
                           .generate = session.generate,

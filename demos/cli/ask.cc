@@ -255,14 +255,7 @@ void AddAsk(CLI::App& app) {
                       "render` writes it");
   command->add_option("--require-right", flags->require_right,
                       "Fail unless at least so many answers equal the file's");
-  auto* server = command->add_option("--server", flags->remote.server,
-                                     "Let the server at HOST:PORT answer (sluice serve)");
-  command->add_option("--token-file", flags->remote.token_file, "File that holds its token")
-      ->needs(server);
-  command
-      ->add_option("--ca-file", flags->remote.ca_file,
-                   "Connect with TLS to a server whose certificate this authority signed (PEM)")
-      ->needs(server);
+  auto* server = AddServerFlags(*command, flags->remote);
   AddModelFlags(*command, flags->model);
   for (const char* local : {"--model", "--dtype", "--threads"}) {
     command->get_option(local)->excludes(server);

@@ -12,6 +12,7 @@ void AddAsk(CLI::App& app);
 void AddBench(CLI::App& app);
 void AddEval(CLI::App& app);
 void AddInfo(CLI::App& app);
+void AddLoad(CLI::App& app);
 void AddRender(CLI::App& app);
 void AddServe(CLI::App& app);
 

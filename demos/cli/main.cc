@@ -46,6 +46,7 @@ int main(int argc, char** argv) {
   sluice::cli::AddEval(app);
   sluice::cli::AddRender(app);
   sluice::cli::AddServe(app);
+  sluice::cli::AddLoad(app);
 
   try {
     app.parse(argc, argv);

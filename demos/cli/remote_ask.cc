@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <fstream>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 
-#include "demos/clients/cpp/client.h"
 #include "proto/image_decoder.h"
 #include "proto/messages.h"
 #include "runtime/error.h"
@@ -18,7 +18,7 @@ std::string ReadText(const std::string& file) {
   std::ifstream in(file, std::ios::binary);
   std::stringstream text;
   text << in.rdbuf();
-  if (!in) throw InputError("[ask] cannot read " + file);
+  if (!in) throw InputError("[client] cannot read " + file);
   return text.str();
 }
 
@@ -136,11 +136,26 @@ class RemoteRun {
 
 }  // namespace
 
+CLI::Option* AddServerFlags(CLI::App& command, RemoteServer& flags) {
+  auto* server = command.add_option("--server", flags.server,
+                                    "Let the server at HOST:PORT answer (sluice serve)");
+  command.add_option("--token-file", flags.token_file, "File that holds its token")->needs(server);
+  command
+      .add_option("--ca-file", flags.ca_file,
+                  "Connect with TLS to a server whose certificate this authority signed (PEM)")
+      ->needs(server);
+  return server;
+}
+
+client::Target TargetOf(const RemoteServer& server) {
+  std::string token = ReadText(server.token_file);
+  token.resize(std::min(token.size(), token.find('\n')));
+  return {server.server, token, ReadText(server.ca_file)};
+}
+
 RunResult RunRemote(const RemoteServer& server, const SessionOptions& options, bool own_sampling,
                     Source& source, std::vector<TimedQuestion> questions,
                     const RunObserver& observer) {
-  std::string token = ReadText(server.token_file);
-  token.resize(std::min(token.size(), token.find('\n')));
   v1::Open open;
   *open.mutable_options() = ToProto(options);
   if (!own_sampling) {
@@ -149,7 +164,7 @@ RunResult RunRemote(const RemoteServer& server, const SessionOptions& options, b
     open.mutable_options()->mutable_generation()->clear_top_p();
   }
   try {
-    client::Session session({server.server, token, ReadText(server.ca_file)}, open);
+    client::Session session(TargetOf(server), open);
     // Those without a time come last, at the end.
     std::stable_sort(questions.begin(), questions.end(),
                      [](const auto& a, const auto& b) { return a.at && (!b.at || *a.at < *b.at); });

@@ -2,10 +2,11 @@
 #ifndef SLUICE_DEMOS_CLI_REMOTE_ASK_H_
 #define SLUICE_DEMOS_CLI_REMOTE_ASK_H_
 
-#include <optional>
+#include <CLI/CLI.hpp>
 #include <string>
 #include <vector>
 
+#include "demos/clients/cpp/client.h"
 #include "streaming/engine.h"
 
 namespace sluice::cli {
@@ -15,6 +16,10 @@ struct RemoteServer {
   std::string token_file;  // whose first line is the token; empty: none
   std::string ca_file;     // PEM; empty: no TLS
 };
+// Returns --server; the others need it.
+CLI::Option* AddServerFlags(CLI::App& command, RemoteServer& flags);
+// With what the files hold. Throws InputError.
+client::Target TargetOf(const RemoteServer& server);
 
 // As Run of streaming/engine.h, with the session of a server. Sampling of the options counts only
 // if `own_sampling`; otherwise it is what the server's checkpoint says. Tokens' ids are not told.

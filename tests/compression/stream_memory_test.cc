@@ -298,8 +298,11 @@ TEST_P(StreamMemoryTest, AnswersAsTheAssemblyWorkedOutInDouble) {
             }
             ranked.emplace_back(-score / static_cast<double>(last - first), first);
           }
-          std::sort(ranked.begin(), ranked.end());
-          ranked.resize(std::min<size_t>(ranked.size(), c.blocks / c.chunk));
+          // The newest quarter comes first, then the best.
+          const size_t taken = std::min<size_t>(ranked.size(), c.blocks / c.chunk);
+          std::rotate(ranked.begin(), ranked.end() - taken / 4, ranked.end());
+          std::sort(ranked.begin() + taken / 4, ranked.end());
+          ranked.resize(taken);
           std::vector<int64_t> blocks;
           for (const auto& [score, first] : ranked) {
             for (int64_t b = first; b < std::min<int64_t>(first + c.chunk, count); ++b) {
@@ -343,7 +346,9 @@ TEST_P(StreamMemoryTest, AnswersAsTheAssemblyWorkedOutInDouble) {
 
 INSTANTIATE_TEST_SUITE_P(Assemblies, StreamMemoryTest,
                          testing::Values(RecallCase{"AllBlocks", 100, 1, 1 << 20},
-                                         RecallCase{"FewerBlocks", 5, 1, 1 << 20},
+                                         RecallCase{"OneThatIsNewest", 5, 1, 1 << 20},
+                                         RecallCase{"ThreeOfTwelveAreNewest", 12, 1, 1 << 20},
+                                         RecallCase{"BestAlone", 3, 1, 1 << 20},
                                          RecallCase{"FromDisk", 6, 1, 6000},
                                          RecallCase{"Chunks", 6, 3, 1 << 20}),
                          [](const auto& info) { return info.param.name; });

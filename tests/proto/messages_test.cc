@@ -28,7 +28,7 @@ TEST(MessagesTest, OptionsComeBackAsTheyWere) {
   options.generate.sampling.seed = 12345678901234;
   options.generate.stop_strings = {"END"};
 
-  const SessionOptions back = FromProto(ToProto(options), GenerationDefaults());
+  const SessionOptions back = FromProto(ToProto(options), GenerationDefaults(), {});
   EXPECT_EQ(back.system_prompt, options.system_prompt);
   EXPECT_FALSE(back.keep_dialogue);
   EXPECT_EQ(back.duplicate_threshold, options.duplicate_threshold);
@@ -59,25 +59,53 @@ TEST(MessagesTest, WhatIsNotToldIsAsTheCheckpointAndThePresetSay) {
   defaults.temperature = 0.3f;
   v1::ModelOptions message;
   message.set_preset(v1::PRESET_FAST);
-  const SessionOptions options = FromProto(message, defaults);
+  const SessionOptions options = FromProto(message, defaults, {});
   EXPECT_EQ(options.generate.sampling.temperature, 0.3f);
   ASSERT_TRUE(options.cacher);
   EXPECT_EQ(options.cacher->interval, 4);
   message.set_cacher(false);
-  EXPECT_FALSE(FromProto(message, defaults).cacher);
+  EXPECT_FALSE(FromProto(message, defaults, {}).cacher);
 }
 
 TEST(MessagesTest, DetailsWithoutTheirMethodAreRefused) {
   v1::ModelOptions message;
   message.set_cacher_ratio(0.5);
-  EXPECT_THROW(FromProto(message, {}), InputError);
+  EXPECT_THROW(FromProto(message, {}, {}), InputError);
   message.Clear();
   message.set_turbo_lambda(1);
-  EXPECT_THROW(FromProto(message, {}), InputError);
+  EXPECT_THROW(FromProto(message, {}, {}), InputError);
   message.Clear();
   message.set_pyramid_drop("question");
   message.set_pyramid_rank(static_cast<v1::PyramidRank>(9));
-  EXPECT_THROW(FromProto(message, {}), InputError);
+  EXPECT_THROW(FromProto(message, {}, {}), InputError);
+}
+
+TEST(MessagesTest, AMemoryGetsWhatTheServerAllowsAndKeepsItWhereTheServerSays) {
+  const BlockStoreOptions most{.host_bytes = 1000, .disk_bytes = 500, .disk_directory = "/srv"};
+  v1::ModelOptions message;
+  EXPECT_FALSE(FromProto(message, {}, most).memory);
+  message.mutable_memory();
+  EXPECT_EQ(FromProto(message, {}, most).memory, MemoryOptions{.store = most});
+  message.mutable_memory()->set_host_bytes(1 << 30);
+  message.mutable_memory()->set_disk_bytes(20);
+  const BlockStoreOptions granted = FromProto(message, {}, most).memory->store;
+  EXPECT_EQ(granted.host_bytes, 1000);
+  EXPECT_EQ(granted.disk_bytes, 20);
+  EXPECT_EQ(granted.disk_directory, "/srv");
+  message.mutable_memory()->set_when_full(static_cast<v1::MemoryWhenFull>(7));
+  EXPECT_THROW(FromProto(message, {}, most), InputError);
+
+  SessionOptions options;
+  options.memory = MemoryOptions{.window_tokens = 77,
+                                 .recall_blocks = 5,
+                                 .recall_chunk = 2,
+                                 .store = {.host_bytes = 900,
+                                           .disk_bytes = 400,
+                                           .disk_directory = "/srv",
+                                           .when_full = WhenFull::kThin},
+                                 .int8 = true,
+                                 .dialogue_tokens = 9};
+  EXPECT_EQ(FromProto(ToProto(options), {}, most).memory, options.memory);
 }
 
 TEST(MessagesTest, ABudgetIsGrantedUpToTheServersOwn) {

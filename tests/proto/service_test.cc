@@ -296,6 +296,55 @@ TEST_F(ServiceTest, WrongRequestsAreRefusedAndTheSessionGoesOn) {
   EXPECT_TRUE(client.Finish().ok());
 }
 
+TEST_F(ServiceTest, AStreamWithAMemoryLastsAndTellsWhatAnswersRestOn) {
+  options_.memory.host_bytes = 1 << 20;
+  Start();
+  Client client(port());
+  const auto remember = [](v1::ModelOptions& options, int64_t window) {
+    options.mutable_memory()->set_window_tokens(window);
+    options.mutable_memory()->set_recall_frames(4);
+    options.mutable_generation()->set_max_new_tokens(4);
+  };
+  client.Open([&](v1::Open& open) { remember(*open.mutable_options(), 16); });
+  EXPECT_EQ(client.opened.limits().memory_host_bytes(), 1 << 20);
+  constexpr int kFrames = 60;
+  for (int i = 0; i < kFrames; ++i) {
+    client.Send(RawFrame(i, 0.5 * i));
+    client.ReadUntil(v1::SessionResponse::kFrameAck);
+  }
+  client.Send(Question(1));
+  const auto answer = client.ReadUntil(v1::SessionResponse::kAnswer).answer();
+  EXPECT_EQ(answer.frames_seen(), kFrames);
+  ASSERT_GT(answer.evidence_size(), 0);
+  double weight = 0;
+  for (const v1::Evidence& moment : answer.evidence()) {
+    EXPECT_LE(moment.begin_media_seconds(), moment.end_media_seconds());
+    EXPECT_GE(moment.layers(), 1);
+    weight += moment.weight();
+  }
+  EXPECT_NEAR(weight, 1, 1e-6);
+  // One frame in four of those recalled is the newest.
+  EXPECT_NEAR(answer.evidence(answer.evidence_size() - 1).end_media_seconds(), 0.5 * (kFrames - 1),
+              1e-8);  // times are whole nanoseconds
+
+  v1::SessionRequest change;
+  remember(*change.mutable_set_options()->mutable_options(), 32);
+  client.Send(change);
+  const auto refused = client.ReadUntil(v1::SessionResponse::kRefused).refused();
+  EXPECT_EQ(refused.request(), "set_options");
+  EXPECT_THAT(refused.error(), HasSubstr("memory"));
+  change.Clear();
+  remember(*change.mutable_set_options()->mutable_options(), 16);
+  change.mutable_set_options()->mutable_options()->mutable_generation()->set_max_new_tokens(2);
+  client.Send(change);
+  v1::SessionRequest question = Question(2);
+  question.mutable_ask()->clear_generation();
+  client.Send(question);
+  EXPECT_LE(client.ReadUntil(v1::SessionResponse::kAnswer).answer().usage().answer_tokens(), 2);
+  client.Close();
+  EXPECT_TRUE(client.Finish().ok());
+}
+
 TEST_F(ServiceTest, OnlyOneOpenAndOnlyAtTheBeginningMakesSense) {
   Start();
   OthersGoOnAfter([&] {
