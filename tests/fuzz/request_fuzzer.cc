@@ -24,9 +24,10 @@ Engine Open() {
 // A stream with these options, and the options told back: they must mean the same.
 void Take(const Engine& engine, const v1::ModelOptions& message) {
   const GenerationDefaults& defaults = engine.vlm()->generation_defaults();
-  const SessionOptions options = FromProto(message, defaults);
+  const BlockStoreOptions most;
+  const SessionOptions options = FromProto(message, defaults, most);
   engine.NewSession(options);
-  engine.NewSession(FromProto(ToProto(options), defaults));
+  engine.NewSession(FromProto(ToProto(options), defaults, most));
 }
 
 }  // namespace
