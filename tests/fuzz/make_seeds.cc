@@ -122,6 +122,9 @@ class Seeds {
     options.set_system("Be brief.");
     options.mutable_generation()->set_top_k(5);
     Write("request", "open_methods", request.SerializeAsString());
+    options.mutable_memory()->set_host_bytes(1 << 20);
+    options.mutable_memory()->set_window_tokens(500);
+    Write("request", "open_memory", request.SerializeAsString());
     v1::ModelOptions& changed = *request.mutable_set_options()->mutable_options();
     changed.set_turbo(0.25);
     changed.set_turbo_lambda(1);
