@@ -1,9 +1,11 @@
 #include "proto/live_stream.h"
 
 #include <utility>
+#include <vector>
 
 #include "proto/convert.h"
 #include "proto/messages.h"
+#include "streaming/session_file.h"
 
 namespace sluice {
 namespace {
@@ -319,6 +321,29 @@ int64_t LiveStream::received() const {
 int64_t LiveStream::refused() const {
   const std::lock_guard lock(mutex_);
   return refused_;
+}
+
+void LiveStream::Persist(Archive& archive) {
+  const std::lock_guard lock(mutex_);
+  archive.Number("refused", refused_, int64_t{0}, int64_t{1} << 60);
+  bool any = last_frame_.has_value();
+  FrameNumber last = last_frame_.value_or(0);
+  archive.Flag("has_last_frame", any);
+  archive.Number("last_frame", last);
+  if (any) last_frame_ = last;
+  int64_t time = last_time_.nanoseconds();
+  archive.Number("last_time", time);
+  last_time_ = MediaTime::FromNanoseconds(time);
+  std::vector<QuestionId> standing(standing_.begin(), standing_.end());
+  archive.Array("standing", standing, 1 << 20);
+  standing_ = {standing.begin(), standing.end()};
+  sluice::Persist(archive, generate_);
+}
+
+void LiveStream::Resumed(const StreamReport& report, WallTime now) {
+  const std::lock_guard lock(mutex_);
+  received_ = report.frames.pushed + refused_;
+  away_since_ = now;
 }
 
 }  // namespace sluice

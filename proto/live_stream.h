@@ -21,6 +21,7 @@
 #include <string>
 
 #include "proto/access.h"
+#include "runtime/archive.h"
 #include "sluice/v1/service.pb.h"
 #include "streaming/scheduler.h"
 #include "streaming/source.h"
@@ -103,6 +104,11 @@ class LiveStream final : public StreamEvents {
   void AddCounts(v1::SessionResponse& opened) const;  // what a resumed client must know
   int64_t received() const;
   int64_t refused() const;
+
+  // What a saved stream must know when it goes on: what was acknowledged, which numbers are in use,
+  // how answers are generated. Frames and questions that wait are forgotten.
+  void Persist(Archive& archive);
+  void Resumed(const StreamReport& report, WallTime now);  // it waits for its client
 
  private:
   enum class Afterwards { kGoOn, kLeave, kClose };

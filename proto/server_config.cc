@@ -149,6 +149,10 @@ std::vector<Setting> SettingsOf(ServerConfig& c) {
       {"outgoing_kb", "KiB that may wait for a client that does not read", &c.outgoing_kb},
       {"linger_seconds", "How long a stream waits for its client to come back",
        &c.service.linger_seconds},
+      {"state_directory",
+       "Where streams are saved at shutdown, when clients ask for it and when they stay away",
+       &c.state_directory},
+      {"state_days", "How long a saved stream waits for its client", &c.service.state_days},
       {"drain_seconds", "For what is under way at shutdown", &c.service.drain_seconds},
       {"keepalive_seconds", "Of silence, until a client is asked whether it is there",
        &c.service.keepalive_seconds},
@@ -216,6 +220,7 @@ ServiceOptions Finished(const ServerConfig& c) {
   Range("answer_tokens", budget.answer_tokens, 1, kMany);
   Range("answer_seconds", budget.answer_seconds, 0.001, kMany);
   Range("frames_per_second", budget.frames_per_second, 0, kMany);
+  Range("state_days", c.service.state_days, 0.001, 1e6);
   Range("max_message_mb", static_cast<double>(c.max_message_mb), 1, 1024);
   Range("outgoing_kb", static_cast<double>(c.outgoing_kb), 1, kMany);
   ServiceOptions options = c.service;
@@ -223,6 +228,7 @@ ServiceOptions Finished(const ServerConfig& c) {
   options.memory.host_bytes = c.stream_host_mb << 20;
   options.memory.disk_bytes = c.stream_disk_mb << 20;
   options.memory.disk_directory = c.memory_directory;
+  options.state_directory = c.state_directory;
   options.message_bytes = c.max_message_mb << 20;
   options.outgoing_bytes = c.outgoing_kb << 10;
   options.certificate = c.certificate;

@@ -20,7 +20,7 @@ struct ServerConfig {
   int64_t stream_kv_mb = 0;
   int64_t stream_host_mb = 1024;
   int64_t stream_disk_mb = 0;
-  std::string memory_directory;
+  std::string memory_directory, state_directory;
   std::string metrics = "127.0.0.1:9464";  // empty: none
   int64_t max_message_mb = 8;
   int64_t outgoing_kb = 1024;

@@ -36,10 +36,13 @@ struct ServiceOptions {
   int64_t frame_pixels = 4096 * 2304;  // larger pictures are dropped
   int64_t outgoing_bytes = 1 << 20;    // that may wait for a client
   double linger_seconds = 60;          // that a stream waits for its client to come back
-  double drain_seconds = 10;           // for what is under way at shutdown
-  double keepalive_seconds = 20;       // of silence, until the other end is asked
-  int max_sources = 16;                // open at a time
-  int workers = 2;                     // threads that decode pictures
+  // Where streams are saved; empty: nowhere. Made, for this user alone, if it is not there.
+  std::filesystem::path state_directory;
+  double state_days = 7;          // that a saved stream waits
+  double drain_seconds = 10;      // for what is under way at shutdown
+  double keepalive_seconds = 20;  // of silence, until the other end is asked
+  int max_sources = 16;           // open at a time
+  int workers = 2;                // threads that decode pictures
 };
 
 // Thread-safe.

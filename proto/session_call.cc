@@ -155,7 +155,7 @@ void SessionCall::Handle(const v1::SessionRequest& request, int64_t bytes) {
     case v1::SessionRequest::kSetOptions:
       return HandleOptions(request.set_options().options());
     case v1::SessionRequest::kSave:
-      return Refuse("save", 0, "[save] this server has no directory for saved streams");
+      return HandleSave();
     case v1::SessionRequest::kClose:
       if (request.close().at_once()) {
         return hub_.Close(stream_);
@@ -178,7 +178,11 @@ void SessionCall::HandleOpen(const v1::Open& open) {
     if (open.has_options() || open.has_budgets()) {
       throw InputError("[session] a resumed stream keeps its options and budgets; send neither");
     }
-    stream = hub_.Find(open.resume_stream_id(), *account_);
+    try {
+      stream = hub_.Find(open.resume_stream_id(), account_);
+    } catch (const InputError& error) {  // of the file: another model, a damaged one
+      return End({StatusCode::FAILED_PRECONDITION, Utf8(error.what())});
+    }
     if (!stream) {
       return End({StatusCode::NOT_FOUND,
                   "[session] there is no stream of this id to go on with; open a new one"});
@@ -277,6 +281,17 @@ void SessionCall::HandleOptions(const v1::ModelOptions& message) {
     stream_->SetGenerate(options.generate);
   } catch (const Error& error) {
     Refuse("set_options", 0, error.what());
+  }
+}
+
+void SessionCall::HandleSave() {
+  try {
+    hub_.Save(*stream_);
+    v1::SessionResponse message;
+    message.mutable_saved();
+    stream_->Send(std::move(message));
+  } catch (const Error& error) {
+    Refuse("save", 0, error.what());
   }
 }
 

@@ -40,6 +40,7 @@ class SessionCall final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc:
   void HandleAsk(const char* request, const v1::Ask& ask, const v1::StandingQuestion* standing);
   void HandleCancel(QuestionId question);
   void HandleSource(const v1::OpenSource& request);
+  void HandleSave();
   void HandleOptions(const v1::ModelOptions& options);
   void Refuse(const char* request, QuestionId question, const std::string& error);
   void End(const grpc::Status& status);

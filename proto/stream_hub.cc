@@ -1,5 +1,7 @@
 #include "proto/stream_hub.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <vector>
@@ -13,6 +15,23 @@ namespace sluice {
 namespace {
 
 constexpr double kDefaultFps = 2;
+constexpr char kSuffix[] = ".stream";
+
+// Makes the state directory if it is not there.
+const ServiceOptions& WithDirectory(const ServiceOptions& options) {
+  const auto& directory = options.state_directory;
+  if (directory.empty()) return options;
+  std::error_code error;
+  if (std::filesystem::create_directories(directory, error)) {
+    std::filesystem::permissions(directory, std::filesystem::perms::owner_all, error);
+  }
+  if (error || !std::filesystem::is_directory(directory) ||
+      access(directory.c_str(), W_OK | X_OK) != 0) {
+    throw InputError("[serve] state_directory: " + directory.string() +
+                     " cannot be made or written to");
+  }
+  return options;
+}
 
 }  // namespace
 
@@ -27,7 +46,7 @@ SourceOptions SourceOptionsOf(double fps) {
 
 StreamHub::StreamHub(std::shared_ptr<const Vlm> model, Scheduler& streams, Metrics& metrics,
                      const Clock& wall, const ServiceOptions& service_options)
-    : options(service_options),
+    : options(WithDirectory(service_options)),
       vlm(std::move(model)),
       scheduler(streams),
       clock(wall),
@@ -75,18 +94,10 @@ std::shared_ptr<LiveStream> StreamHub::Open(const v1::Open& open,
                                             const std::shared_ptr<Account>& account) {
   const SessionOptions session =
       FromProto(open.options(), vlm->generation_defaults(), options.memory);
-  LiveStream::Terms terms{.max_bytes = options.outgoing_bytes,
-                          .budget = Granted(open.budgets(), options.budget),
-                          .generate = session.generate,
-                          .lease = Account::Open(account),
-                          .attend = {}};
-  // The stream is named in its own terms; whoever attends to it finds it alive or not at all.
-  auto self = std::make_shared<std::weak_ptr<LiveStream>>();
-  terms.attend = [this, self] {
-    pool_->Post([this, self] {
-      if (const auto stream = self->lock()) Attend(stream);
-    });
-  };
+  const auto self = std::make_shared<std::weak_ptr<LiveStream>>();
+  LiveStream::Terms terms = TermsFor(account, self);
+  terms.budget = Granted(open.budgets(), options.budget);
+  terms.generate = session.generate;
   const StreamBudget budget = terms.budget;
   const auto stream = std::make_shared<LiveStream>(std::move(terms));
   *self = stream;
@@ -100,11 +111,138 @@ std::shared_ptr<LiveStream> StreamHub::Open(const v1::Open& open,
   return stream;
 }
 
-std::shared_ptr<LiveStream> StreamHub::Find(const StreamId& id, const Account& account) const {
-  const std::lock_guard lock(mutex_);
-  const auto found = streams_.find(id);
-  if (found == streams_.end() || &found->second->account() != &account) return nullptr;
-  return found->second;
+// The stream is named in its own terms, by `self`; whoever attends to it finds it alive or not at
+// all.
+LiveStream::Terms StreamHub::TermsFor(const std::shared_ptr<Account>& account,
+                                      const std::shared_ptr<std::weak_ptr<LiveStream>>& self) {
+  return {.max_bytes = options.outgoing_bytes,
+          .budget = {},
+          .generate = {},
+          .lease = Account::Open(account),
+          .attend = [this, self] {
+            pool_->Post([this, self] {
+              if (const auto stream = self->lock()) Attend(stream);
+            });
+          }};
+}
+
+std::shared_ptr<LiveStream> StreamHub::Find(const StreamId& id,
+                                            const std::shared_ptr<Account>& account) {
+  const std::lock_guard files(files_mutex_);
+  {
+    const std::lock_guard lock(mutex_);
+    const auto found = streams_.find(id);
+    if (found != streams_.end()) {
+      return &found->second->account() == account.get() ? found->second : nullptr;
+    }
+  }
+  return Restore(id, account);
+}
+
+// ---- Saved streams ---------------------------------------------------------------------------
+
+// Ids come from clients: nothing but an id may become part of a path.
+std::filesystem::path StreamHub::FileOf(const StreamId& id) const {
+  const bool is_id = id.size() == 32 && id.find_first_not_of("0123456789abcdef") == id.npos;
+  return is_id && !options.state_directory.empty() ? options.state_directory / (id + kSuffix)
+                                                   : std::filesystem::path();
+}
+
+void StreamHub::Save(LiveStream& stream) {
+  const auto file = FileOf(stream.id);
+  if (file.empty()) throw InputError("[save] this server has no directory for saved streams");
+  try {
+    scheduler.Save(stream.id, file, [&](Archive& archive) {
+      std::string account = stream.account().name();
+      archive.Text("account", account);
+      stream.Persist(archive);
+    });
+  } catch (const Error&) {
+    SavedStreams("failed").Add();
+    throw;
+  }
+  SavedStreams("saved").Add();
+}
+
+Counter& StreamHub::SavedStreams(const char* result) {
+  return metrics_.counter("sluice_streams_saved_total", "Streams written to the state directory.",
+                          {{"result", result}});
+}
+
+// REQUIRES: files_mutex_.
+std::shared_ptr<LiveStream> StreamHub::Restore(const StreamId& id,
+                                               const std::shared_ptr<Account>& account) {
+  const auto file = FileOf(id);
+  if (file.empty() || !std::filesystem::exists(file)) return nullptr;
+  struct NotYours {};
+  const auto self = std::make_shared<std::weak_ptr<LiveStream>>();
+  std::shared_ptr<LiveStream> stream;
+  StreamReport report;
+  try {
+    report =
+        scheduler.Restore(file, [&](Archive& archive, const StreamId& saved, StreamBudget& budget) {
+          std::string owner;
+          archive.Text("account", owner);
+          if (owner != account->name()) throw NotYours();
+          if (saved != id) archive.Refuse("id", id, saved);
+          LiveStream::Terms terms = TermsFor(account, self);
+          budget = terms.budget = Granted(ToProto(budget), options.budget);
+          stream = std::make_shared<LiveStream>(std::move(terms));
+          *self = stream;
+          stream->id = id;
+          stream->Persist(archive);
+          return stream;
+        });
+  } catch (const NotYours&) {
+    return nullptr;
+  }
+  stream->Resumed(report, clock.Now());
+  {
+    const std::lock_guard lock(mutex_);
+    streams_[id] = stream;
+  }
+  LogEvent(spdlog::level::info, "stream_restored",
+           {{"stream", id.substr(0, 8)}, {"account", account->name()}});
+  return stream;
+}
+
+// The client has stayed away: the stream goes on from its file when it is back.
+void StreamHub::Park(const std::shared_ptr<LiveStream>& stream) {
+  const std::lock_guard files(files_mutex_);
+  if (stream->away_since() && !PutAway(stream, "[session] the stream was put away; resume it")) {
+    Close(stream);
+  }
+}
+
+// Saves a stream and ends it here. False, and logged: it could not be saved.
+bool StreamHub::PutAway(const std::shared_ptr<LiveStream>& stream, const char* line) {
+  try {
+    stream->StopSource();
+    Save(*stream);
+    scheduler.Close(stream->id);
+  } catch (const Error& error) {
+    LogEvent(spdlog::level::warn, "stream_not_saved",
+             {{"stream", stream->id.substr(0, 8)}, {"error", error.what()}});
+    return false;
+  }
+  Forget(stream->id);
+  stream->End({grpc::StatusCode::UNAVAILABLE, line});
+  LogEvent(spdlog::level::info, "stream_saved", {{"stream", stream->id.substr(0, 8)}});
+  return true;
+}
+
+void StreamHub::RemoveOldFiles() const {
+  using Time = std::filesystem::file_time_type;
+  const auto oldest = Time::clock::now() -
+                      std::chrono::duration_cast<Time::duration>(
+                          std::chrono::duration<double, std::ratio<86400>>(options.state_days));
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(options.state_directory, error)) {
+    // Half-written ones of a process that was killed go with them.
+    if (entry.path().filename().string().find(kSuffix) == std::string::npos) continue;
+    const Time time = entry.last_write_time(error);
+    if (!error && time < oldest) std::filesystem::remove(entry.path(), error);
+  }
 }
 
 void StreamHub::Forget(const StreamId& id) {
@@ -135,7 +273,11 @@ void StreamHub::Close(const std::shared_ptr<LiveStream>& stream) {
     Forget(stream->id);
     return;
   }
-  Forget(stream->id);
+  if (const auto file = FileOf(stream->id); !file.empty()) {
+    std::error_code ignored;  // it may never have been saved
+    std::filesystem::remove(file, ignored);
+  }
+  Forget(stream->id);  // last, so that nobody finds the file of a stream that is closed
   v1::SessionResponse message;
   v1::Closed& closed = *message.mutable_closed();
   closed.set_frames_received(stream->received());
@@ -156,6 +298,7 @@ void StreamHub::Close(const std::shared_ptr<LiveStream>& stream) {
 
 void StreamHub::WatchAbsent() {
   const std::chrono::duration<double> linger(options.linger_seconds);
+  std::optional<WallTime> cleaned;
   std::unique_lock lock(mutex_);
   while (!ending_) {
     changed_.wait_for(lock, std::min(std::chrono::duration<double>(1),
@@ -163,7 +306,13 @@ void StreamHub::WatchAbsent() {
     lock.unlock();
     for (const auto& stream : All()) {
       const auto since = stream->away_since();
-      if (since && clock.Now() - *since >= linger) Close(stream);
+      if (!since || clock.Now() - *since < linger) continue;
+      options.state_directory.empty() ? Close(stream) : Park(stream);
+    }
+    const WallTime now = clock.Now();
+    if (!options.state_directory.empty() && (!cleaned || now - *cleaned >= std::chrono::hours(1))) {
+      RemoveOldFiles();
+      cleaned = now;
     }
     lock.lock();
   }
@@ -245,6 +394,10 @@ void StreamHub::Drain() {
   }
   scheduler.Drain(options.drain_seconds);
   for (const auto& stream : All()) {
+    if (!options.state_directory.empty() &&
+        PutAway(stream, "[serve] the server has shut down; resume the stream at the next one")) {
+      continue;
+    }
     stream->End({grpc::StatusCode::UNAVAILABLE, "[serve] the server has shut down; try again"});
   }
 }

@@ -37,10 +37,13 @@ class StreamHub {
 
   // Throw InputError and ResourceExhausted as the scheduler does.
   std::shared_ptr<LiveStream> Open(const v1::Open& open, const std::shared_ptr<Account>& account);
-  // Null: there is no such stream, or it is another account's.
-  std::shared_ptr<LiveStream> Find(const StreamId& id, const Account& account) const;
-  // Reports, and ends the stream.
+  // Also one that was saved. Null: there is no such stream, or it is another account's. Throws as
+  // Scheduler::Restore does.
+  std::shared_ptr<LiveStream> Find(const StreamId& id, const std::shared_ptr<Account>& account);
+  // Reports, and ends the stream; a saved one is gone as well.
   void Close(const std::shared_ptr<LiveStream>& stream);
+  // Writes it to the state directory. Throws InputError if there is none, Error if it fails.
+  void Save(LiveStream& stream);
   // Plays a source into a stream on a thread of its own. Throws ResourceExhausted.
   void Play(const std::shared_ptr<LiveStream>& stream, const v1::OpenSource& request);
   // Runs `job` on a thread of its own, of which there are max_sources.
@@ -58,12 +61,21 @@ class StreamHub {
   };
   void Attend(const std::shared_ptr<LiveStream>& stream);
   void WatchAbsent();
+  void Park(const std::shared_ptr<LiveStream>& stream);
+  std::shared_ptr<LiveStream> Restore(const StreamId& id, const std::shared_ptr<Account>& account);
+  bool PutAway(const std::shared_ptr<LiveStream>& stream, const char* line);
+  void RemoveOldFiles() const;
+  Counter& SavedStreams(const char* result);
+  LiveStream::Terms TermsFor(const std::shared_ptr<Account>& account,
+                             const std::shared_ptr<std::weak_ptr<LiveStream>>& self);
+  std::filesystem::path FileOf(const StreamId& id) const;
   void Forget(const StreamId& id);
   std::vector<std::shared_ptr<LiveStream>> All() const;
   void PlaySource(LiveStream& stream, const v1::OpenSource& request);
 
   Metrics& metrics_;
   const Access access_;
+  std::mutex files_mutex_;  // of saved streams; taken before any other
   std::atomic<bool> draining_ = false;
   mutable std::mutex mutex_;
   std::condition_variable changed_;

@@ -17,6 +17,7 @@
 #include "runtime/error.h"
 #include "streaming/logging.h"
 #include "streaming/pipeline.h"
+#include "streaming/session_file.h"
 
 namespace sluice {
 namespace {
@@ -141,6 +142,8 @@ struct Standing {
   std::optional<MediaTime> due;     // none: with the next frame
   std::optional<std::string> last;  // answer
 };
+
+constexpr int64_t kMostCounted = int64_t{1} << 60;
 
 struct Instruments {
   explicit Instruments(Metrics& metrics) {
@@ -348,6 +351,7 @@ struct Scheduler::State {
     return std::any_of(streams.begin(), streams.end(),
                        [](const StreamPtr& stream) { return stream->HasWork(); });
   }
+  void Add(const StreamPtr& stream);
   StreamPtr FindToAsk(const StreamId& id, const StreamQuestion& question) const;
 
   bool RunRound();
@@ -912,24 +916,116 @@ StreamId Scheduler::Open(const SessionOptions& options, const StreamBudget& budg
   auto stream = std::make_shared<Stream>();
   stream->id = NewId();
   stream->budget = budget;
-  stream->options = options;
   stream->events = std::move(events);
   stream->session = state_->engine->NewSession(options);
-  stream->tokens_per_frame = state_->engine->vlm()->encoder().tokens_per_frame();
+  state_->Add(stream);
+  return stream->id;
+}
+
+// With its session, budget and events.
+void Scheduler::State::Add(const StreamPtr& stream) {
+  stream->options = stream->session->options;
+  stream->tokens_per_frame = engine->vlm()->encoder().tokens_per_frame();
   for (const auto& compressor : stream->session->compressors) {
     stream->tokens_per_frame = compressor->TokensLeft(stream->tokens_per_frame);
   }
-  stream->allowance = std::max(1.0, budget.frames_per_second);
-  stream->filled = state_->clock.Now();
-  const std::lock_guard lock(state_->mutex);
-  if (state_->draining) throw ResourceExhausted("[scheduler] the scheduler is closing");
-  if (static_cast<int>(state_->streams.size()) >= state_->options.max_streams) {
-    throw ResourceExhausted("[scheduler] " + std::to_string(state_->options.max_streams) +
+  stream->allowance = std::max(1.0, stream->budget.frames_per_second);
+  stream->filled = clock.Now();
+  const std::lock_guard lock(mutex);
+  if (draining) throw ResourceExhausted("[scheduler] the scheduler is closing");
+  if (static_cast<int>(streams.size()) >= options.max_streams) {
+    throw ResourceExhausted("[scheduler] " + std::to_string(options.max_streams) +
                             " streams are open, as many as max_streams allows; close one");
   }
-  state_->streams.push_back(stream);
-  state_->instruments.streams->Set(static_cast<double>(state_->streams.size()));
-  return stream->id;
+  for (const StreamPtr& other : streams) {
+    if (other->id == stream->id) {
+      throw InputError("[scheduler] stream " + stream->id + " is open already");
+    }
+  }
+  streams.push_back(stream);
+  instruments.streams->Set(static_cast<double>(streams.size()));
+}
+
+namespace {
+
+// What a scheduler knows of a stream, beside its session.
+void Persist(Archive& archive, StreamId& id, StreamBudget& budget, StreamReport& report,
+             std::vector<Standing>& standing) {
+  archive.Text("id", id);
+  archive.Number("kv_bytes", budget.kv_bytes);
+  archive.Number("queued_frames", budget.queued_frames);
+  archive.Number("queued_questions", budget.queued_questions);
+  archive.Number("answer_tokens", budget.answer_tokens);
+  archive.Number("answer_seconds", budget.answer_seconds);
+  archive.Number("frames_per_second", budget.frames_per_second);
+  archive.Number("frames_encoded", report.frames.encoded, int64_t{0}, kMostCounted);
+  archive.Number("frames_dropped", report.frames.dropped, int64_t{0}, kMostCounted);
+  archive.Number("questions", report.questions, int64_t{0}, kMostCounted);
+  archive.Number("answer_tokens", report.answer_tokens, int64_t{0}, kMostCounted);
+  archive.Resize("standing", standing, 1 << 20);
+  for (Standing& each : standing) {
+    StreamQuestion& question = each.what.question;
+    archive.Number("question", question.id);
+    archive.Text("text", question.text);
+    bool own = question.generate.has_value(), asked = each.due.has_value(),
+         answered = each.last.has_value();
+    archive.Flag("own_generation", own);
+    if (archive.loading() && own) question.generate.emplace();
+    if (own) Persist(archive, *question.generate);
+    archive.Number("interval_seconds", each.what.interval_seconds, 1e-9, 1e9);
+    archive.Flag("only_when_changed", each.what.only_when_changed);
+    archive.Flag("asked", asked);
+    int64_t due = asked && each.due ? each.due->nanoseconds() : 0;
+    archive.Number("due", due);
+    if (asked) each.due = MediaTime::FromNanoseconds(due);
+    archive.Flag("answered", answered);
+    std::string last = each.last.value_or("");
+    archive.Text("last", last);
+    if (answered) each.last = last;
+  }
+}
+
+}  // namespace
+
+void Scheduler::Save(const StreamId& id, const std::filesystem::path& file,
+                     const std::function<void(Archive&)>& owner) {
+  const State::Exclusive exclusive(*state_, /*visitor=*/true);
+  State::StreamPtr stream;
+  StreamReport report;
+  std::vector<Standing> standing;
+  {
+    const std::lock_guard lock(state_->mutex);
+    stream = state_->Find(id);
+    report = stream->report;
+    standing = stream->standing;
+  }
+  if (!stream->session) throw Error("[scheduler] a stream that failed cannot be saved");
+  SaveSession(*state_->ctx, *stream->session, file, [&](Archive& archive) {
+    StreamId name = id;
+    Persist(archive, name, stream->budget, report, standing);
+    owner(archive);
+  });
+}
+
+StreamReport Scheduler::Restore(const std::filesystem::path& file, const Owner& owner) {
+  const State::Exclusive exclusive(*state_, /*visitor=*/true);
+  auto stream = std::make_shared<Stream>();
+  stream->session = LoadSession(*state_->ctx, *state_->engine, file, [&](Archive& archive) {
+    Persist(archive, stream->id, stream->budget, stream->report, stream->standing);
+    stream->events = owner(archive, stream->id, stream->budget);
+  });
+  CheckBudget(stream->budget);
+  CheckGenerateOptions(stream->session->options.generate);
+  StreamReport& report = stream->report;
+  report.frames.pushed = report.frames.encoded + report.frames.dropped;
+  report.visual_tokens = stream->session->visual_tokens;
+  report.last_time = stream->session->last_time;
+  if (stream->session->reuse) stream->reuse = stream->session->reuse->counts();
+  if (stream->session->frames_seen > 0) stream->newest = stream->session->last_time;
+  stream->newest_index = -1;  // its owner counts on
+  stream->unread = !stream->session->waiting.empty();
+  state_->Add(stream);
+  return report;
 }
 
 void Scheduler::Attach(const StreamId& id, std::shared_ptr<StreamEvents> events) {

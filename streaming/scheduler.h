@@ -19,6 +19,8 @@
 #define SLUICE_STREAMING_SCHEDULER_H_
 
 #include <cstdint>
+#include <filesystem>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -26,6 +28,7 @@
 #include <vector>
 
 #include "llm/generator.h"
+#include "runtime/archive.h"
 #include "runtime/clock.h"
 #include "streaming/engine.h"
 #include "streaming/metrics.h"
@@ -124,7 +127,7 @@ struct StreamReport {
 
 using StreamId = std::string;  // 32 hexadecimal digits from the system's random source
 
-// Thread-safe. Calls return at once (Close waits for the round in progress).
+// Thread-safe. Calls return at once; Close, Save and Restore wait for the round in progress.
 class Scheduler {
  public:
   // clock: for budgets and timings; outlives the scheduler. Starts its thread unless `manual`, for
@@ -157,6 +160,18 @@ class Scheduler {
   StreamReport Report(const StreamId& stream) const;
   StreamReport Close(const StreamId& stream);
   std::vector<StreamId> streams() const;
+
+  // Writes what the stream has seen and said, its budget and its standing questions, as SaveSession
+  // does; frames and questions that wait and an answer in progress are not part of it. owner:
+  // called with the file, for what the caller adds. No rounds run meanwhile: some 100 MB a second.
+  void Save(const StreamId& stream, const std::filesystem::path& file,
+            const std::function<void(Archive&)>& owner);
+  // Opens a saved stream again, with the id it had. owner: reads what the caller added, may lower
+  // the budget, and tells who listens. Throws as LoadSession and Open do, InputError also when the
+  // stream is open.
+  using Owner =
+      std::function<std::shared_ptr<StreamEvents>(Archive&, const StreamId&, StreamBudget&)>;
+  StreamReport Restore(const std::filesystem::path& file, const Owner& owner);
 
   // No frames or questions are taken from now on (kClosing, and ResourceExhausted); what waits is
   // finished. Returns when nothing is left to do or after `seconds` of wall time.

@@ -83,16 +83,6 @@ void Persist(Archive& archive, MemoryOptions& options) {
   archive.Number("dialogue_tokens", options.dialogue_tokens);
 }
 
-void Persist(Archive& archive, GenerateOptions& options) {
-  archive.Number("max_new_tokens", options.max_new_tokens);
-  archive.Number("temperature", options.sampling.temperature);
-  archive.Number("top_k", options.sampling.top_k);
-  archive.Number("top_p", options.sampling.top_p);
-  archive.Number("repetition_penalty", options.sampling.repetition_penalty);
-  archive.Number("seed", options.sampling.seed);
-  Persist(archive, "stop_strings", options.stop_strings);
-}
-
 void Persist(Archive& archive, SessionOptions& options) {
   archive.Text("system_prompt", options.system_prompt);
   archive.Flag("keep_dialogue", options.keep_dialogue);
@@ -275,18 +265,31 @@ void PersistKind(Archive& archive, const Vlm& vlm) {
 
 }  // namespace
 
-void SaveSession(ExecContext& ctx, Session& session, const std::filesystem::path& file) {
+void Persist(Archive& archive, GenerateOptions& options) {
+  archive.Number("max_new_tokens", options.max_new_tokens);
+  archive.Number("temperature", options.sampling.temperature);
+  archive.Number("top_k", options.sampling.top_k);
+  archive.Number("top_p", options.sampling.top_p);
+  archive.Number("repetition_penalty", options.sampling.repetition_penalty);
+  archive.Number("seed", options.sampling.seed);
+  Persist(archive, "stop_strings", options.stop_strings);
+}
+
+void SaveSession(ExecContext& ctx, Session& session, const std::filesystem::path& file,
+                 const PersistOwner& owner) {
   Archive archive = Archive::ToFile(file);
   PersistKind(archive, *session.vlm);
+  if (owner) owner(archive);
   Persist(archive, session.options);
   Persist(ctx, archive, session);
   archive.Finish();
 }
 
 std::unique_ptr<Session> LoadSession(ExecContext& ctx, const Engine& engine,
-                                     const std::filesystem::path& file) {
+                                     const std::filesystem::path& file, const PersistOwner& owner) {
   Archive archive = Archive::FromFile(file);
   PersistKind(archive, *engine.vlm());
+  if (owner) owner(archive);
   SessionOptions options;
   Persist(archive, options);
   std::unique_ptr<Session> session = engine.NewSession(options);

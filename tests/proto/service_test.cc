@@ -345,6 +345,234 @@ TEST_F(ServiceTest, AStreamWithAMemoryLastsAndTellsWhatAnswersRestOn) {
   EXPECT_TRUE(client.Finish().ok());
 }
 
+// With a directory for saved streams.
+class SavedStreamTest : public ServiceTest {
+ protected:
+  SavedStreamTest() {
+    directory_ =
+        std::filesystem::path(::testing::TempDir()) / ("streams_" + std::to_string(getpid()));
+    std::filesystem::remove_all(directory_);
+    options_.state_directory = directory_;
+    Start();
+  }
+  ~SavedStreamTest() override {
+    Stop();
+    std::filesystem::remove_all(directory_);
+  }
+  void Stop() {
+    if (service_) service_->Shutdown();
+    service_.reset();
+    scheduler_.reset();
+  }
+  void Restart() {
+    Stop();
+    Start();
+  }
+  size_t files() const {
+    return static_cast<size_t>(std::distance(std::filesystem::directory_iterator(directory_), {}));
+  }
+  std::filesystem::path file(const std::string& id) const { return directory_ / (id + ".stream"); }
+
+  // With a memory that recalls, so that everything a stream can have is there.
+  std::string OpenWithMemory(Client& client) {
+    return client.Open([](v1::Open& open) {
+      open.mutable_options()->mutable_memory()->set_window_tokens(16);
+      open.mutable_options()->mutable_memory()->set_recall_frames(8);
+      open.mutable_options()->mutable_generation()->set_max_new_tokens(8);
+    });
+  }
+  static void Push(Client& client, int first, int count) {
+    for (int i = first; i < first + count; ++i) {
+      client.Send(RawFrame(i, 0.5 * i));
+      client.ReadUntil(v1::SessionResponse::kFrameAck);
+    }
+  }
+  static std::string Answer(Client& client, uint64_t id) {
+    client.Send(Question(id));
+    return client.ReadUntil(v1::SessionResponse::kAnswer).answer().text();
+  }
+
+  std::filesystem::path directory_;
+};
+
+TEST_F(SavedStreamTest, AServerThatStopsAndStartsAgainAnswersAsIfItHadNot) {
+  Client unbroken(port());
+  OpenWithMemory(unbroken);
+  Push(unbroken, 0, 30);
+  const std::string first = Answer(unbroken, 1);
+  Push(unbroken, 30, 10);
+  const std::string second = Answer(unbroken, 2);
+  unbroken.Close();
+  EXPECT_TRUE(unbroken.Finish().ok());
+  EXPECT_EQ(files(), 0u);
+
+  Client client(port());
+  const std::string id = OpenWithMemory(client);
+  Push(client, 0, 30);
+  EXPECT_EQ(Answer(client, 1), first);
+  v1::SessionRequest standing;
+  *standing.mutable_standing_question()->mutable_ask() = Question(9).ask();
+  standing.mutable_standing_question()->set_interval_media_seconds(1);
+  client.Send(standing);
+  // So that the question has arrived.
+  client.Send(standing);
+  EXPECT_EQ(client.ReadUntil(v1::SessionResponse::kRefused).refused().request(),
+            "standing_question");
+  std::thread stop([&] { Stop(); });
+  client.ReadUntil(v1::SessionResponse::kGoingAway);
+  const grpc::Status status = client.Finish();
+  stop.join();
+  EXPECT_EQ(status.error_code(), StatusCode::UNAVAILABLE);
+  EXPECT_THAT(status.error_message(), HasSubstr("resume"));
+  EXPECT_EQ(files(), 1u);
+
+  Start();
+  Client again(port());
+  EXPECT_EQ(again.Resume(id), id);
+  EXPECT_TRUE(again.opened.resumed());
+  EXPECT_EQ(again.opened.last_frame(), 29u);
+  again.Send(RawFrame(30, 15));
+  const auto alert = again.ReadUntil(v1::SessionResponse::kAlert).alert();
+  EXPECT_EQ(alert.answer().question_id(), 9u);
+  EXPECT_EQ(alert.answer().frames_seen(), 31);
+  v1::SessionRequest cancel;
+  cancel.mutable_cancel()->set_question_id(9);
+  again.Send(cancel);
+  Push(again, 31, 9);
+  EXPECT_EQ(Answer(again, 2), second);
+  again.Close();
+  EXPECT_TRUE(again.Finish().ok());
+  EXPECT_EQ(again.last.closed().frames_received(), 40);
+  EXPECT_EQ(again.last.closed().frames_encoded(), 40);
+  EXPECT_EQ(files(), 0u);
+}
+
+TEST_F(SavedStreamTest, AClientSavesAndACrashGoesOnFromThere) {
+  std::string id, later;
+  {
+    Client client(port());
+    id = OpenWithMemory(client);
+    Push(client, 0, 10);
+    v1::SessionRequest save;
+    save.mutable_save();
+    client.Send(save);
+    client.ReadUntil(v1::SessionResponse::kSaved);
+    std::filesystem::copy_file(file(id), directory_ / "kept");
+    Push(client, 10, 5);
+    later = Answer(client, 1);
+    client.Close();
+    EXPECT_TRUE(client.Finish().ok());
+  }
+  // What a crash leaves: the file of the last save.
+  std::filesystem::rename(directory_ / "kept", file(id));
+  Restart();
+  Client client(port());
+  client.Resume(id);
+  EXPECT_EQ(client.opened.last_frame(), 9u);
+  Push(client, 10, 5);
+  EXPECT_EQ(Answer(client, 1), later);
+}
+
+TEST_F(SavedStreamTest, AStreamWhoseClientStaysAwayIsPutAwayAndComesBack) {
+  Stop();
+  options_.linger_seconds = 0.05;
+  Start();
+  std::string id;
+  {
+    Client client(port());
+    id = OpenWithMemory(client);
+    Push(client, 0, 10);
+    client.Cancel();
+  }
+  EXPECT_TRUE(StreamsBecome(0));
+  EXPECT_EQ(files(), 1u);
+  Client client(port());
+  client.Resume(id);
+  EXPECT_EQ(client.opened.last_frame(), 9u);
+  Push(client, 10, 2);
+  EXPECT_FALSE(Answer(client, 1).empty());
+}
+
+TEST_F(SavedStreamTest, OnlyWholeFilesAndRealIdsAreResumed) {
+  std::string id;
+  {
+    Client client(port());
+    id = OpenWithMemory(client);
+    Push(client, 0, 3);
+  }
+  Restart();
+  const auto resume = [&](const std::string& name) {
+    Client client(port());
+    client.SendOpen([&](v1::Open& open) { open.set_resume_stream_id(name); });
+    return client.Finish();
+  };
+  for (const std::string& name : {std::string("../../etc/passwd"), "../" + id, id + ".stream",
+                                  std::string(32, 'g'), std::string(32, '0')}) {
+    EXPECT_EQ(resume(name).error_code(), StatusCode::NOT_FOUND) << name;
+  }
+  // Another stream's file under this name.
+  const std::string other(32, 'a');
+  std::filesystem::copy_file(file(id), file(other));
+  EXPECT_EQ(resume(other).error_code(), StatusCode::FAILED_PRECONDITION);
+  std::filesystem::resize_file(file(id), std::filesystem::file_size(file(id)) - 9);
+  const grpc::Status damaged = resume(id);
+  EXPECT_EQ(damaged.error_code(), StatusCode::FAILED_PRECONDITION);
+  EXPECT_THAT(damaged.error_message(), HasSubstr(id));
+  EXPECT_TRUE(std::filesystem::exists(file(id)));
+}
+
+TEST_F(SavedStreamTest, AnotherAccountsStreamIsNotFound) {
+  Stop();
+  // Of "one" and "two".
+  options_.tokens = {
+      {.name = "first",
+       .sha256 = "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"},
+      {.name = "second",
+       .sha256 = "3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3"}};
+  Start();
+  std::string id;
+  {
+    Client client(port(), "one");
+    id = OpenWithMemory(client);
+    Push(client, 0, 3);
+  }
+  Restart();
+  Client thief(port(), "two");
+  thief.SendOpen([&](v1::Open& open) { open.set_resume_stream_id(id); });
+  EXPECT_EQ(thief.Finish().error_code(), StatusCode::NOT_FOUND);
+  Client owner(port(), "one");
+  owner.Resume(id);
+  EXPECT_EQ(owner.opened.last_frame(), 2u);
+}
+
+TEST_F(SavedStreamTest, ADirectoryThatIsGoneCostsTheSaveAndNothingElse) {
+  std::filesystem::remove_all(directory_);
+  OthersGoOnAfter([&] {
+    Client client(port());
+    OpenWithMemory(client);
+    Push(client, 0, 3);
+    v1::SessionRequest save;
+    save.mutable_save();
+    client.Send(save);
+    const auto refused = client.ReadUntil(v1::SessionResponse::kRefused).refused();
+    EXPECT_EQ(refused.request(), "save");
+    EXPECT_THAT(refused.error(), HasSubstr(directory_.string()));
+    EXPECT_FALSE(Answer(client, 1).empty());
+  });
+}
+
+TEST_F(SavedStreamTest, FilesThatNobodyCameForAreRemoved) {
+  Stop();
+  const auto old = file(std::string(32, 'b')), fresh = file(std::string(32, 'c'));
+  for (const auto& path : {old, fresh}) std::ofstream(path) << "x";
+  using Time = std::filesystem::file_time_type;
+  std::filesystem::last_write_time(old, Time::clock::now() - std::chrono::hours(24 * 8));
+  Start();
+  for (int i = 0; i < 500 && std::filesystem::exists(old); ++i) std::this_thread::sleep_for(10ms);
+  EXPECT_FALSE(std::filesystem::exists(old));
+  EXPECT_TRUE(std::filesystem::exists(fresh));
+}
+
 TEST_F(ServiceTest, OnlyOneOpenAndOnlyAtTheBeginningMakesSense) {
   Start();
   OthersGoOnAfter([&] {
