@@ -31,7 +31,8 @@ endfunction()
 function(sluice_warnings target)
   # GCC 12 sees overlapping copies inside std::string where there are none (its bug 105329).
   target_compile_options(${target} PRIVATE
-                         $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wno-restrict>)
+                         $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>
+                         $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-Wno-restrict>)
   if(SLUICE_WERROR)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Werror>
                                              $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)

@@ -3,7 +3,10 @@ if(SLUICE_SANITIZE)
   # Instrumented code confuses GCC's look-out for uninitialised variables (std::regex, for one);
   # the release build keeps it.
   add_compile_options(-fsanitize=${SLUICE_SANITIZE} -fno-omit-frame-pointer
-                      -fno-sanitize-recover=all -Wno-maybe-uninitialized)
+                      -fno-sanitize-recover=all)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    add_compile_options(-Wno-maybe-uninitialized)
+  endif()
   add_link_options(-fsanitize=${SLUICE_SANITIZE})
   if(SLUICE_SANITIZE MATCHES "thread")
     # libgomp synchronises with futexes that the thread sanitizer does not see, so every parallel
@@ -13,4 +16,11 @@ if(SLUICE_SANITIZE)
     set_target_properties(OpenMP::OpenMP_CXX PROPERTIES INTERFACE_COMPILE_OPTIONS
                                                         -Wno-unknown-pragmas)
   endif()
+endif()
+if(SLUICE_FUZZ)
+  if(NOT CMAKE_CXX_COMPILER_ID STREQUAL "Clang")
+    message(FATAL_ERROR "SLUICE_FUZZ needs clang (libFuzzer), got ${CMAKE_CXX_COMPILER_ID}; "
+                        "use the preset fuzz")
+  endif()
+  add_compile_options(-fsanitize=fuzzer-no-link)
 endif()

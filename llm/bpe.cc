@@ -25,7 +25,7 @@ Bpe::Bpe(std::vector<std::string> tokens,
   }
   merges_.reserve(merges.size());
   for (size_t rank = 0; rank < merges.size(); ++rank) {
-    const auto& [left, right] = merges[rank];
+    const std::string &left = merges[rank].first, &right = merges[rank].second;
     const auto id = [&](const std::string& token) {
       const std::optional<int32_t> found = TokenToId(token);
       if (!found) {

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "proto/convert.h"
+#include "proto/image_decoder.h"
 #include "runtime/error.h"
 #include "streaming/defaults.h"
 
@@ -376,6 +377,24 @@ MediaTime MediaTimeOf(double seconds) {
     throw InputError("[frame] expected media_seconds in [0, 1e9]");
   }
   return MediaTime::FromSeconds(seconds);
+}
+
+void FromProto(const v1::Frame& message, int64_t max_pixels, Frame& frame) {
+  frame.time = MediaTimeOf(message.media_seconds());
+  switch (message.picture_case()) {
+    case v1::Frame::kJpeg:
+      return DecodeImage(ImageFormat::kJpeg, message.jpeg(), max_pixels, frame);
+    case v1::Frame::kPng:
+      return DecodeImage(ImageFormat::kPng, message.png(), max_pixels, frame);
+    case v1::Frame::kWebp:
+      return DecodeImage(ImageFormat::kWebp, message.webp(), max_pixels, frame);
+    case v1::Frame::kRgb:
+      return TakeRawImage(message.rgb().width(), message.rgb().height(), message.rgb().data(),
+                          max_pixels, frame);
+    case v1::Frame::PICTURE_NOT_SET:
+      break;
+  }
+  throw InputError("[frame] expected a picture as jpeg, png, webp or rgb, found none");
 }
 
 }  // namespace sluice

@@ -6,6 +6,7 @@
 #include "llm/vlm.h"
 #include "sluice/v1/service.pb.h"
 #include "streaming/scheduler.h"
+#include "vision/frame.h"
 
 namespace sluice {
 
@@ -32,6 +33,10 @@ v1::Model ToProto(const Vlm& vlm);
 
 // Of a frame, in nanoseconds. Throws InputError on what is not in [0, 1e9] seconds.
 MediaTime MediaTimeOf(double seconds);
+
+// Sets the time and the picture of `frame`. Throws InputError on a picture that is none, is damaged
+// or has more than max_pixels.
+void FromProto(const v1::Frame& message, int64_t max_pixels, Frame& frame);
 
 }  // namespace sluice
 

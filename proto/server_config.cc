@@ -187,8 +187,9 @@ void ReadServerConfig(const std::filesystem::path& file, ServerConfig& config) {
         }
         continue;
       }
-      const auto setting = std::find_if(settings.begin(), settings.end(),
-                                        [&](const Setting& s) { return s.name == name; });
+      const auto setting =
+          std::find_if(settings.begin(), settings.end(),
+                       [&name = name](const Setting& s) { return s.name == name; });
       if (setting == settings.end()) RefuseName(place, name, known);
       Set(*setting, value);
     } catch (const json::exception&) {

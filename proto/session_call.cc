@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "proto/convert.h"
-#include "proto/image_decoder.h"
 #include "proto/messages.h"
 #include "runtime/error.h"
 
@@ -15,24 +14,6 @@ namespace {
 
 using grpc::Status;
 using grpc::StatusCode;
-
-void Decode(const v1::Frame& message, int64_t max_pixels, Frame& frame) {
-  frame.time = MediaTimeOf(message.media_seconds());
-  switch (message.picture_case()) {
-    case v1::Frame::kJpeg:
-      return DecodeImage(ImageFormat::kJpeg, message.jpeg(), max_pixels, frame);
-    case v1::Frame::kPng:
-      return DecodeImage(ImageFormat::kPng, message.png(), max_pixels, frame);
-    case v1::Frame::kWebp:
-      return DecodeImage(ImageFormat::kWebp, message.webp(), max_pixels, frame);
-    case v1::Frame::kRgb:
-      return TakeRawImage(message.rgb().width(), message.rgb().height(), message.rgb().data(),
-                          max_pixels, frame);
-    case v1::Frame::PICTURE_NOT_SET:
-      break;
-  }
-  throw InputError("[frame] expected a picture as jpeg, png, webp or rgb, found none");
-}
 
 }  // namespace
 
@@ -239,7 +220,7 @@ void SessionCall::HandleFrame(const v1::Frame& message, int64_t bytes) {
   auto frame = std::make_shared<Frame>();
   frame->index = index;
   try {
-    Decode(message, hub_.options.frame_pixels, *frame);
+    FromProto(message, hub_.options.frame_pixels, *frame);
   } catch (const InputError& error) {
     return refuse(v1::DROP_REASON_BAD_FRAME, "bad_frame", error.what());
   }

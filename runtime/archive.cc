@@ -135,10 +135,13 @@ uint64_t Archive::BeginRead(std::string_view field, char type, size_t item, uint
   if (count > most) {
     Refuse(field, "at most " + std::to_string(most) + " values", std::to_string(count));
   }
-  if (count > left_ / item) {
-    Refuse(field, "what the file has room for", std::to_string(count) + " values");
-  }
+  CheckRoom(field, count, item);
   return count;
+}
+
+void Archive::CheckRoom(std::string_view field, uint64_t count, uint64_t item_bytes) const {
+  if (count <= left_ / item_bytes) return;
+  Refuse(field, "what the file has room for", std::to_string(count) + " values");
 }
 
 void Archive::Value(std::string_view field, char type, void* value, size_t size) {

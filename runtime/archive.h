@@ -71,17 +71,23 @@ class Archive {
     if (!loading_) BeginWrite(field, TypeOf<T>(), values.size());
     Transfer(values.data(), values.size() * sizeof(T));
   }
-  // How many items follow: the size of a list whose items are fields of their own.
+  // How many items follow: the size of a list whose items are one or more fields of their own.
+  // More than the rest of the file could hold is an error.
   template <typename T>
   void Resize(std::string_view field, std::vector<T>& list, uint64_t most) {
     uint64_t size = list.size();
     Number(field, size, uint64_t{0}, most);
-    if (loading_) list.resize(size);
+    if (!loading_) return;
+    CheckRoom(field, size, kLeastFieldBytes);
+    list.resize(size);
   }
   // Exactly `size` bytes of memory that is there already.
   void Bytes(std::string_view field, void* data, uint64_t size);
   // With dtype and shape; empty ones stay empty.
   void Value(std::string_view field, Tensor& tensor);
+  // Throws InputError unless the rest of a file that is read could hold `count` items of
+  // `item_bytes` each: to be asked before memory is taken for them.
+  void CheckRoom(std::string_view field, uint64_t count, uint64_t item_bytes) const;
   // Ends it: writes the checksum and puts the file in place, or makes sure that nothing is left.
   void Finish();
 
@@ -90,6 +96,7 @@ class Archive {
                            const std::string& found) const;
 
  private:
+  static constexpr uint64_t kLeastFieldBytes = 11;  // with a name of one letter and no values
   struct CloseFile {
     void operator()(std::FILE* file) const { std::fclose(file); }
   };

@@ -161,7 +161,11 @@ void Persist(ExecContext& ctx, Archive& archive, KvCache& cache) {
   bool whole = true;
   for (int i = 0; i < geometry.num_layers; ++i) whole = whole && cache.rows(i) == length - gone;
   archive.Flag("whole", whole);
-  if (archive.loading() && whole) cache.Restore(length, gone, std::move(pinned_keys));
+  if (archive.loading() && whole) {
+    archive.CheckRoom("length", length - gone,
+                      2 * geometry.num_layers * width * SizeOf(geometry.dtype));
+    cache.Restore(length, gone, std::move(pinned_keys));
+  }
   for (int layer = 0; layer < geometry.num_layers; ++layer) {
     std::vector<int32_t> tokens;
     if (!whole) {

@@ -219,5 +219,18 @@ TEST_F(ArchiveTest, CountsBeyondTheFileAreRefused) {
   }
 }
 
+TEST_F(ArchiveTest, ListsLongerThanTheFileAreRefusedBeforeMemoryIsTaken) {
+  uint64_t size = uint64_t{1} << 40;
+  {
+    Archive archive = Archive::ToFile(file_);
+    archive.Number("list", size);
+    archive.Finish();
+  }
+  Archive archive = Archive::FromFile(file_);
+  std::vector<std::string> list;
+  EXPECT_THAT([&] { archive.Resize("list", list, uint64_t{1} << 50); },
+              ThrowsMessage<InputError>(HasSubstr("expected what the file has room for")));
+}
+
 }  // namespace
 }  // namespace sluice

@@ -163,6 +163,22 @@ TEST_F(SessionFileTest, WhatIsNoStreamOfThisModelIsRefused) {
   }
 }
 
+TEST_F(SessionFileTest, MemoryIsNotTakenForTokensThatTheFileDoesNotHold) {
+  Saved(Options());
+  std::ifstream in(file_, std::ios::binary);
+  std::string bytes((std::istreambuf_iterator<char>(in)), {});
+  const std::string field = "\x06lengthq";
+  const size_t at = bytes.find(field);
+  ASSERT_NE(at, std::string::npos);
+  const int64_t length = 1 << 28;  // gigabytes of keys and values
+  bytes.replace(at + field.size() + 8, 8, reinterpret_cast<const char*>(&length), 8);
+  const uint32_t sum = ArchiveChecksum(std::string_view(bytes).substr(0, bytes.size() - 4));
+  bytes.replace(bytes.size() - 4, 4, reinterpret_cast<const char*>(&sum), 4);
+  std::ofstream(file_, std::ios::binary | std::ios::trunc) << bytes;
+  EXPECT_THAT([&] { LoadSession(*ctx_, engine_, file_); },
+              ThrowsMessage<InputError>(HasSubstr("'length': expected what the file has room")));
+}
+
 TEST_F(SessionFileTest, ADiskThatRefusesLeavesTheOldFile) {
   Saved(Options());
   const auto before = std::filesystem::file_size(file_);

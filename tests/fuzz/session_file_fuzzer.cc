@@ -1,0 +1,35 @@
+#include <cstring>
+#include <string>
+
+#include "runtime/archive.h"
+#include "streaming/session_file.h"
+#include "tests/fuzz/scratch_file.h"
+#include "tests/fuzz/targets.h"
+
+namespace sluice {
+namespace {
+
+Engine Open() {
+  EngineOptions options;
+  options.model = std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_tied";
+  options.vlm.compute_type = DType::kF32;
+  options.num_threads = 1;
+  options.kv_budget_bytes = 64 << 20;
+  return Engine(options);
+}
+
+}  // namespace
+
+void FuzzSessionFile(std::string_view bytes) {
+  static const ScratchFile file("stream");
+  static const Engine engine = Open();
+  static const auto ctx = engine.NewContext();
+  std::string sealed(bytes);
+  if (sealed.size() >= 4) {
+    const uint32_t sum = ArchiveChecksum(bytes.substr(0, bytes.size() - 4));
+    std::memcpy(sealed.data() + sealed.size() - 4, &sum, 4);
+  }
+  LoadSession(*ctx, engine, file.Holding(sealed));
+}
+
+}  // namespace sluice

@@ -1,0 +1,45 @@
+// What outside bytes can reach, one function a format. Each takes any bytes and returns, or throws
+// Error, which counts as refused; everything else is a finding. Used by the fuzzers and by
+// corpus_test. For one thread.
+#ifndef SLUICE_TESTS_FUZZ_TARGETS_H_
+#define SLUICE_TESTS_FUZZ_TARGETS_H_
+
+#include <string_view>
+
+namespace sluice {
+
+// A checkpoint's model.safetensors, all tensors read.
+void FuzzSafetensors(std::string_view bytes);
+// A tokenizer.json; then text to ids and back.
+void FuzzTokenizer(std::string_view bytes);
+// One file of a whole checkpoint: the first byte tells which one of which checkpoint.
+void FuzzConfig(std::string_view bytes);
+// A stream's file. Its last four bytes are replaced with the right checksum.
+void FuzzSessionFile(std::string_view bytes);
+// A picture: the first byte tells the format; raw pictures have width and height (16 bits each,
+// little-endian) behind it.
+void FuzzImage(std::string_view bytes);
+// A SessionRequest as it comes from the network.
+void FuzzRequest(std::string_view bytes);
+
+struct FuzzTarget {
+  const char* name;  // of its corpus and its program
+  void (*run)(std::string_view bytes);
+};
+
+inline constexpr FuzzTarget kFuzzTargets[] = {
+    {"safetensors", FuzzSafetensors},  {"tokenizer", FuzzTokenizer}, {"config", FuzzConfig},
+    {"session_file", FuzzSessionFile}, {"image", FuzzImage},         {"request", FuzzRequest},
+};
+
+// The choices of FuzzConfig's first byte: file number `byte % 8` of checkpoint `byte / 8 % 5`.
+inline constexpr const char* kConfigCheckpoints[] = {"tiny_tied", "tiny_untied", "tiny_llava15",
+                                                     "tiny_next_mistral", "tiny_next_video"};
+inline constexpr const char* kConfigFiles[] = {
+    "config.json",           "generation_config.json",      "preprocessor_config.json",
+    "processor_config.json", "chat_template.json",          "chat_template.jinja",
+    "tokenizer_config.json", "model.safetensors.index.json"};
+
+}  // namespace sluice
+
+#endif  // SLUICE_TESTS_FUZZ_TARGETS_H_
