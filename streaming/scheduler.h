@@ -163,7 +163,7 @@ class Scheduler {
 
   // Writes what the stream has seen and said, its budget and its standing questions, as SaveSession
   // does; frames and questions that wait and an answer in progress are not part of it. owner:
-  // called with the file, for what the caller adds. No rounds run meanwhile: some 100 MB a second.
+  // called with the file, for what the caller adds. No rounds run meanwhile.
   void Save(const StreamId& stream, const std::filesystem::path& file,
             const std::function<void(Archive&)>& owner);
   // Opens a saved stream again, with the id it had. owner: reads what the caller added, may lower
