@@ -700,7 +700,7 @@ TEST_F(ServiceTest, AnAnswerWhoseClientWasKilledIsToldWhenItComesBack) {
       Client client(port());
       id = client.Open();
       client.Send(RawFrame(1, 0));
-      client.Send(Question(9, 40));
+      client.Send(Question(9, 400));
       client.ReadUntil(v1::SessionResponse::kText);
       client.Cancel();
       client.Finish();
