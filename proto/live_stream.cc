@@ -1,5 +1,6 @@
 #include "proto/live_stream.h"
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -12,6 +13,9 @@ namespace {
 
 // A message's own fields and what a list node costs, about.
 constexpr int64_t kMessageBytes = 128;
+
+// As service.proto promises.
+constexpr size_t kAnswersKept = 16;
 
 int64_t BytesOf(const v1::SessionResponse& message) {
   return kMessageBytes + static_cast<int64_t>(message.ByteSizeLong());
@@ -124,6 +128,8 @@ void LiveStream::OnAnswer(const StreamAnswer& answer) {
   } else {
     *message.mutable_answer() = ToProto(answer);
     questions_.erase(answer.id);
+    answered_.push_back(message);
+    if (answered_.size() > kAnswersKept) answered_.pop_front();
   }
   Queue(std::move(message));
   Tell(lock, true);
@@ -175,7 +181,19 @@ bool LiveStream::overloaded() const {
   return bytes_ > terms_.max_bytes;
 }
 
-void LiveStream::Attach(std::shared_ptr<Listener> listener, v1::SessionResponse opened) {
+void LiveStream::TellAgain(QuestionId question) {
+  const auto answers = [question](const v1::SessionResponse& message) {
+    return message.has_answer() && message.answer().question_id() == question;
+  };
+  if (questions_.contains(question) || std::ranges::any_of(messages_, answers)) return;
+  const auto kept = std::ranges::find_if(answered_.rbegin(), answered_.rend(), answers);
+  Queue(kept != answered_.rend()
+            ? *kept
+            : Refused("open", question, "[open] this question is not known any more; ask again"));
+}
+
+void LiveStream::Attach(std::shared_ptr<Listener> listener, v1::SessionResponse opened,
+                        std::span<const QuestionId> awaited) {
   std::unique_lock lock(mutex_);
   const auto before = std::exchange(listener_, std::move(listener));
   away_since_.reset();
@@ -192,6 +210,7 @@ void LiveStream::Attach(std::shared_ptr<Listener> listener, v1::SessionResponse 
   }
   bytes_ += BytesOf(opened);
   messages_.push_front(std::move(opened));
+  for (const QuestionId question : awaited) TellAgain(question);
   lock.unlock();
   if (before) before->Replaced();
 }

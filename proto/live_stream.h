@@ -11,6 +11,7 @@
 #include <grpcpp/support/status.h>
 
 #include <condition_variable>
+#include <deque>
 #include <functional>
 #include <list>
 #include <map>
@@ -18,6 +19,7 @@
 #include <mutex>
 #include <optional>
 #include <set>
+#include <span>
 #include <string>
 
 #include "proto/access.h"
@@ -71,8 +73,10 @@ class LiveStream final : public StreamEvents {
   std::optional<grpc::Status> ended() const;  // once everything was taken
   bool overloaded() const;
 
-  // Connections. Attach tells what was lost meanwhile.
-  void Attach(std::shared_ptr<Listener> listener, v1::SessionResponse opened);
+  // Connections. Attach tells what was lost meanwhile, and the answers to the questions in
+  // `awaited` that may have been lost on the way to the connection before.
+  void Attach(std::shared_ptr<Listener> listener, v1::SessionResponse opened,
+              std::span<const QuestionId> awaited = {});
   // `unsent`: a message that was taken and not delivered.
   void Detach(const Listener* listener, std::optional<v1::SessionResponse> unsent, WallTime now);
   std::optional<WallTime> away_since() const;
@@ -118,6 +122,7 @@ class LiveStream final : public StreamEvents {
   void Trim();
   bool Settled() const;
   void Tell(std::unique_lock<std::mutex>& lock, bool attend);
+  void TellAgain(QuestionId question);  // REQUIRES: mutex_
 
   const Terms terms_;
   mutable std::mutex mutex_;
@@ -128,6 +133,7 @@ class LiveStream final : public StreamEvents {
   Messages messages_;
   int64_t bytes_ = 0, lost_ = 0;
   std::map<QuestionId, Messages::iterator> texts_;  // pieces that wait
+  std::deque<v1::SessionResponse> answered_;        // the last of them, which may not have arrived
   std::optional<grpc::Status> end_;
   bool failed_ = false;
   Afterwards afterwards_ = Afterwards::kGoOn;

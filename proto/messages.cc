@@ -372,6 +372,14 @@ v1::Model ToProto(const Vlm& vlm) {
   return model;
 }
 
+v1::SessionResponse Refused(const char* request, QuestionId question, const std::string& error) {
+  v1::SessionResponse message;
+  message.mutable_refused()->set_request(request);
+  message.mutable_refused()->set_question_id(question);
+  message.mutable_refused()->set_error(Utf8(error));
+  return message;
+}
+
 MediaTime MediaTimeOf(double seconds) {
   if (!(seconds >= 0 && seconds <= kMaxMediaSeconds)) {
     throw InputError("[frame] expected media_seconds in [0, 1e9]");

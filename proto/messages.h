@@ -31,6 +31,8 @@ v1::DropReason ToProto(DropReason reason);
 v1::StreamAnswer ToProto(const StreamAnswer& answer);
 v1::Model ToProto(const Vlm& vlm);
 
+v1::SessionResponse Refused(const char* request, QuestionId question, const std::string& error);
+
 // Of a frame, in nanoseconds. Throws InputError on what is not in [0, 1e9] seconds.
 MediaTime MediaTimeOf(double seconds);
 

@@ -4,6 +4,7 @@
 #include <new>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "proto/convert.h"
 #include "proto/messages.h"
@@ -14,6 +15,9 @@ namespace {
 
 using grpc::Status;
 using grpc::StatusCode;
+
+// As service.proto promises.
+constexpr size_t kMostAwaited = 64;
 
 }  // namespace
 
@@ -173,6 +177,13 @@ void SessionCall::HandleOpen(const v1::Open& open) {
     return End({StatusCode::UNAVAILABLE, "[session] the server shuts down; try again later"});
   }
   const bool resumes = !open.resume_stream_id().empty();
+  const std::vector<QuestionId> awaited(open.awaited_question_ids().begin(),
+                                        open.awaited_question_ids().end());
+  if (awaited.size() > (resumes ? kMostAwaited : 0)) {
+    throw InputError(
+        "[session] expected awaited_question_ids only with resume_stream_id, at most " +
+        std::to_string(kMostAwaited) + ", got " + std::to_string(awaited.size()));
+  }
   std::shared_ptr<LiveStream> stream;
   if (resumes) {
     if (open.has_options() || open.has_budgets()) {
@@ -202,7 +213,7 @@ void SessionCall::HandleOpen(const v1::Open& open) {
     // Both or neither: a call that ended in between leaves a stream that waits for its client.
     const std::lock_guard lock(mutex_);
     stream_ = stream;
-    stream->Attach(shared_from_this(), std::move(message));
+    stream->Attach(shared_from_this(), std::move(message), awaited);
     if (done_) stream->Detach(this, std::nullopt, hub_.clock.Now());
   }
   Wake();
@@ -296,11 +307,7 @@ void SessionCall::HandleSave() {
 }
 
 void SessionCall::Refuse(const char* request, QuestionId question, const std::string& error) {
-  v1::SessionResponse message;
-  message.mutable_refused()->set_request(request);
-  message.mutable_refused()->set_question_id(question);
-  message.mutable_refused()->set_error(Utf8(error));
-  stream_->Send(std::move(message));
+  stream_->Send(Refused(request, question, error));
 }
 
 }  // namespace sluice

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace sluice {
 namespace {
@@ -66,6 +67,32 @@ TEST(LiveStreamTest, AMessageThatWasNotDeliveredComesFirstAfterTheNextOpened) {
   EXPECT_TRUE(stream->Take(second.get())->has_opened());
   EXPECT_EQ(stream->Take(second.get())->warning().line(), "lost on the way");
   EXPECT_EQ(stream->Take(second.get())->warning().line(), "later");
+}
+
+TEST(LiveStreamTest, AnAwaitedAnswerIsToldAgainOnlyIfItIsNotOnItsWay) {
+  const auto stream = NewStream();
+  const auto first = std::make_shared<Connection>(), second = std::make_shared<Connection>();
+  stream->Attach(first, Opened());
+  const auto answer = [&](QuestionId id) {
+    EXPECT_TRUE(stream->QuestionBegins(id, false));
+    stream->OnAnswer({.id = id});
+  };
+  for (QuestionId id = 1; id <= 17; ++id) answer(id);  // the first is one too many to keep
+  while (stream->Take(first.get())) continue;          // and lost on the way
+  stream->Detach(first.get(), {}, {});
+  answer(18);
+  EXPECT_TRUE(stream->QuestionBegins(19, false));  // under way
+  const std::vector<QuestionId> awaited{17, 18, 19, 1, 2};
+  stream->Attach(second, Opened(), awaited);
+  EXPECT_TRUE(stream->Take(second.get())->has_opened());
+  EXPECT_EQ(stream->Take(second.get())->answer().question_id(), 18u);
+  EXPECT_EQ(stream->Take(second.get())->answer().question_id(), 17u);
+  for (const QuestionId gone : {1, 2}) {
+    const auto refused = stream->Take(second.get());
+    EXPECT_EQ(refused->refused().question_id(), gone);
+    EXPECT_EQ(refused->refused().request(), "open");
+  }
+  EXPECT_FALSE(stream->Take(second.get()));
 }
 
 TEST(LiveStreamTest, WhatWaitsForNobodyIsBoundedAndItsLossIsTold) {

@@ -99,8 +99,11 @@ class Client {
     EXPECT_EQ(opened.stream_id().size(), 32u);
     return opened.stream_id();
   }
-  std::string Resume(const std::string& id) {
-    return Open([&](v1::Open& open) { open.set_resume_stream_id(id); });
+  std::string Resume(const std::string& id, const std::vector<QuestionId>& awaited = {}) {
+    return Open([&](v1::Open& open) {
+      open.set_resume_stream_id(id);
+      open.mutable_awaited_question_ids()->Add(awaited.begin(), awaited.end());
+    });
   }
   // Empty at the end of the call.
   v1::SessionResponse Read() {
@@ -700,13 +703,13 @@ TEST_F(ServiceTest, AnAnswerWhoseClientWasKilledIsToldWhenItComesBack) {
       Client client(port());
       id = client.Open();
       client.Send(RawFrame(1, 0));
-      client.Send(Question(9, 400));
+      client.Send(Question(9, 40));
       client.ReadUntil(v1::SessionResponse::kText);
       client.Cancel();
       client.Finish();
     }
     Client again(port());
-    again.Resume(id);
+    again.Resume(id, {9, 10});  // whether or not all of 9 was on its way; 10 was never asked
     const auto answer = again.ReadUntil(v1::SessionResponse::kAnswer).answer();
     EXPECT_EQ(answer.question_id(), 9u);
     EXPECT_GT(answer.usage().answer_tokens() + static_cast<int>(answer.text().size()), 0);
