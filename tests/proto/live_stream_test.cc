@@ -75,7 +75,9 @@ TEST(LiveStreamTest, AnAwaitedAnswerIsToldAgainOnlyIfItIsNotOnItsWay) {
   stream->Attach(first, Opened());
   const auto answer = [&](QuestionId id) {
     EXPECT_TRUE(stream->QuestionBegins(id, false));
-    stream->OnAnswer({.id = id});
+    StreamAnswer told;
+    told.id = id;
+    stream->OnAnswer(told);
   };
   for (QuestionId id = 1; id <= 17; ++id) answer(id);  // the first is one too many to keep
   while (stream->Take(first.get())) continue;          // and lost on the way
