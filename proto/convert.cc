@@ -7,6 +7,7 @@
 #include <limits>
 #include <string_view>
 
+#include "proto/messages.h"
 #include "runtime/error.h"
 #include "sluice/v1/session.pb.h"
 
@@ -61,6 +62,9 @@ v1::Answer ToProto(const TimedAnswer& timed) {
   answer.set_finish_reason(Name(timed.generated.reason));
   answer.set_first_token_seconds(timed.first_token_seconds);
   answer.set_total_seconds(timed.total_seconds);
+  for (const Evidence& moment : timed.generated.evidence) {
+    *answer.add_evidence() = ToProto(moment);
+  }
   return answer;
 }
 

@@ -321,6 +321,22 @@ v1::DropReason ToProto(DropReason reason) {
   return v1::DROP_REASON_UNSPECIFIED;
 }
 
+v1::Evidence ToProto(const Evidence& moment) {
+  v1::Evidence evidence;
+  evidence.set_begin_media_seconds(moment.begin.seconds());
+  evidence.set_end_media_seconds(moment.end.seconds());
+  evidence.set_weight(moment.weight);
+  evidence.set_layers(moment.layers);
+  return evidence;
+}
+
+Evidence FromProto(const v1::Evidence& message) {
+  return {.begin = MediaTimeOf(message.begin_media_seconds()),
+          .end = MediaTimeOf(message.end_media_seconds()),
+          .weight = message.weight(),
+          .layers = message.layers()};
+}
+
 v1::StreamAnswer ToProto(const StreamAnswer& answer) {
   v1::StreamAnswer message;
   message.set_question_id(answer.id);
@@ -353,13 +369,7 @@ v1::StreamAnswer ToProto(const StreamAnswer& answer) {
   usage.set_queued_seconds(answer.usage.queued_seconds);
   usage.set_first_token_seconds(answer.usage.first_token_seconds);
   usage.set_total_seconds(answer.usage.total_seconds);
-  for (const Evidence& moment : answer.evidence) {
-    v1::Evidence& evidence = *message.add_evidence();
-    evidence.set_begin_media_seconds(moment.begin.seconds());
-    evidence.set_end_media_seconds(moment.end.seconds());
-    evidence.set_weight(moment.weight);
-    evidence.set_layers(moment.layers);
-  }
+  for (const Evidence& moment : answer.evidence) *message.add_evidence() = ToProto(moment);
   return message;
 }
 

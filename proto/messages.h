@@ -3,6 +3,7 @@
 #ifndef SLUICE_PROTO_MESSAGES_H_
 #define SLUICE_PROTO_MESSAGES_H_
 
+#include "llm/kv_policy.h"
 #include "llm/vlm.h"
 #include "sluice/v1/service.pb.h"
 #include "streaming/scheduler.h"
@@ -29,6 +30,8 @@ v1::Budgets ToProto(const StreamBudget& budget);
 
 v1::DropReason ToProto(DropReason reason);
 v1::StreamAnswer ToProto(const StreamAnswer& answer);
+v1::Evidence ToProto(const Evidence& moment);
+Evidence FromProto(const v1::Evidence& message);  // throws as MediaTimeOf does
 v1::Model ToProto(const Vlm& vlm);
 
 v1::SessionResponse Refused(const char* request, QuestionId question, const std::string& error);

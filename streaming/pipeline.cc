@@ -200,7 +200,9 @@ void Trim(ExecContext& ctx, Session& session) {
   } catch (const ResourceExhausted& error) {
     Logger()->warn("{}", error.what());
   }
-  if (const auto warning = session.memory->TakeWarning()) Logger()->warn("{}", *warning);
+  const std::optional<std::string> warning = session.memory->TakeWarning();
+  if (!warning) return;
+  session.on_warning ? session.on_warning(*warning) : Logger()->warn("{}", *warning);
 }
 
 void Extend(std::vector<int32_t>& ids, const std::vector<int32_t>& more) {

@@ -27,8 +27,9 @@ constexpr AnswerEnd kEnds[] = {AnswerEnd::kStop, AnswerEnd::kLength, AnswerEnd::
 constexpr DropReason kReasons[] = {
     DropReason::kQueueFull, DropReason::kRate,      DropReason::kMemory, DropReason::kOutOfOrder,
     DropReason::kBadFrame,  DropReason::kDuplicate, DropReason::kClosing};
-constexpr const char* kStages[] = {"duplicates", "preprocess",       "encode", "compress",
-                                   "prefill",    "prefill_question", "decode"};
+constexpr const char* kStages[] = {"duplicates",     "preprocess", "encode",
+                                   "compress",       "prefill",    "prefill_question",
+                                   "decoder/recall", "decode"};  // recall: of one layer
 
 double Seconds(WallTime begin, WallTime end) {
   return std::chrono::duration<double>(end - begin).count();
@@ -175,8 +176,15 @@ struct Instruments {
                                 LatencyBounds());
     round =
         &metrics.histogram("sluice_round_seconds", "Time of a scheduling round.", LatencyBounds());
-    kv_bytes = &metrics.gauge("sluice_kv_bytes", "Bytes of keys and values by tier.",
-                              {{"tier", "device"}});
+    const auto tier = [&](const char* name) {
+      return &metrics.gauge("sluice_kv_bytes", "Bytes of keys and values by tier.",
+                            {{"tier", name}});
+    };
+    device_bytes = tier("device");
+    host_bytes = tier("host");
+    disk_bytes = tier("disk");
+    forgotten = &metrics.counter("sluice_memory_frames_forgotten_total",
+                                 "Frames that left the window and found no room in any tier.");
     queued_frames = &metrics.gauge("sluice_queued_frames", "Frames that wait.");
     queued_questions = &metrics.gauge("sluice_queued_questions", "Questions that wait.");
     in_progress = &metrics.gauge("sluice_answers_in_progress", "Answers in progress.");
@@ -185,9 +193,10 @@ struct Instruments {
   std::map<std::string, Histogram*, std::less<>> stages;
   std::map<DropReason, Counter*> dropped;
   std::map<AnswerEnd, Counter*> answers;
-  Counter *pushed, *encoded, *visual_tokens, *patches, *fresh, *answer_tokens;
+  Counter *pushed, *encoded, *visual_tokens, *patches, *fresh, *answer_tokens, *forgotten;
   Histogram *first_token, *answer, *round;
-  Gauge *kv_bytes, *queued_frames, *queued_questions, *in_progress, *streams;
+  Gauge *device_bytes, *host_bytes, *disk_bytes;
+  Gauge *queued_frames, *queued_questions, *in_progress, *streams;
 };
 
 }  // namespace
@@ -241,6 +250,7 @@ struct Scheduler::Stream {
   int64_t tokens_per_frame = 0;           // that compressors leave at most
   bool warned = false;                    // of the memory that frames do not get
   StcCacher::Counts reuse;                // as last added to the metrics
+  int64_t forgotten = 0;                  // the same, of its memory
 
   // Guarded by State::mutex.
   SessionOptions options;
@@ -270,6 +280,10 @@ struct Scheduler::Stream {
     } catch (const std::exception& error) {
       Logger()->warn("[scheduler] stream {}: a listener threw: {}", id, error.what());
     }
+  }
+  void TellWarning(std::string_view line) {
+    Logger()->warn("stream {}: {}", id.substr(0, 8), line);
+    Tell([&](StreamEvents& listener) { listener.OnWarning(line); });
   }
   void FallSilent() {
     const std::lock_guard lock(events_mutex);
@@ -788,8 +802,7 @@ void Scheduler::State::Drop(Stream& stream, std::span<const WaitingFrame> frames
 
 // Once, until a frame finds room again.
 void Scheduler::State::Warn(Stream& stream, const std::string& line) {
-  if (std::exchange(stream.warned, true)) return;
-  stream.Tell([&](StreamEvents& events) { events.OnWarning(line); });
+  if (!std::exchange(stream.warned, true)) stream.TellWarning(line);
 }
 
 bool Scheduler::State::ReadWhatWaits() {
@@ -848,7 +861,7 @@ void Scheduler::State::UpdateReports() {
   }
   ctx->tracer().Clear();
   const std::lock_guard lock(mutex);
-  int64_t frames = 0, questions = 0, answers = 0;
+  int64_t frames = 0, questions = 0, answers = 0, host_bytes = 0, disk_bytes = 0;
   for (const StreamPtr& stream : streams) {
     frames += static_cast<int64_t>(stream->frames.size());
     questions += static_cast<int64_t>(stream->questions.size());
@@ -861,6 +874,13 @@ void Scheduler::State::UpdateReports() {
     report.last_time = session.last_time;
     instruments.visual_tokens->Add(session.visual_tokens - report.visual_tokens);
     report.visual_tokens = session.visual_tokens;
+    if (session.memory) {
+      const StreamMemory::Counts memory = session.memory->counts();
+      host_bytes += memory.host_bytes;
+      disk_bytes += memory.disk_bytes;
+      instruments.forgotten->Add(memory.dropped - stream->forgotten);
+      stream->forgotten = memory.dropped;
+    }
     if (!session.reuse) continue;
     const StcCacher::Counts reuse = session.reuse->counts();
     instruments.patches->Add(reuse.patches - stream->reuse.patches);
@@ -870,7 +890,9 @@ void Scheduler::State::UpdateReports() {
   instruments.queued_frames->Set(static_cast<double>(frames));
   instruments.queued_questions->Set(static_cast<double>(questions));
   instruments.in_progress->Set(static_cast<double>(answers));
-  instruments.kv_bytes->Set(static_cast<double>(engine->pool().bytes_in_use()));
+  instruments.device_bytes->Set(static_cast<double>(engine->pool().bytes_in_use()));
+  instruments.host_bytes->Set(static_cast<double>(host_bytes));
+  instruments.disk_bytes->Set(static_cast<double>(disk_bytes));
 }
 
 void Scheduler::State::Work() {
@@ -925,6 +947,9 @@ StreamId Scheduler::Open(const SessionOptions& options, const StreamBudget& budg
 // With its session, budget and events.
 void Scheduler::State::Add(const StreamPtr& stream) {
   stream->options = stream->session->options;
+  stream->session->on_warning = [owner = stream.get()](std::string_view line) {
+    owner->TellWarning(line);
+  };
   stream->tokens_per_frame = engine->vlm()->encoder().tokens_per_frame();
   for (const auto& compressor : stream->session->compressors) {
     stream->tokens_per_frame = compressor->TokensLeft(stream->tokens_per_frame);
@@ -1176,9 +1201,12 @@ StreamReport Scheduler::Close(const StreamId& id) {
   }
   if (stream->session) state_->End(*stream, AnswerEnd::kCancelled, "");
   const StreamReport report = Report(id);
-  const std::lock_guard lock(state_->mutex);
-  std::erase(state_->streams, stream);
-  state_->instruments.streams->Set(static_cast<double>(state_->streams.size()));
+  {
+    const std::lock_guard lock(state_->mutex);
+    std::erase(state_->streams, stream);
+    state_->instruments.streams->Set(static_cast<double>(state_->streams.size()));
+  }
+  state_->UpdateReports();
   return report;
 }
 

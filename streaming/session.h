@@ -3,9 +3,11 @@
 #define SLUICE_STREAMING_SESSION_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "compression/duplicate_frame_filter.h"
@@ -56,6 +58,8 @@ struct Session {
   int64_t frames_seen = 0;  // ingested, also duplicates and those of which compressors left nothing
   int64_t visual_tokens = 0;  // that compressors left of them
   MediaTime last_time;        // of the newest frame
+  // Is told in one line what went wrong without ending anything. None: the log is.
+  std::function<void(std::string_view line)> on_warning;
 
   // Positions the cache may hold: the model's, or fewer by option.
   int64_t context_limit() const;

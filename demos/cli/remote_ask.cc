@@ -111,12 +111,15 @@ class RemoteRun {
     }
     TimedAnswer timed;
     timed.question = *asked_;
-    timed.asked_at = MediaTime::FromSeconds(answer.asked_at_media_seconds());
+    timed.asked_at = MediaTimeOf(answer.asked_at_media_seconds());
     timed.frames_seen = answer.frames_seen();
     timed.generated.text = answer.text();
     timed.generated.reason = answer.end() == v1::ANSWER_END_STOP     ? FinishReason::kStop
                              : answer.end() == v1::ANSWER_END_LENGTH ? FinishReason::kLength
                                                                      : FinishReason::kCancelled;
+    for (const v1::Evidence& moment : answer.evidence()) {
+      timed.generated.evidence.push_back(FromProto(moment));
+    }
     timed.first_token_seconds = answer.usage().first_token_seconds();
     timed.total_seconds = answer.usage().total_seconds();
     result_.answers.push_back(timed);

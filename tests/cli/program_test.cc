@@ -148,6 +148,19 @@ TEST_F(ProgramTest, AskCountsFramesThatShowNothingNew) {
       6);
 }
 
+TEST_F(ProgramTest, AskTellsTheMomentsThatAnswersRestOn) {
+  const json report = json::parse(
+      Sluice("ask --json --source test:ball:20 --fps 2 --max-new-tokens 4 --question x --memory "
+             "--memory-window 64 --memory-recall 4" +
+             model_)
+          .out);
+  const json& evidence = report["answers"][0]["evidence"];
+  ASSERT_FALSE(evidence.empty());
+  double weight = 0;
+  for (const json& moment : evidence) weight += moment["weight"].get<double>();
+  EXPECT_NEAR(weight, 1, 1e-6);
+}
+
 TEST_F(ProgramTest, AskPrintsQuestionsAnswersAndStages) {
   const Outcome outcome = Sluice(
       "ask --stats --source test:smpte:2 --max-new-tokens 4 --question 'What is it?'" + model_);

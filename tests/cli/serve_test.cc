@@ -188,6 +188,23 @@ TEST_F(ServeTest, ASecondSignalEndsItAtOnce) {
   EXPECT_EQ(WEXITSTATUS(status), 128 + SIGTERM);
 }
 
+TEST_F(ServeTest, TheClientOfOnePageGetsItsAnswer) {
+  Server server(directory_);
+  const auto out = directory_ / "out";
+  const std::filesystem::path jpeg = directory_ / "picture.jpg";
+  const std::string seed = ReadFile(SLUICE_SOURCE_DIR "/tests/fuzz/corpus/image/seed_jpg");
+  std::ofstream(jpeg, std::ios::binary) << seed.substr(1);  // behind the byte that tells the format
+  const std::string command = SLUICE_CLIENT_SESSION " " + server.address() + " 'What is there?' " +
+                              jpeg.string() + " " + jpeg.string() + " >" + out.string() + " 2>&1";
+  EXPECT_EQ(std::system(command.c_str()), 0);
+  EXPECT_FALSE(ReadFile(out).empty());
+  EXPECT_NE(std::system(
+                (SLUICE_CLIENT_SESSION " " + server.address() + " x /no/such.jpg 2>" + out.string())
+                    .c_str()),
+            0);
+  EXPECT_EQ(ReadFile(out), "cannot read /no/such.jpg\n");
+}
+
 TEST_F(ServeTest, ALoadOfManySessionsIsAccountedFor) {
   Server server(directory_);
   const auto out = directory_ / "out";

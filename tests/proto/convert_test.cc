@@ -25,6 +25,10 @@ RunResult SampleResult() {
   answer.frames_seen = 7;
   answer.generated.text = "a cat";
   answer.generated.ids = {64, 8251};
+  answer.generated.evidence = {{.begin = MediaTime::FromSeconds(1),
+                                .end = MediaTime::FromSeconds(1.5),
+                                .weight = 0.75,
+                                .layers = 2}};
   answer.first_token_seconds = 0.03125;
   answer.total_seconds = 0.0625;
   result.answers.push_back(answer);
@@ -50,6 +54,11 @@ TEST(ConvertTest, AnswersCarryTextIdsAndTimes) {
   EXPECT_EQ(answer["frames_seen"], 7);
   EXPECT_EQ(answer["first_token_seconds"], 0.03125);
   EXPECT_EQ(answer["total_seconds"], 0.0625);
+  ASSERT_EQ(answer["evidence"].size(), 1u);
+  EXPECT_EQ(answer["evidence"][0]["begin_media_seconds"], 1);
+  EXPECT_EQ(answer["evidence"][0]["end_media_seconds"], 1.5);
+  EXPECT_EQ(answer["evidence"][0]["weight"], 0.75);
+  EXPECT_EQ(answer["evidence"][0]["layers"], 2);
 }
 
 TEST(ConvertTest, QuestionsAtTheEndHaveNoTimeOfTheirOwn) {

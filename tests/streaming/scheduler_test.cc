@@ -2,9 +2,12 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
 #include <atomic>
+#include <csignal>
 #include <deque>
+#include <filesystem>
 #include <new>
 #include <thread>
 
@@ -18,6 +21,7 @@ namespace {
 using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
+using testing::Not;
 using testing::SizeIs;
 using testing::ThrowsMessage;
 
@@ -773,6 +777,97 @@ TEST_F(SchedulerTest, CountsWhatItDoesInItsMetrics) {
         "sluice_kv_bytes{tier=\"device\"} 2048\n"}) {
     EXPECT_THAT(text, HasSubstr(line));
   }
+}
+
+// A tiny checkpoint instead of the fake one, whose decoder cannot recall.
+class MemoryOfStreamsTest : public SchedulerTest {
+ protected:
+  MemoryOfStreamsTest() {
+    EngineOptions options;
+    options.model = std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_tied";
+    options.vlm.compute_type = DType::kF32;
+    options.num_threads = 1;
+    engine_ = std::make_shared<Engine>(options);
+    scheduler_ = std::make_unique<Scheduler>(engine_, SchedulerOptions(), clock_, metrics_,
+                                             /*manual=*/true);
+    const KvGeometry kv = engine_->vlm()->decoder().kv_geometry();
+    frame_bytes_ = int64_t{2} * kv.num_layers * kv.kv_heads * kv.head_dim * SizeOf(kv.dtype) *
+                   engine_->vlm()->encoder().tokens_per_frame();
+  }
+  // A window of one frame, and room for four more in host memory.
+  SessionOptions Remembering(int64_t disk_bytes) const {
+    SessionOptions options;
+    options.keep_dialogue = false;
+    options.generate.max_new_tokens = 4;
+    options.memory = MemoryOptions{.window_tokens = engine_->vlm()->encoder().tokens_per_frame(),
+                                   .recall_blocks = 4};
+    options.memory->store = {.host_bytes = 4 * frame_bytes_,
+                             .disk_bytes = disk_bytes,
+                             .disk_directory = testing::TempDir()};
+    return options;
+  }
+  int64_t frame_bytes_ = 0;
+};
+
+TEST_F(MemoryOfStreamsTest, BytesOfEveryTierAndWhatWasForgottenAreTold) {
+  const Client client = Open({}, Remembering(4 * frame_bytes_));
+  constexpr int kFrames = 40;
+  for (int i = 0; i < kFrames; ++i) {
+    Push(client, i, i + 1);
+    RunAll();
+  }
+  Ask(client, 1);
+  RunAll();
+  EXPECT_THAT(client.heard->answers.at(0).evidence, Not(IsEmpty()));
+  const auto bytes = [&](const char* tier) {
+    return metrics_.gauge("sluice_kv_bytes", "", {{"tier", tier}}).value();
+  };
+  EXPECT_GT(bytes("device"), 0);
+  EXPECT_EQ(bytes("host"), 4 * frame_bytes_);
+  EXPECT_EQ(bytes("disk"), 4 * frame_bytes_);
+  // All but those in the tiers and in the window, which moves by whole blocks of the cache.
+  const int64_t tokens = engine_->vlm()->encoder().tokens_per_frame();
+  const int64_t forgotten = metrics_.counter("sluice_memory_frames_forgotten_total", "").value();
+  EXPECT_LE(forgotten, kFrames - 9);
+  EXPECT_GE(forgotten, kFrames - 9 - kKvBlockTokens / tokens - 1);
+  EXPECT_THAT(metrics_.Text(),
+              HasSubstr("sluice_stage_seconds_count{stage=\"decoder/recall\"} " +
+                        std::to_string(engine_->pool().geometry().num_layers) + "\n"));
+  scheduler_->Close(client.id);
+  for (const char* tier : {"device", "host", "disk"}) EXPECT_EQ(bytes(tier), 0) << tier;
+}
+
+TEST_F(MemoryOfStreamsTest, AFullDiskWarnsItsStreamAndNobodyElse) {
+  const auto play = [&](bool disk_is_full) {
+    const Client a = Open({}, Remembering(1000 * frame_bytes_));
+    const Client b = Open({}, Remembering(0));
+    rlimit before;
+    EXPECT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);
+    const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+    rlimit small = before;
+    if (disk_is_full) small.rlim_cur = frame_bytes_ * 5 / 2;
+    EXPECT_EQ(setrlimit(RLIMIT_FSIZE, &small), 0);
+    for (int i = 0; i < 30; ++i) {
+      Push(a, i, i + 1);
+      Push(b, i, i + 1);
+      RunAll();
+    }
+    setrlimit(RLIMIT_FSIZE, &before);
+    std::signal(SIGXFSZ, handler);
+    Ask(a, 1);
+    Ask(b, 1);
+    RunAll();
+    return std::pair(a.heard, b.heard);
+  };
+  const auto [a, b] = play(/*disk_is_full=*/true);
+  const auto [a_else, b_else] = play(/*disk_is_full=*/false);
+  EXPECT_THAT(a->warnings, ElementsAre(HasSubstr("[memory] cannot write")));
+  EXPECT_THAT(a_else->warnings, IsEmpty());
+  EXPECT_THAT(a->frames, SizeIs(30));
+  EXPECT_EQ(a->answers.at(0).end, a_else->answers.at(0).end);
+  EXPECT_THAT(a->answers.at(0).evidence, Not(IsEmpty()));
+  EXPECT_THAT(b->warnings, IsEmpty());
+  EXPECT_EQ(b->answers.at(0).text, b_else->answers.at(0).text);
 }
 
 // ---- With its own thread ---------------------------------------------------------------------
