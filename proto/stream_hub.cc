@@ -179,20 +179,20 @@ std::shared_ptr<LiveStream> StreamHub::Restore(const StreamId& id,
   std::shared_ptr<LiveStream> stream;
   StreamReport report;
   try {
-    report =
-        scheduler.Restore(file, [&](Archive& archive, const StreamId& saved, StreamBudget& budget) {
-          std::string owner;
-          archive.Text("account", owner);
-          if (owner != account->name()) throw NotYours();
-          if (saved != id) archive.Refuse("id", id, saved);
-          LiveStream::Terms terms = TermsFor(account, self);
-          budget = terms.budget = Granted(ToProto(budget), options.budget);
-          stream = std::make_shared<LiveStream>(std::move(terms));
-          *self = stream;
-          stream->id = id;
-          stream->Persist(archive);
-          return stream;
-        });
+    report = scheduler.Restore(file, options.memory,
+                               [&](Archive& archive, const StreamId& saved, StreamBudget& budget) {
+                                 std::string owner;
+                                 archive.Text("account", owner);
+                                 if (owner != account->name()) throw NotYours();
+                                 if (saved != id) archive.Refuse("id", id, saved);
+                                 LiveStream::Terms terms = TermsFor(account, self);
+                                 budget = terms.budget = Granted(ToProto(budget), options.budget);
+                                 stream = std::make_shared<LiveStream>(std::move(terms));
+                                 *self = stream;
+                                 stream->id = id;
+                                 stream->Persist(archive);
+                                 return stream;
+                               });
   } catch (const NotYours&) {
     return nullptr;
   }

@@ -1032,10 +1032,11 @@ void Scheduler::Save(const StreamId& id, const std::filesystem::path& file,
   });
 }
 
-StreamReport Scheduler::Restore(const std::filesystem::path& file, const Owner& owner) {
+StreamReport Scheduler::Restore(const std::filesystem::path& file, const BlockStoreOptions& most,
+                                const Owner& owner) {
   const State::Exclusive exclusive(*state_, /*visitor=*/true);
   auto stream = std::make_shared<Stream>();
-  stream->session = LoadSession(*state_->ctx, *state_->engine, file, [&](Archive& archive) {
+  stream->session = LoadSession(*state_->ctx, *state_->engine, file, most, [&](Archive& archive) {
     Persist(archive, stream->id, stream->budget, stream->report, stream->standing);
     stream->events = owner(archive, stream->id, stream->budget);
   });

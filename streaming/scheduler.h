@@ -27,6 +27,7 @@
 #include <string_view>
 #include <vector>
 
+#include "compression/block_store.h"
 #include "llm/generator.h"
 #include "runtime/archive.h"
 #include "runtime/clock.h"
@@ -166,12 +167,13 @@ class Scheduler {
   // called with the file, for what the caller adds. No rounds run meanwhile.
   void Save(const StreamId& stream, const std::filesystem::path& file,
             const std::function<void(Archive&)>& owner);
-  // Opens a saved stream again, with the id it had. owner: reads what the caller added, may lower
-  // the budget, and tells who listens. Throws as LoadSession and Open do, InputError also when the
-  // stream is open.
+  // Opens a saved stream again, with the id it had. most: as LoadSession has it. owner: reads what
+  // the caller added, may lower the budget, and tells who listens. Throws as LoadSession and Open
+  // do, InputError also when the stream is open.
   using Owner =
       std::function<std::shared_ptr<StreamEvents>(Archive&, const StreamId&, StreamBudget&)>;
-  StreamReport Restore(const std::filesystem::path& file, const Owner& owner);
+  StreamReport Restore(const std::filesystem::path& file, const BlockStoreOptions& most,
+                       const Owner& owner);
 
   // No frames or questions are taken from now on (kClosing, and ResourceExhausted); what waits is
   // finished. Returns when nothing is left to do or after `seconds` of wall time.

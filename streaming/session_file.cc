@@ -14,7 +14,7 @@
 namespace sluice {
 namespace {
 
-constexpr int32_t kVersion = 1;
+constexpr int32_t kVersion = 2;
 // Of lists whose items are fields of their own: far more than there are, few enough to hold.
 constexpr uint64_t kMost = 1 << 20;
 
@@ -75,9 +75,6 @@ void Persist(Archive& archive, MemoryOptions& options) {
   archive.Number("recall_chunk", options.recall_chunk);
   archive.Number("host_bytes", options.store.host_bytes);
   archive.Number("disk_bytes", options.store.disk_bytes);
-  std::string directory = options.store.disk_directory.string();
-  archive.Text("disk_directory", directory);
-  options.store.disk_directory = directory;
   archive.Enum("when_full", options.store.when_full, WhenFull::kThin);
   archive.Flag("int8", options.int8);
   archive.Number("dialogue_tokens", options.dialogue_tokens);
@@ -286,12 +283,19 @@ void SaveSession(ExecContext& ctx, Session& session, const std::filesystem::path
 }
 
 std::unique_ptr<Session> LoadSession(ExecContext& ctx, const Engine& engine,
-                                     const std::filesystem::path& file, const PersistOwner& owner) {
+                                     const std::filesystem::path& file,
+                                     const BlockStoreOptions& most, const PersistOwner& owner) {
   Archive archive = Archive::FromFile(file);
   PersistKind(archive, *engine.vlm());
   if (owner) owner(archive);
   SessionOptions options;
   Persist(archive, options);
+  if (options.memory) {
+    BlockStoreOptions& store = options.memory->store;
+    store.host_bytes = std::min(store.host_bytes, most.host_bytes);
+    store.disk_bytes = std::min(store.disk_bytes, most.disk_bytes);
+    store.disk_directory = most.disk_directory;
+  }
   std::unique_ptr<Session> session = engine.NewSession(options);
   Persist(ctx, archive, *session);
   archive.Finish();

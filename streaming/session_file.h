@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 
+#include "compression/block_store.h"
 #include "runtime/archive.h"
 #include "runtime/exec_context.h"
 #include "streaming/engine.h"
@@ -21,12 +22,13 @@ using PersistOwner = std::function<void(Archive&)>;
 void SaveSession(ExecContext& ctx, Session& session, const std::filesystem::path& file,
                  const PersistOwner& owner = {});
 
-// Throws InputError, naming file, field, expected and found, on a file that is damaged, of another
-// version, of another checkpoint or compute type, or that holds what no session has;
-// ResourceExhausted when the engine's KV pool has no room.
+// most: what the store of its memory may take here, and where; what it had is kept up to that, the
+// oldest frames go. Throws InputError, naming file, field, expected and found, on a file that is
+// damaged, of another version, of another checkpoint or compute type, or that holds what no session
+// has; ResourceExhausted when the engine's KV pool has no room.
 std::unique_ptr<Session> LoadSession(ExecContext& ctx, const Engine& engine,
                                      const std::filesystem::path& file,
-                                     const PersistOwner& owner = {});
+                                     const BlockStoreOptions& most, const PersistOwner& owner = {});
 
 void Persist(Archive& archive, GenerateOptions& options);
 

@@ -29,7 +29,7 @@ void FuzzSessionFile(std::string_view bytes) {
     const uint32_t sum = ArchiveChecksum(bytes.substr(0, bytes.size() - 4));
     std::memcpy(sealed.data() + sealed.size() - 4, &sum, 4);
   }
-  LoadSession(*ctx, engine, file.Holding(sealed));
+  LoadSession(*ctx, engine, file.Holding(sealed), BlockStoreOptions());
 }
 
 }  // namespace sluice

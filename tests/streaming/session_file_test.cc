@@ -87,7 +87,8 @@ void GoesOn(const Engine& engine, const SessionOptions& options, const std::file
   EXPECT_EQ(session->cache.gone() > 0, options.memory.has_value());
   SaveSession(*ctx, *session, file);
   const Engine other = Open();
-  const auto loaded = LoadSession(*ctx, other, file);
+  const auto loaded =
+      LoadSession(*ctx, other, file, options.memory ? options.memory->store : BlockStoreOptions());
   EXPECT_EQ(loaded->frames_seen, session->frames_seen);
   EXPECT_EQ(loaded->visual_tokens, session->visual_tokens);
   EXPECT_EQ(loaded->last_time, session->last_time);
@@ -131,12 +132,34 @@ TEST_F(SessionFileTest, AMemoryGoesOnAsWell) {
   }
 }
 
+TEST_F(SessionFileTest, AMemoryTakesWhatItMayWhereItIsOpened) {
+  const TemporaryDirectory there, here;
+  SessionOptions options = Options();
+  options.memory = MemoryOptions{.window_tokens = 70, .recall_blocks = 4};
+  options.memory->store = {
+      .host_bytes = 1 << 15, .disk_bytes = 1 << 20, .disk_directory = there.path()};
+  const auto session = engine_.NewSession(options);
+  Ingest(*ctx_, *session, NoiseFrames(0, 200));
+  SaveSession(*ctx_, *session, file_);
+  std::filesystem::remove_all(there.path());
+  const BlockStoreOptions most = {
+      .host_bytes = 1 << 14, .disk_bytes = 1 << 15, .disk_directory = here.path()};
+  const auto loaded = LoadSession(*ctx_, engine_, file_, most);
+  const StreamMemory::Counts counts = loaded->memory->counts();
+  EXPECT_GT(session->memory->counts().disk_bytes, most.disk_bytes);
+  EXPECT_LE(counts.host_bytes, most.host_bytes);
+  EXPECT_LE(counts.disk_bytes, most.disk_bytes);
+  EXPECT_GT(counts.disk_bytes, most.disk_bytes / 2);
+  EXPECT_GT(counts.dropped, 0);
+  EXPECT_FALSE(Answer(*loaded).empty());
+}
+
 TEST_F(SessionFileTest, AnotherCheckpointAndAnotherTypeAreRefused) {
   Saved(Options());
   const Engine untied = Open("tiny_untied"), narrow = Open("tiny_tied", DType::kBF16);
-  EXPECT_THAT([&] { LoadSession(*ctx_, untied, file_); },
+  EXPECT_THAT([&] { LoadSession(*ctx_, untied, file_, BlockStoreOptions()); },
               ThrowsMessage<InputError>(HasSubstr("it was saved with another model")));
-  EXPECT_THAT([&] { LoadSession(*ctx_, narrow, file_); },
+  EXPECT_THAT([&] { LoadSession(*ctx_, narrow, file_, BlockStoreOptions()); },
               ThrowsMessage<InputError>(HasSubstr("'compute_type': expected bf16, found f32")));
 }
 
@@ -146,7 +169,7 @@ TEST_F(SessionFileTest, WhatIsNoStreamOfThisModelIsRefused) {
   const std::string whole((std::istreambuf_iterator<char>(in)), {});
   for (const size_t size : {size_t{0}, size_t{7}, whole.size() / 2, whole.size() - 1}) {
     std::ofstream(file_, std::ios::binary | std::ios::trunc) << whole.substr(0, size);
-    EXPECT_THROW(LoadSession(*ctx_, engine_, file_), InputError) << size;
+    EXPECT_THROW(LoadSession(*ctx_, engine_, file_, BlockStoreOptions()), InputError) << size;
   }
   // Every byte of the first part damaged, with a checksum that fits: an error or a stream, no
   // crash.
@@ -157,7 +180,7 @@ TEST_F(SessionFileTest, WhatIsNoStreamOfThisModelIsRefused) {
     bad.replace(bad.size() - 4, 4, reinterpret_cast<const char*>(&sum), 4);
     std::ofstream(file_, std::ios::binary | std::ios::trunc) << bad;
     try {
-      LoadSession(*ctx_, engine_, file_);
+      LoadSession(*ctx_, engine_, file_, BlockStoreOptions());
     } catch (const Error&) {
     }
   }
@@ -175,7 +198,7 @@ TEST_F(SessionFileTest, MemoryIsNotTakenForTokensThatTheFileDoesNotHold) {
   const uint32_t sum = ArchiveChecksum(std::string_view(bytes).substr(0, bytes.size() - 4));
   bytes.replace(bytes.size() - 4, 4, reinterpret_cast<const char*>(&sum), 4);
   std::ofstream(file_, std::ios::binary | std::ios::trunc) << bytes;
-  EXPECT_THAT([&] { LoadSession(*ctx_, engine_, file_); },
+  EXPECT_THAT([&] { LoadSession(*ctx_, engine_, file_, BlockStoreOptions()); },
               ThrowsMessage<InputError>(HasSubstr("'length': expected what the file has room")));
 }
 
@@ -189,7 +212,7 @@ TEST_F(SessionFileTest, ADiskThatRefusesLeavesTheOldFile) {
   std::filesystem::create_directory(directory_.path() / "stream.partial");
   EXPECT_THROW(SaveSession(*ctx_, *session, file_), Error);
   EXPECT_EQ(std::filesystem::file_size(file_), before);
-  LoadSession(*ctx_, engine_, file_);
+  LoadSession(*ctx_, engine_, file_, BlockStoreOptions());
 }
 
 }  // namespace
