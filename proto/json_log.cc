@@ -1,5 +1,6 @@
 #include "proto/json_log.h"
 
+#include <google/protobuf/stubs/logging.h>
 #include <spdlog/formatter.h>
 
 #include <chrono>
@@ -57,6 +58,9 @@ class JsonFormatter final : public spdlog::formatter {
 void UseJsonLog() {
   Logger()->set_formatter(std::make_unique<JsonFormatter>());
   Logger()->set_level(spdlog::level::info);
+  // Protobuf writes a line of its own for each text that is not UTF-8: who sends such is told so,
+  // and could fill the disk with them.
+  google::protobuf::SetLogHandler(nullptr);
 }
 
 void LogEvent(spdlog::level::level_enum level, std::string_view name, nlohmann::json fields) {

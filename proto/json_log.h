@@ -10,7 +10,8 @@
 
 namespace sluice {
 
-// From now on the whole program's log is {"time", "level", ...} lines, from level info on.
+// From now on the whole program's log is {"time", "level", ...} lines, from level info on, and
+// protobuf is silent.
 void UseJsonLog();
 
 // One event: {"event": name, ...fields}. Thread-safe.

@@ -10,9 +10,11 @@
 #include <netinet/in.h>
 #include <openssl/pem.h>
 #include <openssl/x509v3.h>
+#include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
@@ -695,6 +697,92 @@ TEST_F(ServiceTest, AClientKilledBetweenFramesCanGoOnWithItsStream) {
   });
 }
 
+// A wire to the server that breaks when so many bytes have gone through to it.
+class BreakingWire {
+ public:
+  BreakingWire(int port, int64_t bytes)
+      : bytes_(bytes), listener_(socket(AF_INET, SOCK_STREAM, 0)) {
+    sockaddr_in address = Loopback(0);
+    socklen_t size = sizeof address;
+    EXPECT_EQ(bind(listener_, reinterpret_cast<sockaddr*>(&address), size), 0);
+    EXPECT_EQ(listen(listener_, 1), 0);
+    getsockname(listener_, reinterpret_cast<sockaddr*>(&address), &size);
+    port_ = ntohs(address.sin_port);
+    thread_ = std::thread([this, port] { Carry(port); });
+  }
+  ~BreakingWire() {
+    thread_.join();
+    close(listener_);
+  }
+  int port() const { return port_; }
+
+ private:
+  static sockaddr_in Loopback(int port) {
+    sockaddr_in address = {};
+    address.sin_family = AF_INET;
+    address.sin_port = htons(static_cast<uint16_t>(port));
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    return address;
+  }
+  void Carry(int port) {
+    const int client = accept(listener_, nullptr, nullptr);
+    const int server = socket(AF_INET, SOCK_STREAM, 0);
+    const sockaddr_in address = Loopback(port);
+    EXPECT_EQ(connect(server, reinterpret_cast<const sockaddr*>(&address), sizeof address), 0);
+    pollfd ends[] = {{.fd = client, .events = POLLIN, .revents = 0},
+                     {.fd = server, .events = POLLIN, .revents = 0}};
+    std::array<char, 4096> buffer;
+    for (int64_t sent = 0; sent < bytes_ && poll(ends, 2, 60'000) > 0;) {
+      ssize_t got = 0;
+      for (int i = 0; i < 2 && got >= 0; ++i) {
+        if (ends[i].revents == 0) continue;
+        got = read(ends[i].fd, buffer.data(), buffer.size());
+        if (got <= 0 || write(ends[1 - i].fd, buffer.data(), got) != got) got = -1;
+        if (i == 0) sent += got;
+      }
+      if (got < 0) break;
+    }
+    close(client);
+    close(server);
+  }
+
+  const int64_t bytes_;
+  const int listener_;
+  int port_ = 0;
+  std::thread thread_;
+};
+
+TEST_F(ServiceTest, AClientKilledInTheMiddleOfAFrameLosesThatFrameAlone) {
+  Start();
+  OthersGoOnAfter([&] {
+    constexpr int kLarge = 600;  // pixels: a megabyte
+    BreakingWire wire(port(), 500'000);
+    std::string id;
+    {
+      Client client(wire.port());
+      id = client.Open();
+      client.Send(RawFrame(1, 0));
+      client.ReadUntil(v1::SessionResponse::kFrameAck);
+      v1::SessionRequest large = RawFrame(2, 0.5);
+      v1::RawPicture& picture = *large.mutable_frame()->mutable_rgb();
+      picture.set_width(kLarge);
+      picture.set_height(kLarge);
+      picture.set_data(std::string(kLarge * kLarge * 3, 'x'));
+      client.Send(large);
+      EXPECT_EQ(client.Finish().error_code(), StatusCode::UNAVAILABLE);
+    }
+    Client again(port());
+    again.Resume(id);
+    EXPECT_EQ(again.opened.last_frame(), 1u);
+    again.Send(RawFrame(2, 0.5));
+    again.Send(Question(1));
+    EXPECT_EQ(again.ReadUntil(v1::SessionResponse::kAnswer).answer().frames_seen(), 2);
+    again.Close();
+    EXPECT_TRUE(again.Finish().ok());
+    EXPECT_EQ(again.last.closed().frames_received(), 2);
+  });
+}
+
 TEST_F(ServiceTest, AnAnswerWhoseClientWasKilledIsToldWhenItComesBack) {
   Start();
   OthersGoOnAfter([&] {
@@ -909,18 +997,22 @@ int HealthOf(grpc::Channel& channel) {
 }
 
 TEST_F(ServiceTest, ShuttingDownTellsEverybodyFinishesAndEndsTheCalls) {
+  options_.drain_seconds = 20;
   Start();
   Client client(port());
   client.Open();
-  constexpr int kServing = 1;
+  constexpr int kServing = 1, kNotServing = 2;
   EXPECT_EQ(HealthOf(*client.channel()), kServing);
   client.Send(RawFrame(1, 0));
-  client.Send(Question(1, 30));
+  client.Send(Question(1, 500));  // draining waits for it
   client.ReadUntil(v1::SessionResponse::kText);
   std::thread shutdown([&] { service_->Shutdown(); });
   bool going_away = false, answered = false;
   for (auto message = client.Read(); message.message_case() != 0; message = client.Read()) {
-    going_away |= message.has_going_away();
+    if (message.has_going_away()) {
+      going_away = true;
+      EXPECT_EQ(HealthOf(*client.channel()), kNotServing);
+    }
     answered |= message.has_answer();
   }
   EXPECT_TRUE(going_away);
