@@ -152,19 +152,22 @@ std::vector<uint8_t> StreamMemory::OffLoaded(const Block& block) const {
   return bytes;
 }
 
-void StreamMemory::Restore(Block block, std::vector<uint8_t> bytes) {
-  constexpr int64_t kMostTokens = int64_t{1} << 24;  // of a frame, so that sizes cannot overflow
+void StreamMemory::Restore(const KvCache& cache, Block block, std::vector<uint8_t> bytes) {
+  // So that sums and sizes cannot overflow.
+  constexpr int64_t kMostTokens = int64_t{1} << 24, kMostBlocks = int64_t{1} << 60;
   const bool behind =
       blocks_.empty() || (block.number > blocks_.back().number &&
                           block.begin >= blocks_.back().begin + blocks_.back().tokens);
-  if (!behind || block.number < 0 || block.begin < pinned_ || block.tokens < 1 ||
-      block.tokens > kMostTokens ||
+  const bool within = block.begin >= (block.off_loaded ? pinned_ : pinned_ + cache.gone()) &&
+                      block.tokens >= 1 && block.tokens <= kMostTokens &&
+                      block.begin <= cache.length() - block.tokens;
+  if (!behind || !within || block.number < 0 || block.number > kMostBlocks ||
       static_cast<int64_t>(block.index.size()) != geometry_.num_layers * width() ||
       static_cast<int64_t>(bytes.size()) !=
           (block.off_loaded ? geometry_.num_layers * LayerBytes(block) : 0)) {
     throw InputError("[memory] frame " + std::to_string(block.number) + " of " +
-                     std::to_string(block.tokens) + " tokens, " +
-                     std::to_string(block.index.size()) + " index values and " +
+                     std::to_string(block.tokens) + " tokens from " + std::to_string(block.begin) +
+                     " on, " + std::to_string(block.index.size()) + " index values and " +
                      std::to_string(bytes.size()) +
                      " bytes does not fit this model, these options or the frames before it");
   }

@@ -199,7 +199,7 @@ void Persist(ExecContext& ctx, Archive& archive, KvCache& cache) {
   if (archive.loading() && !whole) cache.Advance(length);
 }
 
-void Persist(Archive& archive, StreamMemory& memory) {
+void Persist(Archive& archive, const KvCache& cache, StreamMemory& memory) {
   std::vector<StreamMemory::Block> blocks(memory.blocks().begin(), memory.blocks().end());
   archive.Resize("blocks", blocks, kMost << 10);
   for (StreamMemory::Block& block : blocks) {
@@ -212,7 +212,7 @@ void Persist(Archive& archive, StreamMemory& memory) {
     std::vector<uint8_t> bytes;
     if (!archive.loading() && block.off_loaded) bytes = memory.OffLoaded(block);
     archive.Array("bytes", bytes);
-    if (archive.loading()) memory.Restore(std::move(block), std::move(bytes));
+    if (archive.loading()) memory.Restore(cache, std::move(block), std::move(bytes));
   }
 }
 
@@ -235,7 +235,7 @@ void Persist(ExecContext& ctx, Archive& archive, Session& session) {
     archive.Refuse("pinned_keys", std::to_string(session.prefix_ids.size()) + " rows",
                    std::to_string(session.cache.pinned()));
   }
-  if (session.memory) Persist(archive, *session.memory);
+  if (session.memory) Persist(archive, session.cache, *session.memory);
 }
 
 // What the file is and for which model.

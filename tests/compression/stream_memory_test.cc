@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <numeric>
 #include <random>
 #include <string>
@@ -418,7 +419,7 @@ TEST(StreamMemoryWindowTest, ARestoredStreamGoesOnBitForBit) {
     const KvCache& cache = stream.cache;
     StreamMemory memory(options, kv, stream.decoder().rotary_frequencies(), kPinned);
     for (const StreamMemory::Block& block : stream.memory.blocks()) {
-      memory.Restore(block,
+      memory.Restore(cache, block,
                      block.off_loaded ? stream.memory.OffLoaded(block) : std::vector<uint8_t>());
     }
     std::vector<Tensor> pinned;
@@ -452,7 +453,7 @@ TEST(StreamMemoryWindowTest, FramesThatDoNotFitAreNotRestored) {
     StreamMemory::Block block = first;
     change(block);
     try {
-      memory.Restore(block, bytes);
+      memory.Restore(stream.cache, block, bytes);
     } catch (const InputError&) {
       return true;
     }
@@ -462,9 +463,12 @@ TEST(StreamMemoryWindowTest, FramesThatDoNotFitAreNotRestored) {
   EXPECT_TRUE(refused([](auto& b) { ++b.tokens; }));
   EXPECT_TRUE(refused([](auto& b) { b.tokens = int64_t{1} << 60; }));
   EXPECT_TRUE(refused([](auto& b) { b.begin = 0; }));
+  EXPECT_TRUE(refused([&](auto& b) { b.begin = stream.cache.length() - b.tokens + 1; }));
+  EXPECT_TRUE(refused([](auto& b) { b.begin = std::numeric_limits<int64_t>::max(); }));
+  EXPECT_TRUE(refused([](auto& b) { b.number = std::numeric_limits<int64_t>::max(); }));
   EXPECT_TRUE(refused([](auto& b) { b.index.pop_back(); }));
   EXPECT_TRUE(refused([](auto& b) { b.off_loaded = false; }));
-  EXPECT_THROW(stream.memory.Restore(first, bytes), InputError);
+  EXPECT_THROW(stream.memory.Restore(stream.cache, first, bytes), InputError);
 }
 
 // Half a day of video at two frames a second: what is resident stops growing, budgets are kept.

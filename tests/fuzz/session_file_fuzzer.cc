@@ -2,6 +2,7 @@
 #include <string>
 
 #include "runtime/archive.h"
+#include "streaming/pipeline.h"
 #include "streaming/session_file.h"
 #include "tests/fuzz/scratch_file.h"
 #include "tests/fuzz/targets.h"
@@ -29,7 +30,10 @@ void FuzzSessionFile(std::string_view bytes) {
     const uint32_t sum = ArchiveChecksum(bytes.substr(0, bytes.size() - 4));
     std::memcpy(sealed.data() + sealed.size() - 4, &sum, 4);
   }
-  LoadSession(*ctx, engine, file.Holding(sealed), BlockStoreOptions());
+  const auto session = LoadSession(*ctx, engine, file.Holding(sealed), BlockStoreOptions());
+  // What was taken must be fit for use.
+  session->options.generate.max_new_tokens = 1;
+  if (session->frames_seen > 0) Ask(*ctx, *session, "What?", nullptr);
 }
 
 }  // namespace sluice
