@@ -39,9 +39,15 @@ BlockStore::~BlockStore() {
   if (file_ >= 0) close(file_);
 }
 
-std::vector<int64_t> BlockStore::Add(int64_t number, std::vector<uint8_t> bytes) {
-  host_bytes_ += static_cast<int64_t>(bytes.size());
-  host_.emplace(number, std::move(bytes));
+std::vector<int64_t> BlockStore::Add(int64_t number, std::span<const uint8_t> bytes) {
+  std::vector<uint8_t> block;
+  if (!spare_.empty()) {
+    block = std::move(spare_.back());
+    spare_.pop_back();
+  }
+  block.assign(bytes.begin(), bytes.end());
+  host_bytes_ += static_cast<int64_t>(block.size());
+  host_.emplace(number, std::move(block));
   std::vector<int64_t> dropped;
   while (host_bytes_ > options_.host_bytes) {
     const Moved moved = writable_ ? MoveToDisk(host_.begin()->first) : Moved::kNoRoom;
@@ -69,8 +75,7 @@ BlockStore::Moved BlockStore::MoveToDisk(int64_t number) {
   }
   disk_.emplace(number, Extent{*offset, size});
   disk_bytes_ += size;
-  host_bytes_ -= size;
-  host_.erase(number);
+  LeaveHost(host_.find(number));
   return Moved::kYes;
 }
 
@@ -131,10 +136,16 @@ void BlockStore::DropSome(std::vector<int64_t>& dropped) {
   dropped.insert(dropped.end(), leaving.begin(), leaving.end());
 }
 
+void BlockStore::LeaveHost(std::map<int64_t, std::vector<uint8_t>>::iterator block) {
+  constexpr size_t kMostSpare = 2;  // one comes for one that goes; blocks differ in length
+  host_bytes_ -= static_cast<int64_t>(block->second.size());
+  if (spare_.size() < kMostSpare) spare_.push_back(std::move(block->second));
+  host_.erase(block);
+}
+
 void BlockStore::Remove(int64_t number) {
   if (const auto found = host_.find(number); found != host_.end()) {
-    host_bytes_ -= static_cast<int64_t>(found->second.size());
-    host_.erase(found);
+    LeaveHost(found);
   } else if (const auto on_disk = disk_.find(number); on_disk != disk_.end()) {
     disk_bytes_ -= on_disk->second.size;
     GiveBack(on_disk->second);

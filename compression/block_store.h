@@ -41,7 +41,7 @@ class BlockStore {
   // oldest blocks move to the file when the host's budget is spent. A file that cannot be written
   // to takes no more blocks, and Warning() tells why; what it holds can still be read.
   // REQUIRES: number above all before.
-  std::vector<int64_t> Add(int64_t number, std::vector<uint8_t> bytes);
+  std::vector<int64_t> Add(int64_t number, std::span<const uint8_t> bytes);
   void Remove(int64_t number);  // if it is here
   bool Has(int64_t number) const { return host_.contains(number) || disk_.contains(number); }
   // Bytes [offset, offset + to.size()) of a block. REQUIRES: Has(number), so many bytes. Throws
@@ -69,9 +69,13 @@ class BlockStore {
   std::optional<int64_t> FindRoom(int64_t size);
   void GiveBack(Extent extent);
   void DropSome(std::vector<int64_t>& dropped);
+  void LeaveHost(std::map<int64_t, std::vector<uint8_t>>::iterator block);
 
   const BlockStoreOptions options_;
   std::map<int64_t, std::vector<uint8_t>> host_;
+  // Of blocks that left, for those that come: given back to the heap, each would be taken by small
+  // things that stay, and the heap would grow by a block for every block on the disk.
+  std::vector<std::vector<uint8_t>> spare_;
   std::map<int64_t, Extent> disk_;
   std::map<int64_t, int64_t> free_;  // parts of the file: their sizes by their offsets
   int64_t file_bytes_ = 0, host_bytes_ = 0, disk_bytes_ = 0, dropped_ = 0;

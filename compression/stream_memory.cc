@@ -152,7 +152,7 @@ std::vector<uint8_t> StreamMemory::OffLoaded(const Block& block) const {
   return bytes;
 }
 
-void StreamMemory::Restore(const KvCache& cache, Block block, std::vector<uint8_t> bytes) {
+void StreamMemory::Restore(const KvCache& cache, Block block, std::span<const uint8_t> bytes) {
   // So that sums and sizes cannot overflow.
   constexpr int64_t kMostTokens = int64_t{1} << 24, kMostBlocks = int64_t{1} << 60;
   const bool behind =
@@ -174,7 +174,7 @@ void StreamMemory::Restore(const KvCache& cache, Block block, std::vector<uint8_
   next_number_ = block.number + 1;
   blocks_.push_back(std::move(block));
   if (!blocks_.back().off_loaded) return;
-  const auto gone = store_.Add(blocks_.back().number, std::move(bytes));
+  const auto gone = store_.Add(blocks_.back().number, bytes);
   std::erase_if(blocks_, [&](const Block& b) {
     return std::find(gone.begin(), gone.end(), b.number) != gone.end();
   });

@@ -87,7 +87,7 @@ class StreamMemory {
   // bytes: of an off-loaded one; others are in the restored cache. Throws InputError on what does
   // not fit this model, these options and that cache.
   std::vector<uint8_t> OffLoaded(const Block& block) const;
-  void Restore(const KvCache& cache, Block block, std::vector<uint8_t> bytes);
+  void Restore(const KvCache& cache, Block block, std::span<const uint8_t> bytes);
   Counts counts() const;
   int64_t SizeBytes() const;  // resident: host tier and index
   std::optional<std::string> TakeWarning() { return store_.TakeWarning(); }

@@ -212,7 +212,7 @@ void Persist(Archive& archive, const KvCache& cache, StreamMemory& memory) {
     std::vector<uint8_t> bytes;
     if (!archive.loading() && block.off_loaded) bytes = memory.OffLoaded(block);
     archive.Array("bytes", bytes);
-    if (archive.loading()) memory.Restore(cache, std::move(block), std::move(bytes));
+    if (archive.loading()) memory.Restore(cache, std::move(block), bytes);
   }
 }
 
