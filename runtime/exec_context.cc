@@ -7,19 +7,31 @@
 
 #include "runtime/error.h"
 #include "runtime/ops/cpu/product_cache.h"
+#include "runtime/ops/cuda/linear.h"
 
 namespace sluice {
 
-ExecContext::ExecContext(const ExecOptions& options) : options_(options) {
+ExecContext::ExecContext(const ExecOptions& options)
+    : options_(options), workspace_(options.device) {
   if (options.num_threads < 1) {
     throw InputError("[exec_context] num_threads must be at least 1, got " +
                      std::to_string(options.num_threads));
   }
   UseThreads();
   product_cache_ = std::make_unique<ProductCache>();
+  if (options.device == Device::kCuda) {
+    stream_ = cuda::NewStream();
+    gpu_products_ = std::make_unique<cuda::Products>();
+  }
 }
 
-ExecContext::~ExecContext() = default;
+ExecContext::~ExecContext() {
+  if (stream_) cuda::EndStream(stream_);
+}
+
+void ExecContext::Synchronize() const {
+  if (stream_) cuda::Synchronize(stream_);
+}
 
 void ExecContext::UseThreads() const {
   if (omp_get_max_threads() != options_.num_threads) omp_set_num_threads(options_.num_threads);

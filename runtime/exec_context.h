@@ -1,4 +1,5 @@
-// What one step of work runs with: threads, scratch memory, the tracer. Passed, never looked up.
+// What one step of work runs with: threads or a GPU's stream, scratch memory, the tracer. Passed,
+// never looked up.
 // Belongs to one thread at a time; contexts of different threads share nothing.
 #ifndef SLUICE_RUNTIME_EXEC_CONTEXT_H_
 #define SLUICE_RUNTIME_EXEC_CONTEXT_H_
@@ -7,11 +8,16 @@
 #include <memory>
 #include <vector>
 
+#include "runtime/ops/cuda/device.h"
+#include "runtime/tensor.h"
 #include "runtime/trace.h"
 #include "runtime/workspace.h"
 
 namespace sluice {
 
+namespace cuda {
+class Products;  // runtime/ops/cuda/linear.h
+}
 class ProductCache;  // prepared oneDNN primitives, see runtime/ops/cpu/product_cache.h
 
 // Which implementations ops may choose.
@@ -20,6 +26,7 @@ enum class KernelChoice { kFast, kReference };
 struct ExecOptions {
   int num_threads = 1;
   KernelChoice kernels = KernelChoice::kFast;
+  Device device = Device::kCpu;  // where ops run and their tensors lie
 };
 
 class ExecContext {
@@ -30,6 +37,11 @@ class ExecContext {
   ExecContext& operator=(const ExecContext&) = delete;
 
   int num_threads() const { return options_.num_threads; }
+  Device device() const { return options_.device; }
+  // Where everything this context does on the GPU is queued; null on the CPU.
+  cuda::Stream stream() const { return stream_; }
+  // Waits for what was queued; nothing to do on the CPU. Throws Error with what the GPU reported.
+  void Synchronize() const;
   // Makes libraries that bring their own parallel loops (oneDNN) use num_threads() when called from
   // this thread. OpenMP keeps that number for each thread, and a context may be used from another
   // thread than the one that made it: call this before every such call, it costs nanoseconds.
@@ -43,12 +55,16 @@ class ExecContext {
   Workspace& workspace() { return workspace_; }
   Tracer& tracer() { return tracer_; }
   ProductCache& product_cache() { return *product_cache_; }
+  // REQUIRES: device() is a GPU.
+  cuda::Products& gpu_products() { return *gpu_products_; }
 
  private:
   ExecOptions options_;
+  cuda::Stream stream_ = nullptr;
   Workspace workspace_;
   Tracer tracer_;
   std::unique_ptr<ProductCache> product_cache_;
+  std::unique_ptr<cuda::Products> gpu_products_;
   std::vector<std::unique_ptr<ExecContext>> parts_;  // made when first needed
 };
 

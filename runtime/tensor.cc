@@ -7,6 +7,7 @@
 
 #include "runtime/convert.h"
 #include "runtime/error.h"
+#include "runtime/ops/cuda/device.h"
 
 namespace sluice {
 namespace {
@@ -65,6 +66,8 @@ void CheckRank2(const Shape& shape) {
 
 }  // namespace
 
+const char* Name(Device device) { return device == Device::kCuda ? "cuda" : "cpu"; }
+
 Shape::Shape(std::initializer_list<int64_t> dims) {
   if (dims.size() > kMaxRank) {
     throw InputError("[shape] rank must be at most 4, got " + std::to_string(dims.size()));
@@ -97,9 +100,11 @@ std::string Shape::ToString() const {
   return text + "]";
 }
 
-ConstTensorView::ConstTensorView(const void* data, DType dtype, Shape shape, int64_t stride0)
+ConstTensorView::ConstTensorView(const void* data, DType dtype, Shape shape, int64_t stride0,
+                                 Device device)
     : data_(data),
       dtype_(dtype),
+      device_(device),
       shape_(shape),
       stride0_(stride0 < 0 ? ItemElements(shape) : stride0) {}
 
@@ -112,6 +117,10 @@ const T* ConstTensorView::data() const {
   if (dtype_ != DTypeOf<T>()) {
     throw Error(std::string("[tensor] elements must be read as ") + Name(dtype_) + ", got " +
                 Name(DTypeOf<T>()));
+  }
+  if (device_ != Device::kCpu) {
+    throw Error("[tensor] " + shape_.ToString() + " " + Name(dtype_) +
+                " lies on a GPU and cannot be read here; copy it first");
   }
   return static_cast<const T*>(data_);
 }
@@ -141,20 +150,23 @@ ConstTensorView ConstTensorView::Columns(int64_t begin, int64_t end) const {
 
 TensorView TensorView::Slice(int64_t begin, int64_t end) const {
   const ConstTensorView part = ConstTensorView::Slice(begin, end);
-  return TensorView(const_cast<void*>(part.raw()), dtype_, part.shape(), part.stride0());
+  return TensorView(const_cast<void*>(part.raw()), dtype_, part.shape(), part.stride0(), device_);
 }
 
 TensorView TensorView::Columns(int64_t begin, int64_t end) const {
   const ConstTensorView part = ConstTensorView::Columns(begin, end);
-  return TensorView(const_cast<void*>(part.raw()), dtype_, part.shape(), part.stride0());
+  return TensorView(const_cast<void*>(part.raw()), dtype_, part.shape(), part.stride0(), device_);
 }
 
-Tensor::Tensor(DType dtype, Shape shape) : dtype_(dtype), shape_(shape) {
+Tensor::Tensor(DType dtype, Shape shape, Device device)
+    : data_(nullptr, Free{device}), dtype_(dtype), shape_(shape) {
   size_t bytes = 0;
   const bool too_large =
       __builtin_mul_overflow(static_cast<size_t>(shape.NumElements()), SizeOf(dtype), &bytes) ||
       bytes > kMostBytes - kHugePage;
-  if (!too_large) {
+  if (!too_large && device == Device::kCuda) {
+    data_.reset(cuda::Allocate(std::max<size_t>(bytes, 1)));
+  } else if (!too_large) {
     // Large tensors sit on huge pages: weights and caches are read end to end for every token, and
     // 4 KB pages cost that scan a quarter of its bandwidth in address translation.
     const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : kAlignment;
@@ -167,20 +179,28 @@ Tensor::Tensor(DType dtype, Shape shape) : dtype_(dtype), shape_(shape) {
     }
   }
   if (!data_) {
-    throw ResourceExhausted("[tensor] no memory for " + shape.ToString() + " " + Name(dtype));
+    throw ResourceExhausted("[tensor] no memory for " + shape.ToString() + " " + Name(dtype) +
+                            " on the " + Name(device));
   }
 }
 
-void Tensor::Free::operator()(void* p) const { std::free(p); }
+void Tensor::Free::operator()(void* p) const {
+  device == Device::kCuda ? cuda::Free(p) : std::free(p);
+}
 
 Tensor Tensor::Clone() const {
   if (empty()) return {};
+  if (device() != Device::kCpu) throw Error("[tensor] Clone expects host memory, got a GPU's");
   Tensor copy(dtype_, shape_);
   std::memcpy(copy.data_.get(), data_.get(), SizeBytes());
   return copy;
 }
 
 void ConvertInto(ConstTensorView from, TensorView to) {
+  if (from.device() != Device::kCpu || to.device() != Device::kCpu) {
+    throw Error(std::string("[convert] expected host memory, got ") + Name(from.device()) +
+                " and " + Name(to.device()));
+  }
   if (from.shape() != to.shape()) {
     throw Error("[convert] shapes must be equal, got " + from.shape().ToString() + " and " +
                 to.shape().ToString());

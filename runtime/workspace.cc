@@ -7,7 +7,6 @@
 namespace sluice {
 namespace {
 
-constexpr size_t kAlignment = 64;
 constexpr size_t kFirstChunkBytes = size_t{1} << 20;
 
 }  // namespace
@@ -24,7 +23,8 @@ Workspace::Scope::~Scope() {
     workspace_.chunks_.clear();
     try {
       workspace_.chunks_.emplace_back(DType::kU8,
-                                      Shape{static_cast<int64_t>(workspace_.high_water_bytes_)});
+                                      Shape{static_cast<int64_t>(workspace_.high_water_bytes_)},
+                                      workspace_.device_);
     } catch (const ResourceExhausted&) {
       // The next Allocate asks again, and can tell its caller.
       workspace_.chunks_.clear();
@@ -38,7 +38,8 @@ TensorView Workspace::Allocate(DType dtype, Shape shape) {
       bytes > INT64_MAX / 4) {
     throw ResourceExhausted("[workspace] no memory for " + shape.ToString() + " " + Name(dtype));
   }
-  const size_t needed = (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
+  const size_t alignment = device_ == Device::kCuda ? 256 : 64;
+  const size_t needed = (std::max<size_t>(bytes, 1) + alignment - 1) / alignment * alignment;
   while (chunk_ < chunks_.size() && used_ + needed > chunks_[chunk_].SizeBytes()) {
     ++chunk_;
     used_ = 0;
@@ -46,14 +47,16 @@ TensorView Workspace::Allocate(DType dtype, Shape shape) {
   if (chunk_ == chunks_.size()) {
     const size_t last = chunks_.empty() ? kFirstChunkBytes / 2 : chunks_.back().SizeBytes();
     try {
-      chunks_.emplace_back(DType::kU8, Shape{static_cast<int64_t>(std::max(needed, 2 * last))});
+      chunks_.emplace_back(DType::kU8, Shape{static_cast<int64_t>(std::max(needed, 2 * last))},
+                           device_);
     } catch (...) {
       if (chunk_ > 0) used_ = chunks_[--chunk_].SizeBytes();
       throw;
     }
     used_ = 0;
   }
-  const TensorView view(chunks_[chunk_].data<uint8_t>() + used_, dtype, shape);
+  const TensorView view(static_cast<char*>(chunks_[chunk_].view().raw()) + used_, dtype, shape, -1,
+                        device_);
   used_ += needed;
   size_t in_use = used_;
   for (size_t i = 0; i < chunk_; ++i) in_use += chunks_[i].SizeBytes();

@@ -1,5 +1,6 @@
 // Scratch memory for one step: a bump allocator that grows once to its high-water mark.
-// Used by one thread at a time. Views die with the Scope they were allocated in.
+// Used by one thread at a time. Views die with the Scope they were allocated in; on a GPU what was
+// queued before still finds them, if all work that uses the memory is queued in one stream.
 #ifndef SLUICE_RUNTIME_WORKSPACE_H_
 #define SLUICE_RUNTIME_WORKSPACE_H_
 
@@ -12,7 +13,7 @@ namespace sluice {
 
 class Workspace {
  public:
-  Workspace() = default;
+  explicit Workspace(Device device = Device::kCpu) : device_(device) {}
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
@@ -29,11 +30,13 @@ class Workspace {
     size_t chunk_, used_;
   };
 
-  // Uninitialised, 64-byte aligned. Throws ResourceExhausted when the system has no memory.
+  // Uninitialised, 256-byte aligned (64 on the CPU). Throws ResourceExhausted when the system has
+  // no memory.
   TensorView Allocate(DType dtype, Shape shape);
   size_t high_water_bytes() const { return high_water_bytes_; }
 
  private:
+  const Device device_;
   std::vector<Tensor> chunks_;  // u8 chunks, each at least as large as the one before
   size_t chunk_ = 0;            // the chunk in use
   size_t used_ = 0;             // bytes used of it

@@ -8,6 +8,9 @@
 #include "runtime/ops/cpu/amx.h"
 #include "runtime/ops/cpu/linear.h"
 #include "runtime/ops/cpu/weight_memory.h"
+#include "runtime/ops/cuda/activation.h"
+#include "runtime/ops/cuda/linear.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -33,7 +36,7 @@ void CheckBias(const Tensor& bias, int64_t n) {
 // Reaches into LinearWeight for the functions of this file.
 class LinearImpl {
  public:
-  static LinearWeight Make(std::initializer_list<SharedMatrix> parts, Tensor bias) {
+  static LinearWeight Make(std::initializer_list<SharedMatrix> parts, Tensor bias, Device device) {
     LinearWeight result;
     result.k_ = parts.begin()->view.dim(1);
     result.dtype_ = parts.begin()->view.dtype();
@@ -46,6 +49,10 @@ class LinearImpl {
       result.n_ += part.view.dim(0);
     }
     CheckBias(bias, result.n_);
+    if (device == Device::kCuda) {
+      Upload(parts, bias, result);
+      return result;
+    }
     result.bias_ = std::move(bias);
     result.packed_ = result.dtype_ == DType::kBF16;
     // Products read f32 weights as f32: a mapped file may hold them unaligned.
@@ -90,7 +97,71 @@ class LinearImpl {
             .options = options};
   }
 
+  static bool RunsOnGpu(const ExecContext& ctx, ConstTensorView x, const LinearWeight& weight,
+                        ConstTensorView y) {
+    return ::sluice::OnGpu("linear", ctx, {x, weight.weight_.view, y});
+  }
+
+  // x is rows apart as they lie: cuBLASLt takes any stride.
+  static void RunOnGpu(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight,
+                       TensorView y, const LinearOptions& options) {
+    const Activation activation = options.activation;
+    if (activation == Activation::kSiluMul) {
+      const TensorView gate_up = ctx.workspace().Allocate(x.dtype(), {x.dim(0), weight.n_});
+      RunOnGpu(ctx, x, weight, gate_up, {});
+      return cuda::SiluMul(gate_up, y, ctx.stream());
+    }
+    if (activation == Activation::kGeluErf || activation == Activation::kQuickGelu) {
+      const TensorView before = ctx.workspace().Allocate(DType::kF32, y.shape());
+      RunOnGpu(ctx, x, weight, before, {});
+      return cuda::Activate(
+          activation == Activation::kGeluErf ? cuda::Gelu::kErf : cuda::Gelu::kQuick,
+          static_cast<const float*>(before.raw()), y.shape().NumElements(), y.raw(), y.dtype(),
+          ctx.stream());
+    }
+    const Tensor& bias = y.dtype() == DType::kBF16 ? weight.rounded_bias_ : weight.bias_;
+    const TensorView scratch = ctx.workspace().Allocate(
+        DType::kU8, {static_cast<int64_t>(cuda::Products::kWorkspaceBytes)});
+    ctx.gpu_products().Run({.m = x.dim(0),
+                            .n = weight.n_,
+                            .k = weight.k_,
+                            .x = x.raw(),
+                            .x_stride = x.stride0(),
+                            .weight = weight.weight_.view.raw(),
+                            .dtype = weight.dtype_,
+                            .bias = bias.view().raw(),
+                            .y = y.raw(),
+                            .y_dtype = y.dtype(),
+                            .gelu_tanh = activation == Activation::kGeluTanh,
+                            .accumulate = options.accumulate},
+                           scratch.raw(), ctx.stream());
+  }
+
  private:
+  static Tensor OnGpu(ConstTensorView host) {
+    Tensor copy(host.dtype(), host.shape(), Device::kCuda);
+    cuda::CopyRows(copy.view().raw(), 0, host.raw(), 0, host.SizeBytes(), 1, nullptr);
+    cuda::Synchronize(nullptr);
+    return copy;
+  }
+
+  static void Upload(std::initializer_list<SharedMatrix> parts, const Tensor& bias,
+                     LinearWeight& to) {
+    const auto weight = std::make_shared<Tensor>(to.dtype_, Shape{to.n_, to.k_}, Device::kCuda);
+    int64_t row = 0;
+    for (const SharedMatrix& part : parts) {
+      cuda::CopyRows(weight->view().Slice(row, to.n_).raw(), 0, part.view.raw(), 0,
+                     part.view.SizeBytes(), 1, nullptr);
+      cuda::Synchronize(nullptr);
+      row += part.view.dim(0);
+      if (part.release) part.release();
+    }
+    to.weight_ = {*weight, weight, nullptr};
+    if (bias.empty()) return;
+    to.bias_ = OnGpu(bias);
+    if (to.dtype_ == DType::kBF16) to.rounded_bias_ = OnGpu(ConvertTo(bias, DType::kBF16));
+  }
+
   // PackRows pads inputs; this pads the outputs of the last block.
   static void ClearPadding(const LinearWeight& weight, TensorView packed) {
     const int64_t used = weight.n_ % kPackedOutputs;
@@ -103,15 +174,16 @@ class LinearImpl {
   }
 };
 
-LinearWeight::LinearWeight(SharedMatrix weight, Tensor bias, WeightUse use) {
+LinearWeight::LinearWeight(SharedMatrix weight, Tensor bias, WeightUse use, Device device) {
   // One layout serves both uses (see runtime/ops/cpu/linear.h).
   (void)use;
   CheckWeight(weight.view);
-  *this = LinearImpl::Make({std::move(weight)}, std::move(bias));
+  *this = LinearImpl::Make({std::move(weight)}, std::move(bias), device);
 }
 
 LinearWeight LinearWeight::Stack(std::initializer_list<SharedMatrix> weights,
-                                 std::initializer_list<const Tensor*> biases, WeightUse use) {
+                                 std::initializer_list<const Tensor*> biases, WeightUse use,
+                                 Device device) {
   (void)use;
   if (weights.size() == 0 || (biases.size() != 0 && biases.size() != weights.size())) {
     throw Error("[linear] stack must get as many biases as weights or none, got " +
@@ -141,7 +213,7 @@ LinearWeight LinearWeight::Stack(std::initializer_list<SharedMatrix> weights,
       to += rows;
     }
   }
-  return LinearImpl::Make(weights, std::move(bias));
+  return LinearImpl::Make(weights, std::move(bias), device);
 }
 
 LinearWeight LinearWeight::Outputs(int64_t begin, int64_t end) const {
@@ -149,6 +221,8 @@ LinearWeight LinearWeight::Outputs(int64_t begin, int64_t end) const {
     throw Error("[linear] outputs must lie in [0, " + std::to_string(n_) + "), got [" +
                 std::to_string(begin) + ", " + std::to_string(end) + ")");
   }
+  if (device() != Device::kCpu)
+    throw Error("[linear] outputs of a weight on a GPU cannot be split");
   Tensor bias;
   if (has_bias()) {
     bias = Tensor(DType::kF32, {end - begin});
@@ -161,7 +235,7 @@ LinearWeight LinearWeight::Outputs(int64_t begin, int64_t end) const {
       CopyRow(row, rows->data<float>() + (row - begin) * k_);
     }
     const auto copy = std::make_shared<Tensor>(ConvertTo(*rows, dtype_));
-    return LinearImpl::Make({{*copy, copy, nullptr}}, std::move(bias));
+    return LinearImpl::Make({{*copy, copy, nullptr}}, std::move(bias), Device::kCpu);
   }
   LinearWeight part = {};
   part.n_ = end - begin;
@@ -177,7 +251,8 @@ LinearWeight LinearWeight::Outputs(int64_t begin, int64_t end) const {
 }
 
 size_t LinearWeight::SizeBytes() const {
-  return (weight_.view.empty() ? 0 : weight_.view.SizeBytes()) + bias_.SizeBytes();
+  return (weight_.view.empty() ? 0 : weight_.view.SizeBytes()) + bias_.SizeBytes() +
+         rounded_bias_.SizeBytes();
 }
 
 void LinearWeight::CopyRow(int64_t row, float* to) const {
@@ -252,6 +327,9 @@ void Linear(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight, Ten
   if (x.dim(0) == 0) return;
 
   Workspace::Scope scope(ctx.workspace());
+  if (LinearImpl::RunsOnGpu(ctx, x, weight, y)) {
+    return LinearImpl::RunOnGpu(ctx, x, weight, y, options);
+  }
   if (!x.contiguous()) {
     // oneDNN has fast products for contiguous rows only; the copy is small beside the product.
     const TensorView rows = ctx.workspace().Allocate(x.dtype(), x.shape());

@@ -35,13 +35,15 @@ enum class WeightUse {
 class LinearWeight {
  public:
   LinearWeight() = default;
-  // weight: [N, K] f32 or bf16 (= the dtype the product is computed in); bias: [N] f32 or empty.
-  LinearWeight(SharedMatrix weight, Tensor bias, WeightUse use);
+  // weight: [N, K] f32 or bf16 (= the dtype the product is computed in); bias: [N] f32 or empty;
+  // both in host memory. device: where products will run; a GPU gets a copy.
+  LinearWeight(SharedMatrix weight, Tensor bias, WeightUse use, Device device = Device::kCpu);
   // The rows of several weights with the same K below each other, as one product (q, k, v; gate,
   // up). `biases` is as long as `weights`, or empty for a product without bias; where only some
   // have one (null for the others), the missing ones are zero.
   static LinearWeight Stack(std::initializer_list<SharedMatrix> weights,
-                            std::initializer_list<const Tensor*> biases, WeightUse use);
+                            std::initializer_list<const Tensor*> biases, WeightUse use,
+                            Device device = Device::kCpu);
 
   // Outputs [begin, end) of this weight as a weight of their own. Shares the memory where the
   // layout allows (f32; packed, when both ends are multiples of 64 or the end), else copies.
@@ -50,11 +52,13 @@ class LinearWeight {
   int64_t n() const { return n_; }
   int64_t k() const { return k_; }
   DType dtype() const { return dtype_; }
+  Device device() const { return weight_.view.device(); }
   bool has_bias() const { return !bias_.empty(); }
   // The memory of the weight (padding of packed weights included) and the bias.
   size_t SizeBytes() const;
   // Copies row `row` of the [N, K] matrix to `to`: [K] f32. Costs a line of memory for each pair of
   // columns when packed: for few rows (embeddings tied to the output projection), not for many.
+  // REQUIRES: in host memory.
   void CopyRow(int64_t row, float* to) const;
 
  private:
@@ -64,6 +68,7 @@ class LinearWeight {
   SharedMatrix weight_;  // [N, K] row-major, or packed (packed_)
   bool packed_ = false;
   Tensor bias_;
+  Tensor rounded_bias_;  // on a GPU: as bf16, for results in bf16
 };
 
 enum class Activation {

@@ -4,6 +4,8 @@
 
 #include "runtime/error.h"
 #include "runtime/ops/cpu/rope.h"
+#include "runtime/ops/cuda/rope.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 
@@ -24,6 +26,10 @@ void Rope(ExecContext& ctx, TensorView x, int head_dim, std::span<const int32_t>
   if (inv_freq.shape() != Shape{head_dim / 2} || inv_freq.dtype() != DType::kF32) {
     throw Error("[rope] inv_freq must be " + Shape{head_dim / 2}.ToString() + " f32, got " +
                 inv_freq.shape().ToString() + " " + Name(inv_freq.dtype()));
+  }
+  if (OnGpu("rope", ctx, {x, inv_freq})) {
+    const Workspace::Scope scope(ctx.workspace());
+    return cuda::Rope(x, head_dim, Within(ctx, positions), inv_freq, ctx.stream());
   }
   if (ctx.reference_kernels()) {
     RopeReference(x, head_dim, positions, inv_freq.data<float>());

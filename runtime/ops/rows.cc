@@ -6,7 +6,9 @@
 
 #include "runtime/error.h"
 #include "runtime/ops/cpu/rows.h"
+#include "runtime/ops/cuda/rows.h"
 #include "runtime/parallel.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -55,6 +57,12 @@ void CheckIndices(const char* op, ConstTensorView whole, ConstTensorView part,
   }
 }
 
+cuda::RowList ListOf(ExecContext& ctx, std::span<const int32_t> indices, int64_t groups) {
+  return {.indices = Within(ctx, indices),
+          .count = static_cast<int64_t>(indices.size()),
+          .groups = std::max<int64_t>(groups, 1)};
+}
+
 // Calls move(row of the whole, row of the part) for all indices.
 template <typename Move>
 void ForIndices(ExecContext& ctx, ConstTensorView whole, std::span<const int32_t> indices,
@@ -91,6 +99,7 @@ void AddRange(const ExecContext& ctx, ConstTensorView a, ConstTensorView b, Tens
 void CopyRows(ExecContext& ctx, ConstTensorView x, TensorView y) {
   CheckMatrix("copy_rows", "x", x);
   CheckSame("copy_rows", "y", y, x.shape(), x.dtype());
+  if (OnGpu("copy_rows", ctx, {x, y})) return Transfer(ctx, x, y);
   const size_t bytes = x.dim(1) * SizeOf(x.dtype());
   ParallelFor(ctx, x.dim(0), Grain(x), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) std::memcpy(RowOf(y, m), RowOf(x, m), bytes);
@@ -100,6 +109,10 @@ void CopyRows(ExecContext& ctx, ConstTensorView x, TensorView y) {
 void GatherRows(ExecContext& ctx, ConstTensorView x, std::span<const int32_t> indices,
                 int64_t groups, TensorView y) {
   CheckIndices("gather_rows", x, y, indices, groups);
+  if (OnGpu("gather_rows", ctx, {x, y})) {
+    const Workspace::Scope scope(ctx.workspace());
+    return cuda::GatherRows(x, ListOf(ctx, indices, groups), y, ctx.stream());
+  }
   const size_t bytes = x.dim(1) * SizeOf(x.dtype());
   ForIndices(ctx, x, indices, groups,
              [&](int64_t from, int64_t to) { std::memcpy(RowOf(y, to), RowOf(x, from), bytes); });
@@ -108,6 +121,10 @@ void GatherRows(ExecContext& ctx, ConstTensorView x, std::span<const int32_t> in
 void ScatterRows(ExecContext& ctx, ConstTensorView x, std::span<const int32_t> indices,
                  int64_t groups, TensorView y) {
   CheckIndices("scatter_rows", y, x, indices, groups);
+  if (OnGpu("scatter_rows", ctx, {x, y})) {
+    const Workspace::Scope scope(ctx.workspace());
+    return cuda::ScatterRows(x, ListOf(ctx, indices, groups), y, ctx.stream());
+  }
   const size_t bytes = x.dim(1) * SizeOf(x.dtype());
   ForIndices(ctx, y, indices, groups,
              [&](int64_t to, int64_t from) { std::memcpy(RowOf(y, to), RowOf(x, from), bytes); });
@@ -117,6 +134,7 @@ void Subtract(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView
   CheckMatrix("subtract", "y", y);
   CheckSame("subtract", "a", a, y.shape(), DType::kF32);
   CheckSame("subtract", "b", b, y.shape(), DType::kF32);
+  if (OnGpu("subtract", ctx, {a, b, y})) return cuda::AddRows(a, -1, b, y, {}, {}, ctx.stream());
   ParallelFor(ctx, y.dim(0), Grain(a),
               [&](int64_t begin, int64_t end) { SubtractRange(ctx, a, b, y, begin, end); });
 }
@@ -126,6 +144,11 @@ void SubtractListed(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
   CheckIndices("subtract_listed", b, a, indices, 1);
   CheckSame("subtract_listed", "b", b, y.shape(), DType::kF32);
   CheckSame("subtract_listed", "y", y, b.shape(), DType::kF32);
+  if (OnGpu("subtract_listed", ctx, {a, b, y})) {
+    const Workspace::Scope scope(ctx.workspace());
+    return cuda::AddRows(a, -1, b, y, ListOf(ctx, indices, 1), {.b = true, .y = true},
+                         ctx.stream());
+  }
   ForIndices(ctx, y, indices, 1, [&](int64_t to, int64_t from) {
     SubtractRange(ctx, a.Slice(from, from + 1), b.Slice(to, to + 1), y.Slice(to, to + 1), 0, 1);
   });
@@ -136,6 +159,10 @@ void AddListed(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
   CheckIndices("add_listed", a, y, indices, 1);
   CheckSame("add_listed", "a", a, b.shape(), DType::kF32);
   CheckSame("add_listed", "b", b, a.shape(), DType::kF32);
+  if (OnGpu("add_listed", ctx, {a, b, y})) {
+    const Workspace::Scope scope(ctx.workspace());
+    return cuda::AddRows(a, 1, b, y, ListOf(ctx, indices, 1), {.a = true, .b = true}, ctx.stream());
+  }
   ForIndices(ctx, a, indices, 1, [&](int64_t from, int64_t to) {
     AddRange(ctx, a.Slice(from, from + 1), b.Slice(from, from + 1), y.Slice(to, to + 1), 0, 1);
   });
@@ -145,6 +172,7 @@ void Add(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView y) {
   CheckMatrix("add", "b", b);
   CheckSame("add", "a", a, b.shape(), DType::kF32);
   CheckSame("add", "y", y, b.shape(), DType::kF32);
+  if (OnGpu("add", ctx, {a, b, y})) return cuda::AddRows(a, 1, b, y, {}, {}, ctx.stream());
   ParallelFor(ctx, y.dim(0), Grain(y),
               [&](int64_t begin, int64_t end) { AddRange(ctx, a, b, y, begin, end); });
 }

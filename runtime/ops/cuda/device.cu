@@ -1,7 +1,5 @@
 #include <cuda_runtime.h>
 
-#include <utility>
-
 #include "runtime/error.h"
 #include "runtime/ops/cuda/device.h"
 
@@ -34,32 +32,37 @@ std::string DeviceName() {
 
 void Synchronize(Stream stream) { Check(cudaStreamSynchronize(stream), "waiting for a stream"); }
 
-DeviceBuffer::DeviceBuffer(size_t bytes) : bytes_(bytes) {
-  const cudaError_t error = cudaMalloc(&data_, bytes);
+Stream NewStream() {
+  cudaStream_t stream = nullptr;
+  Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+  return stream;
+}
+
+void EndStream(Stream stream) noexcept { cudaStreamDestroy(stream); }
+
+void* Allocate(size_t bytes) {
+  void* memory = nullptr;
+  const cudaError_t error = cudaMalloc(&memory, bytes);
   if (error == cudaErrorMemoryAllocation) {
     cudaGetLastError();
-    throw ResourceExhausted("[cuda] no device memory for " + std::to_string(bytes) + " bytes");
+    return nullptr;
   }
   Check(error, "allocating device memory");
+  return memory;
 }
 
-DeviceBuffer::~DeviceBuffer() { cudaFree(data_); }
+void Free(void* memory) noexcept { cudaFree(memory); }
 
-DeviceBuffer::DeviceBuffer(DeviceBuffer&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
-
-DeviceBuffer& DeviceBuffer::operator=(DeviceBuffer&& other) noexcept {
-  std::swap(data_, other.data_);
-  std::swap(bytes_, other.bytes_);
-  return *this;
-}
-
-void DeviceBuffer::CopyFrom(const void* host, size_t bytes) {
-  Check(cudaMemcpy(data_, host, bytes, cudaMemcpyHostToDevice), "copying to the device");
-}
-
-void DeviceBuffer::CopyTo(void* host, size_t bytes) const {
-  Check(cudaMemcpy(host, data_, bytes, cudaMemcpyDeviceToHost), "copying from the device");
+void CopyRows(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t row_bytes,
+              size_t rows, Stream stream) {
+  if (row_bytes == 0 || rows == 0) return;
+  if (rows == 1 || (to_pitch == row_bytes && from_pitch == row_bytes)) {
+    Check(cudaMemcpyAsync(to, from, row_bytes * rows, cudaMemcpyDefault, stream), "copying");
+    return;
+  }
+  Check(
+      cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, row_bytes, rows, cudaMemcpyDefault, stream),
+      "copying rows");
 }
 
 }  // namespace sluice::cuda

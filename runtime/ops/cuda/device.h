@@ -20,26 +20,19 @@ std::string DeviceName();
 // Waits for everything queued in `stream`. Throws Error with what the device reported.
 void Synchronize(Stream stream);
 
-// Memory on the current device. Movable, not copyable. Used by one thread at a time.
-class DeviceBuffer {
- public:
-  DeviceBuffer() = default;
-  // Throws ResourceExhausted when the device has no such memory.
-  explicit DeviceBuffer(size_t bytes);
-  ~DeviceBuffer();
-  DeviceBuffer(DeviceBuffer&& other) noexcept;
-  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept;
+// A stream that does not wait for the default one.
+Stream NewStream();
+void EndStream(Stream stream) noexcept;
 
-  void* data() const { return data_; }
-  size_t bytes() const { return bytes_; }
-  // Both wait until the copy is done. REQUIRES: bytes <= bytes().
-  void CopyFrom(const void* host, size_t bytes);
-  void CopyTo(void* host, size_t bytes) const;
+// Memory of the current device, aligned to 256 bytes. Null when the device has no such memory.
+void* Allocate(size_t bytes);
+void Free(void* memory) noexcept;  // waits for what runs
 
- private:
-  void* data_ = nullptr;
-  size_t bytes_ = 0;
-};
+// `rows` pieces of `row_bytes`, so many bytes apart, between host and device or on the device: the
+// direction follows from the addresses. Queued in `stream`; host memory has been read, or written
+// once Synchronize has returned.
+void CopyRows(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t row_bytes,
+              size_t rows, Stream stream);
 
 }  // namespace sluice::cuda
 

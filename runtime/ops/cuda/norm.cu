@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "runtime/error.h"
+#include "runtime/ops/cuda/launch.cuh"
 #include "runtime/ops/cuda/norm.h"
 
 namespace sluice::cuda {
@@ -29,21 +30,6 @@ template <typename Out, int kVector>
 struct alignas(sizeof(Out) * kVector) Outs {
   Out v[kVector];
 };
-
-__device__ float BlockSum(float value) {
-  __shared__ float of_warp[32];
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, offset);
-  }
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (lane == 0) of_warp[warp] = value;
-  __syncthreads();
-  value = lane < blockDim.x / 32 ? of_warp[lane] : 0.f;
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, offset);
-  }
-  return value;
-}
 
 template <typename Out, int kVector>
 __device__ void Store(const Floats<kVector>& x, const Floats<kVector>& weight, float scale,
@@ -150,10 +136,42 @@ void RmsNorm(const RmsNormArgs& args, Stream stream) {
   } else {
     bf16 ? Launch<__nv_bfloat16, 1>(args, launch, stream) : Launch<float, 1>(args, launch, stream);
   }
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
-    throw Error(std::string("[cuda rms_norm] the launch was refused: ") +
-                cudaGetErrorString(error));
+  CheckLaunch("rms_norm");
+}
+
+namespace {
+
+// One block a row, which comes from the second-level cache for the second and third pass: mean,
+// squares about it (a single pass over x and x^2 would cancel where |mean| is large), result.
+template <typename Out>
+__global__ void LayerNormKernel(LayerNormArgs args) {
+  const float* x = args.x + blockIdx.x * args.x_stride;
+  const float* more = args.more ? args.more + blockIdx.x * args.more_stride : nullptr;
+  Out* y = static_cast<Out*>(args.y) + blockIdx.x * args.y_stride;
+  const auto at = [&](int64_t i) { return more ? x[i] + more[i] : x[i]; };
+  float sum = 0;
+  for (int64_t i = threadIdx.x; i < args.d; i += blockDim.x) sum += at(i);
+  const float mean = BlockSum(sum) / static_cast<float>(args.d);
+  float squares = 0;
+  for (int64_t i = threadIdx.x; i < args.d; i += blockDim.x) {
+    const float off = at(i) - mean;
+    squares += off * off;
   }
+  const float scale = rsqrtf(BlockSum(squares) / static_cast<float>(args.d) + args.eps);
+  for (int64_t i = threadIdx.x; i < args.d; i += blockDim.x) {
+    y[i] = FromFloat<Out>((at(i) - mean) * scale * args.weight[i] + args.bias[i]);
+  }
+}
+
+}  // namespace
+
+void LayerNorm(const LayerNormArgs& args, Stream stream) {
+  if (args.m == 0) return;
+  const int threads = static_cast<int>(std::clamp<int64_t>((args.d + 31) / 32 * 32, 32, 512));
+  WithType(args.y_dtype, [&](auto out) {
+    LayerNormKernel<decltype(out)><<<static_cast<unsigned>(args.m), threads, 0, stream>>>(args);
+  });
+  CheckLaunch("layer_norm");
 }
 
 }  // namespace sluice::cuda

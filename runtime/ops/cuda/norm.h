@@ -1,4 +1,4 @@
-// RmsNorm on a CUDA device; the contract is that of runtime/ops/norm.h.
+// Normalisation on a CUDA device; the contracts are those of runtime/ops/norm.h.
 #ifndef SLUICE_RUNTIME_OPS_CUDA_NORM_H_
 #define SLUICE_RUNTIME_OPS_CUDA_NORM_H_
 
@@ -24,6 +24,20 @@ struct RmsNormArgs {
 // Queues the kernel in `stream` and returns. Throws Error when the arguments do not fit or the
 // launch is refused; what goes wrong on the device appears at the next Synchronize.
 void RmsNorm(const RmsNormArgs& args, Stream stream);
+
+// y = (x + more - mean) / sqrt(var + eps) * weight + bias. All pointers are device memory.
+struct LayerNormArgs {
+  const float* x = nullptr;                        // [M, D] f32, rows x_stride elements apart
+  const float* more = nullptr;                     // the same, more_stride apart; or null
+  const float *weight = nullptr, *bias = nullptr;  // [D] f32
+  void* y = nullptr;                               // [M, D] f32 or bf16, y_stride apart
+  DType y_dtype = DType::kF32;
+  int64_t m = 0, d = 0;  // M < 2^31
+  int64_t x_stride = 0, more_stride = 0, y_stride = 0;
+  float eps = 0;
+};
+// As RmsNorm; its caller has checked the sizes.
+void LayerNorm(const LayerNormArgs& args, Stream stream);
 
 // How the kernel is launched: one block a row.
 struct RmsNormLaunch {

@@ -1,0 +1,51 @@
+// A thread takes one angle of one row and turns that pair of every head by it: sine and cosine, the
+// expensive part, are computed once for all heads.
+#include "runtime/ops/cuda/launch.cuh"
+#include "runtime/ops/cuda/rope.h"
+#include "runtime/ops/rope.h"
+
+namespace sluice::cuda {
+namespace {
+
+template <typename T>
+__global__ void RopeKernel(T* x, int64_t stride, int64_t rows, int heads, int head_dim,
+                           const int32_t* positions, const float* inv_freq) {
+  const int half = head_dim / 2;
+  const int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  if (at >= rows * half) return;
+  const int64_t row = at / half;
+  const int i = static_cast<int>(at % half), position = positions[row];
+  float sine, cosine;
+  if (position < kExactRopeFrom && position > -kExactRopeFrom) {
+    sincosf(static_cast<float>(position) * inv_freq[i], &sine, &cosine);
+  } else {
+    double s, c;
+    sincos(static_cast<double>(position) * inv_freq[i], &s, &c);
+    sine = static_cast<float>(s);
+    cosine = static_cast<float>(c);
+  }
+  T* pair = x + row * stride + i;
+  for (int head = 0; head < heads; ++head, pair += head_dim) {
+    const float a = ToFloat(pair[0]), b = ToFloat(pair[half]);
+    pair[0] = FromFloat<T>(a * cosine - b * sine);
+    pair[half] = FromFloat<T>(b * cosine + a * sine);
+  }
+}
+
+}  // namespace
+
+void Rope(TensorView x, int head_dim, const int32_t* positions, ConstTensorView inv_freq,
+          Stream stream) {
+  const int64_t angles = x.dim(0) * (head_dim / 2);
+  if (angles == 0) return;
+  const auto blocks = static_cast<unsigned>((angles + kThreads - 1) / kThreads);
+  WithType(x.dtype(), [&](auto element) {
+    using T = decltype(element);
+    RopeKernel<<<blocks, kThreads, 0, stream>>>(
+        static_cast<T*>(x.raw()), x.stride0(), x.dim(0), static_cast<int>(x.dim(1) / head_dim),
+        head_dim, positions, static_cast<const float*>(inv_freq.raw()));
+  });
+  CheckLaunch("rope");
+}
+
+}  // namespace sluice::cuda

@@ -1,0 +1,54 @@
+#include "runtime/transfer.h"
+
+#include <cstring>
+#include <string>
+
+#include "runtime/error.h"
+
+namespace sluice {
+
+void Transfer(ExecContext& ctx, ConstTensorView from, TensorView to) {
+  if (from.shape() != to.shape() || from.dtype() != to.dtype()) {
+    throw Error("[transfer] expected equal shapes and types, got " + from.shape().ToString() + " " +
+                Name(from.dtype()) + " and " + to.shape().ToString() + " " + Name(to.dtype()));
+  }
+  const int64_t rows = from.shape().rank() == 0 ? 1 : from.dim(0);
+  if (rows == 0) return;
+  const size_t element = SizeOf(from.dtype()), row = from.SizeBytes() / rows;
+  if (from.device() == Device::kCpu && to.device() == Device::kCpu) {
+    for (int64_t i = 0; i < rows; ++i) {
+      std::memcpy(static_cast<char*>(to.raw()) + i * to.stride0() * element,
+                  static_cast<const char*>(from.raw()) + i * from.stride0() * element, row);
+    }
+    return;
+  }
+  const bool whole = from.contiguous() && to.contiguous();
+  cuda::CopyRows(to.raw(), whole ? row : to.stride0() * element, from.raw(),
+                 whole ? row : from.stride0() * element, row, rows, ctx.stream());
+  if (to.device() == Device::kCpu) cuda::Synchronize(ctx.stream());
+}
+
+Tensor TransferTo(ExecContext& ctx, ConstTensorView from, Device device) {
+  Tensor to(from.dtype(), from.shape(), device);
+  Transfer(ctx, from, to);
+  return to;
+}
+
+const int32_t* Within(ExecContext& ctx, std::span<const int32_t> numbers) {
+  if (ctx.device() == Device::kCpu) return numbers.data();
+  const Shape shape{static_cast<int64_t>(numbers.size())};
+  const TensorView copy = ctx.workspace().Allocate(DType::kI32, shape);
+  Transfer(ctx, ConstTensorView(numbers.data(), DType::kI32, shape), copy);
+  return static_cast<const int32_t*>(copy.raw());
+}
+
+bool OnGpu(const char* op, const ExecContext& ctx, std::initializer_list<ConstTensorView> tensors) {
+  for (const ConstTensorView& tensor : tensors) {
+    if (tensor.empty() || tensor.device() == ctx.device()) continue;
+    throw Error(std::string("[") + op + "] expected tensors on the " + Name(ctx.device()) +
+                ", got " + tensor.shape().ToString() + " on the " + Name(tensor.device()));
+  }
+  return ctx.device() == Device::kCuda;
+}
+
+}  // namespace sluice

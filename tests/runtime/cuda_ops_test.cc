@@ -1,0 +1,261 @@
+// Ops on the GPU against their references on the CPU.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <numeric>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "runtime/error.h"
+#include "runtime/ops/activation.h"
+#include "runtime/ops/linear.h"
+#include "runtime/ops/norm.h"
+#include "runtime/ops/rope.h"
+#include "runtime/ops/rows.h"
+#include "runtime/transfer.h"
+#include "tests/support/tensor_testing.h"
+
+namespace sluice {
+namespace {
+
+using ::sluice::testing::At;
+using ::sluice::testing::ExpectClose;
+using ::sluice::testing::RandomTensor;
+
+// Rows and widths: none, one, odd, prime, a block and one more, of real models.
+const std::pair<int64_t, int64_t> kSizes[] = {{0, 8},    {1, 1},      {3, 37},    {5, 896},
+                                              {7, 1025}, {196, 1152}, {33, 3584}, {1000, 64}};
+constexpr DType kTypes[] = {DType::kF32, DType::kBF16};
+
+class CudaOpsTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (cuda::DeviceCount() == 0) {
+      GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+    }
+    gpu_ = std::make_unique<ExecContext>(ExecOptions{.device = Device::kCuda});
+  }
+  Tensor OnGpu(const Tensor& tensor) { return TransferTo(*gpu_, tensor, Device::kCuda); }
+  // A matrix with `gap` elements behind each row, so that strides count.
+  static Tensor Rows(DType dtype, int64_t m, int64_t d, int64_t gap, int seed) {
+    return RandomTensor(dtype, {m, d + gap}, seed, 4);
+  }
+  static std::vector<double> Values(ConstTensorView x) {
+    std::vector<double> values;
+    for (int64_t i = 0; i < x.dim(0); ++i) {
+      for (int64_t j = 0; j < x.dim(1); ++j) values.push_back(At(x, i, j));
+    }
+    return values;
+  }
+  // What lies on the GPU against a reference on the CPU. f32: sums of D terms in another order and
+  // functions good to 2 ulp. bf16: one rounding, which may fall to the other side.
+  void ExpectEqual(const Tensor& on_gpu, const Tensor& want, const std::string& what) {
+    const Tensor got = TransferTo(*gpu_, on_gpu, Device::kCpu);
+    const double tolerance = want.dtype() == DType::kF32 ? 2e-6 : 8e-3;
+    ExpectClose(got, Values(want), tolerance, tolerance, what);
+  }
+
+  ExecContext reference_{ExecOptions{.kernels = KernelChoice::kReference}};
+  std::unique_ptr<ExecContext> gpu_;
+};
+
+TEST_F(CudaOpsTest, CopiesKeepRowsApart) {
+  for (const auto& [m, d] : kSizes) {
+    for (const DType dtype : kTypes) {
+      const Tensor x = Rows(dtype, m, d, 3, 1), back = Rows(dtype, m, d, 5, 2);
+      const Tensor expected = back.Clone();
+      CopyRows(reference_, x.view().Columns(0, d), expected.view().Columns(0, d));
+      const Tensor device(dtype, {m, d + 1}, Device::kCuda);
+      Transfer(*gpu_, x.view().Columns(0, d), device.view().Columns(1, d + 1));
+      Transfer(*gpu_, device.view().Columns(1, d + 1), back.view().Columns(0, d));
+      EXPECT_EQ(Values(back), Values(expected)) << m << " x " << d;
+    }
+  }
+}
+
+TEST_F(CudaOpsTest, NormsEqualTheReference) {
+  std::vector<std::pair<int64_t, int64_t>> sizes(std::begin(kSizes), std::end(kSizes));
+  // The longest that is kept in registers, and beyond.
+  sizes.insert(sizes.end(), {{2, 16384}, {3, 20000}, {2, 16381}});
+  for (const auto& [m, d] : sizes) {
+    for (const int64_t gap : {0, 3, 8}) {
+      for (const DType dtype : kTypes) {
+        SCOPED_TRACE((Shape{m, d}.ToString() + " " + Name(dtype)));
+        const Tensor x = Rows(DType::kF32, m, d, gap, 1), more = Rows(DType::kF32, m, d, 2, 4);
+        const Tensor weight = RandomTensor(DType::kF32, {d}, 2),
+                     bias = RandomTensor(DType::kF32, {d}, 3);
+        const Tensor gx = OnGpu(x), gmore = OnGpu(more), gw = OnGpu(weight), gb = OnGpu(bias);
+        const Tensor want(dtype, {m, d}), got(dtype, {m, d}, Device::kCuda);
+        const auto cut = [&, width = d](const Tensor& t) { return t.view().Columns(0, width); };
+        RmsNorm(reference_, cut(x), weight, 1e-6f, want);
+        RmsNorm(*gpu_, cut(gx), gw, 1e-6f, got);
+        ExpectEqual(got, want, "rms_norm");
+        LayerNorm(reference_, cut(x), weight, bias, 1e-6f, want);
+        LayerNorm(*gpu_, cut(gx), gw, gb, 1e-6f, got);
+        ExpectEqual(got, want, "layer_norm");
+        LayerNorm(reference_, cut(x), weight, bias, 1e-6f, want, cut(more));
+        LayerNorm(*gpu_, cut(gx), gw, gb, 1e-6f, got, cut(gmore));
+        ExpectEqual(got, want, "layer_norm of a sum");
+      }
+    }
+  }
+}
+
+TEST_F(CudaOpsTest, ActivationsEqualTheReference) {
+  for (const auto& [m, d] : kSizes) {
+    for (const DType in : kTypes) {
+      for (const DType out : kTypes) {
+        SCOPED_TRACE((Shape{m, d}.ToString() + " " + Name(in) + " " + Name(out)));
+        const Tensor x = RandomTensor(in, {m, 2 * d}, 1, 4), gx = OnGpu(x);
+        const Tensor want(out, {m, d}), got(out, {m, d}, Device::kCuda);
+        SiluMul(reference_, x, want);
+        SiluMul(*gpu_, gx, got);
+        ExpectEqual(got, want, "silu_mul");
+      }
+    }
+    const Tensor x = Rows(DType::kF32, m, d, 0, 2), gx = OnGpu(x);
+    Softmax(reference_, x);
+    Softmax(*gpu_, gx);
+    ExpectEqual(gx, x, "softmax");
+  }
+}
+
+TEST_F(CudaOpsTest, RotationsEqualTheReferenceAtAnyPosition) {
+  for (const int head_dim : {2, 64, 72, 128}) {
+    for (const DType dtype : kTypes) {
+      constexpr int kRows = 9, kHeads = 3;
+      const Tensor x = Rows(dtype, kRows, kHeads * head_dim, 4, 1), gx = OnGpu(x);
+      const Tensor frequencies(DType::kF32, {head_dim / 2});
+      for (int i = 0; i < head_dim / 2; ++i) {
+        frequencies.data<float>()[i] = std::pow(1e6f, -2.0f * i / head_dim);
+      }
+      const std::vector<int32_t> positions = {0,     1,      -1,      77,           65535,
+                                              65536, -70000, 1 << 22, (1 << 30) + 1};
+      Rope(reference_, x.view().Columns(0, kHeads * head_dim), head_dim, positions, frequencies);
+      Rope(*gpu_, gx.view().Columns(0, kHeads * head_dim), head_dim, positions, OnGpu(frequencies));
+      ExpectEqual(gx, x, "rope " + std::to_string(head_dim));
+    }
+  }
+}
+
+TEST_F(CudaOpsTest, ProductsEqualTheReference) {
+  struct Size {
+    int64_t m, n, k;
+  };
+  // One row and many, odd sizes, sizes of real models; N even for gate and up.
+  const Size sizes[] = {{1, 896, 896},  {3, 38, 37},   {49, 320, 320}, {196, 304, 1152},
+                        {8, 1728, 896}, {5, 64, 4864}, {64, 128, 72},  {17, 2, 1}};
+  for (const auto& [m, n, k] : sizes) {
+    for (const DType dtype : kTypes) {
+      for (const bool biased : {false, true}) {
+        for (const Activation activation :
+             {Activation::kNone, Activation::kGeluTanh, Activation::kGeluErf,
+              Activation::kQuickGelu, Activation::kSiluMul}) {
+          for (const DType out : {DType::kF32, dtype}) {
+            for (const bool accumulate : {false, true}) {
+              if (accumulate && (activation != Activation::kNone || out != DType::kF32)) continue;
+              // Products of about 1, so that activations bend.
+              const Tensor x = RandomTensor(dtype, {m, k + 8}, 1);
+              const auto w = std::make_shared<Tensor>(
+                  RandomTensor(dtype, {n, k}, 2, 1 / std::sqrt(static_cast<float>(k))));
+              const auto bias = [&] {
+                return biased ? RandomTensor(DType::kF32, {n}, 3) : Tensor();
+              };
+              const LinearWeight weight({*w, w, nullptr}, bias(), WeightUse::kAnyRows);
+              const LinearWeight on_gpu({*w, w, nullptr}, bias(), WeightUse::kAnyRows,
+                                        Device::kCuda);
+              const Tensor want =
+                  RandomTensor(out, {m, activation == Activation::kSiluMul ? n / 2 : n}, 4);
+              const Tensor got = OnGpu(want), gx = OnGpu(x);
+              const LinearOptions options{.activation = activation, .accumulate = accumulate};
+              Linear(reference_, x.view().Columns(0, k), weight, want, options);
+              Linear(*gpu_, gx.view().Columns(0, k), on_gpu, got, options);
+              // f32: sums of K terms of size 1/sqrt(K) in another order. bf16 rounds by 2^-8 at
+              // most: the bias, the result, the reference's; or gate, up and result, here or there.
+              const bool paired = activation == Activation::kSiluMul;
+              const bool rounded = out == DType::kBF16 || (paired && dtype == DType::kBF16);
+              const double tolerance = !rounded ? 2e-5 : paired ? 1.6e-2 : 1.2e-2;
+              ExpectClose(TransferTo(*gpu_, got, Device::kCpu), Values(want), tolerance, tolerance,
+                          "linear " + std::to_string(m) + " x " + std::to_string(n) + " x " +
+                              std::to_string(k) + " " + Name(dtype) + " activation " +
+                              std::to_string(static_cast<int>(activation)));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaOpsTest, ListedRowsMoveAndAddAsInTheReference) {
+  for (const auto& [m, d] : kSizes) {
+    for (const DType dtype : kTypes) {
+      for (const int groups : {1, 2}) {
+        SCOPED_TRACE((Shape{m, d}.ToString() + " " + Name(dtype)));
+        // A random third of the rows of each of the equal groups.
+        const int64_t length = m, count = (length + 2) / 3;
+        std::mt19937 random(static_cast<uint32_t>(m));
+        std::vector<int32_t> indices;
+        for (int g = 0; g < groups; ++g) {
+          std::vector<int32_t> all(length);
+          std::iota(all.begin(), all.end(), 0);
+          std::shuffle(all.begin(), all.end(), random);
+          indices.insert(indices.end(), all.begin(), all.begin() + count);
+        }
+        const auto listed = static_cast<int64_t>(indices.size());
+        const Tensor x = RandomTensor(dtype, {groups * m, d}, 1),
+                     some = RandomTensor(dtype, {listed, d}, 2);
+        const Tensor gx = OnGpu(x), gsome = OnGpu(some);
+        const Tensor want(dtype, {listed, d}), got(dtype, {listed, d}, Device::kCuda);
+        GatherRows(reference_, x, indices, groups, want);
+        GatherRows(*gpu_, gx, indices, groups, got);
+        ExpectEqual(got, want, "gather_rows");
+        ScatterRows(reference_, some, indices, groups, x);
+        ScatterRows(*gpu_, gsome, indices, groups, gx);
+        ExpectEqual(gx, x, "scatter_rows");
+        if (groups > 1) continue;
+
+        const Tensor a = RandomTensor(DType::kF32, {m, d}, 3),
+                     b = RandomTensor(DType::kF32, {m, d}, 4);
+        const Tensor part = RandomTensor(DType::kF32, {listed, d}, 5);
+        const Tensor ga = OnGpu(a), gb = OnGpu(b), gpart = OnGpu(part);
+        Tensor sum(DType::kF32, {m, d}), gsum(DType::kF32, {m, d}, Device::kCuda);
+        Add(reference_, a, x, sum);
+        Add(*gpu_, ga, gx, gsum);
+        ExpectEqual(gsum, sum, "add");
+        const Tensor off(dtype, {m, d}), goff(dtype, {m, d}, Device::kCuda);
+        Subtract(reference_, a, b, off);
+        Subtract(*gpu_, ga, gb, goff);
+        ExpectEqual(goff, off, "subtract");
+        SubtractListed(reference_, part, b, indices, sum);
+        SubtractListed(*gpu_, gpart, gb, indices, gsum);
+        ExpectEqual(gsum, sum, "subtract_listed");
+        const Tensor few(DType::kF32, {listed, d}), gfew(DType::kF32, {listed, d}, Device::kCuda);
+        AddListed(reference_, a, b, indices, few);
+        AddListed(*gpu_, ga, gb, indices, gfew);
+        ExpectEqual(gfew, few, "add_listed");
+      }
+    }
+  }
+}
+
+TEST_F(CudaOpsTest, TensorsElsewhereAndReadingThemHereAreRefused) {
+  const Tensor x = RandomTensor(DType::kF32, {3, 8}, 1), weight = RandomTensor(DType::kF32, {8}, 2);
+  const Tensor gx = OnGpu(x);
+  EXPECT_THROW(RmsNorm(*gpu_, gx, weight, 1e-6f, gx), Error);
+  EXPECT_THROW(RmsNorm(reference_, gx, weight, 1e-6f, x), Error);
+  EXPECT_THROW(gx.data<float>(), Error);
+  EXPECT_THROW(gx.Clone(), Error);
+  EXPECT_THROW(ConvertTo(gx, DType::kBF16), Error);
+}
+
+TEST(CudaAbsentTest, WithoutAGpuAContextOnItIsRefused) {
+  if (cuda::DeviceCount() > 0) GTEST_SKIP() << "there is a GPU";
+  EXPECT_THROW(ExecContext(ExecOptions{.device = Device::kCuda}), Error);
+  EXPECT_THROW(Tensor(DType::kF32, {1}, Device::kCuda), Error);
+}
+
+}  // namespace
+}  // namespace sluice
