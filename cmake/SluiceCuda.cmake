@@ -17,10 +17,11 @@ elseif(SLUICE_CUDA)
 endif()
 
 if(SLUICE_HAS_CUDA)
-  # Ampere and Hopper, with PTX for what comes after. Named before the language is enabled: the
-  # default of this CMake is an architecture that recent toolkits no longer know.
+  # Ampere and Hopper (90a: with its matrix instructions), and PTX for what comes after. Named
+  # before the language is enabled: the default of this CMake is an architecture that recent
+  # toolkits no longer know.
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 90-virtual)
   endif()
   if(NOT DEFINED CMAKE_CUDA_COMPILER)
     set(CMAKE_CUDA_COMPILER ${SLUICE_NVCC})

@@ -3,6 +3,7 @@
 
 #include "runtime/error.h"
 #include "runtime/ops/cuda/activation.h"
+#include "runtime/ops/cuda/attention.h"
 #include "runtime/ops/cuda/device.h"
 #include "runtime/ops/cuda/linear.h"
 #include "runtime/ops/cuda/norm.h"
@@ -41,6 +42,7 @@ void ScatterRows(ConstTensorView, const RowList&, TensorView, Stream) { Refuse()
 void AddRows(ConstTensorView, float, ConstTensorView, TensorView, const RowList&, Listed, Stream) {
   Refuse();
 }
+void Attention(const AttentionArgs&, void*, size_t, Stream) { Refuse(); }
 
 }  // namespace sluice::cuda
 #endif  // !SLUICE_HAS_CUDA

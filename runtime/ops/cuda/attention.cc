@@ -1,0 +1,95 @@
+#include "runtime/ops/cuda/attention.h"
+
+#include <limits>
+#include <string>
+
+#include "runtime/error.h"
+
+namespace sluice::cuda {
+namespace {
+
+constexpr size_t kAlign = 256;  // what the copy engine and wide loads ask for, with room
+
+size_t Take(size_t& used, size_t bytes) {
+  const size_t at = used;
+  used = (used + bytes + kAlign - 1) / kAlign * kAlign;
+  return at;
+}
+
+std::string Sizes(const AttentionArgs& a) {
+  return "batch " + std::to_string(a.batch) + ", q_len " + std::to_string(a.q_len) + ", kv_len " +
+         std::to_string(a.kv_len) + ", heads " + std::to_string(a.heads) + ", kv_heads " +
+         std::to_string(a.kv_heads) + ", head_dim " + std::to_string(a.head_dim);
+}
+
+}  // namespace
+
+void CheckAttention(const AttentionArgs& a) {
+  constexpr char kOp[] = "[cuda attention] ";
+  constexpr int64_t kMax = std::numeric_limits<int>::max() / 2;
+  if (a.head_dim != 64 && a.head_dim != 72 && a.head_dim != 80 && a.head_dim != 128) {
+    throw Error(std::string(kOp) + "head_dim must be 64, 72, 80 or 128, got " +
+                std::to_string(a.head_dim));
+  }
+  if (a.batch < 1 || a.q_len < 1 || a.kv_len < 1 || a.kv_heads < 1 || a.heads < a.kv_heads ||
+      a.heads % a.kv_heads != 0 || a.q_len > kMax || a.kv_len > kMax || a.heads > 1024 ||
+      a.batch > kMax / a.heads / ((a.q_len + 63) / 64)) {
+    throw Error(std::string(kOp) +
+                "sizes must be positive, heads a multiple of kv_heads, and batch * heads * q_len / "
+                "64 below 2^30, got " +
+                Sizes(a));
+  }
+  if (a.causal && a.kv_len < a.q_len) {
+    throw Error(std::string(kOp) + "causal attention needs kv_len >= q_len, got " + Sizes(a));
+  }
+  if (!(a.scale > 0) || a.scale > std::numeric_limits<float>::max()) {
+    throw Error(std::string(kOp) + "scale must be positive and finite, got " +
+                std::to_string(a.scale));
+  }
+  const auto check = [&](const char* name, const void* data, int64_t stride, int heads) {
+    const int64_t width = int64_t{heads} * a.head_dim;
+    if (data == nullptr || reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride % 8 != 0 ||
+        stride < width || stride > (int64_t{1} << 32)) {
+      throw Error(std::string(kOp) + name + " must begin at a multiple of 16 bytes with rows a " +
+                  "multiple of 8 elements and at least " + std::to_string(width) +
+                  " apart, got rows " + std::to_string(stride) + " apart");
+    }
+  };
+  check("q", a.q, a.q_stride, a.heads);
+  check("k", a.k, a.k_stride, a.kv_heads);
+  check("v", a.v, a.v_stride, a.kv_heads);
+  check("out", a.out, a.out_stride, a.heads);
+}
+
+QuantizedKvLayout LayOutQuantizedKv(const AttentionArgs& a) {
+  QuantizedKvLayout layout;
+  const size_t all = static_cast<size_t>(a.batch) * a.kv_heads;
+  const int64_t tiles = (a.kv_len + layout.kTileKeys - 1) / layout.kTileKeys;
+  layout.padded_len = tiles * layout.kTileKeys;
+  layout.key_pitch = (a.head_dim + 15) / 16 * 16;
+  size_t& used = layout.bytes;
+  layout.counter = Take(used, sizeof(uint32_t));
+  layout.key_mean = Take(used, all * a.head_dim * sizeof(float));
+  layout.value_channels = Take(used, all * a.head_dim * sizeof(float));
+  layout.key_scales = Take(used, all * tiles * layout.kKeyScales * sizeof(float));
+  layout.value_scales = Take(used, all * tiles * sizeof(float));
+  layout.keys = Take(used, all * layout.padded_len * layout.key_pitch);
+  layout.values = Take(used, all * layout.padded_len * a.head_dim);
+  return layout;
+}
+
+AttentionPrecision FastestAttention(const AttentionArgs& args) {
+  // Each key is quantised once and multiplied with every query that sees it. Below some 2000 pairs
+  // a key quantising costs more than the products in 8 bits save, and with narrow heads the
+  // exponentials, which are the same for both, take longer than the products.
+  const int64_t group = args.kv_heads > 0 ? args.heads / args.kv_heads : 1;
+  const int64_t queries = args.q_len * group / (args.causal ? 2 : 1);
+  return args.head_dim == 128 && queries >= 2048 ? AttentionPrecision::kInt8Fp8
+                                                 : AttentionPrecision::kBF16;
+}
+
+size_t AttentionWorkspaceBytes(const AttentionArgs& args) {
+  return args.precision == AttentionPrecision::kInt8Fp8 ? LayOutQuantizedKv(args).bytes : kAlign;
+}
+
+}  // namespace sluice::cuda

@@ -1,0 +1,348 @@
+// Exact attention in bf16 for Hopper, after FlashAttention-3 (arXiv 2407.08608).
+//
+//   S = Q K^T, P = exp2(S * scale_log2 - max), O = P V / sum(P)        one pass over the keys
+//
+// A block takes tiles of 64 * kGroups queries of one head until none is left. One warp of the first
+// warpgroup copies: queries once a tile, keys and values in tiles of 128 through rings of kStages
+// buffers. Each other warpgroup computes 64 queries. While the tensor cores multiply the
+// probabilities of one key tile with its values, the warpgroup computes the exponentials of the
+// next tile, and the warpgroups take turns at starting products, so that one's exponentials hide
+// behind the other's products.
+//
+// Sizes: head_dim 64, 72, 80, 128; heads narrower than a multiple of 64 channels are padded with
+// zeros by the copy engine in shared memory only. Products: 4 * q * keys * head_dim a head.
+// Bytes from memory: each operand once, where keys and values of a section of heads stay in the
+// second-level cache.
+#include <algorithm>
+
+#include "runtime/ops/cuda/attention_hopper.cuh"
+
+namespace sluice::cuda::hopper {
+namespace {
+
+template <int kHeadDim>
+struct Config {
+  static constexpr int kSlabs = (kHeadDim + 63) / 64;  // of 64 channels, 128 bytes
+  // Registers of a computing thread: scores 64, probabilities 32, sums kHeadDim / 2. Three
+  // warpgroups share less traffic of keys and values, but leave each thread 160 registers only.
+  static constexpr int kGroups = kHeadDim <= 80 ? 3 : 2;
+  static constexpr int kRows = kMmaRows * kGroups;
+  static constexpr int kKeys = kHeadDim == 80 ? 96 : 128;  // 96: to stay within 160 registers
+  static constexpr int kStages = kSlabs == 1 ? 4 : 2;
+  static constexpr int kThreads = kWarpgroup * (1 + kGroups);
+  static constexpr int kCopyRegisters = kGroups == 3 ? 32 : 24;
+  static constexpr int kComputeRegisters = kGroups == 3 ? 160 : 240;
+
+  static constexpr int kQueryStages = 2;  // the next tile's queries come while this one's compute
+  // Heads of 64 are bound by instructions, not by products: there the tensor cores also sum the
+  // probabilities, by 8 more columns of values that are all 1, in a slab that all stages share.
+  static constexpr int kSumColumns = kHeadDim == 64 ? 8 : 0;
+  static constexpr int kColumns = kHeadDim + kSumColumns;
+
+  static constexpr int kQueryBytes = kMmaRows * kSlabs * kSwizzleBytes;  // of one warpgroup
+  static constexpr int kKeySlabBytes = kKeys * kSwizzleBytes;
+  static constexpr int kKeyBytes = kKeySlabBytes * kSlabs;
+  static constexpr int kOnesBytes = kSumColumns > 0 ? kKeySlabBytes : 0;
+  static constexpr int kSharedBytes = 1024 + kQueryStages * kGroups * kQueryBytes +
+                                      2 * kStages * kKeyBytes + kOnesBytes;  // 1024: to align
+};
+
+template <int kQueries, int kStages>
+struct Barriers {
+  uint64_t q_full[kQueries], q_empty[kQueries];  // of each stage and warpgroup
+  uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  int work[kQueries];  // what each warpgroup computes next; negative: nothing is left
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// What one warpgroup carries along the keys for its 64 queries.
+template <int kHeadDim>
+struct Rows {
+  float max0 = -INFINITY, max1 = -INFINITY;  // of rows lane / 4 and lane / 4 + 8, unscaled
+  float sum0 = 0, sum1 = 0;                  // of this lane's columns, without kSumColumns
+
+  // Turns scores into probabilities. Where a maximum has grown by more than 2^kSlack, tells by what
+  // to scale what was summed before, and returns true; below that the old one serves as well, since
+  // bf16 and f32 have exponents.
+  template <int kCount>
+  __device__ bool Update(float (&s)[kCount], float scale_log2, float& keep0, float& keep1) {
+    constexpr float kSlack = 8;
+    float new0 = max0, new1 = max1;
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      new0 = fmaxf(new0, fmaxf(s[i], s[i + 1]));
+      new1 = fmaxf(new1, fmaxf(s[i + 2], s[i + 3]));
+    }
+    new0 = QuadMax(new0);
+    new1 = QuadMax(new1);
+    keep0 = keep1 = 1;
+    const bool grown =
+        __any_sync(0xffffffffu, fmaxf(new0 - max0, new1 - max1) * scale_log2 > kSlack);
+    if (grown) {
+      keep0 = Exp2((max0 - new0) * scale_log2);
+      keep1 = Exp2((max1 - new1) * scale_log2);
+      max0 = new0;
+      max1 = new1;
+    }
+    const float base0 = max0 * scale_log2, base1 = max1 * scale_log2;
+    float add0 = 0, add1 = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      s[i] = Exp2(s[i] * scale_log2 - base0);
+      s[i + 1] = Exp2(s[i + 1] * scale_log2 - base0);
+      s[i + 2] = Exp2(s[i + 2] * scale_log2 - base1);
+      s[i + 3] = Exp2(s[i + 3] * scale_log2 - base1);
+      if constexpr (Config<kHeadDim>::kSumColumns == 0) {
+        add0 += s[i] + s[i + 1];
+        add1 += s[i + 2] + s[i + 3];
+      }
+    }
+    sum0 = sum0 * keep0 + add0;
+    sum1 = sum1 * keep1 + add1;
+    return grown;
+  }
+};
+#endif
+
+template <int kHeadDim, bool kCausal>
+__global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
+    FlashKernel(const __grid_constant__ CUtensorMap q_map,
+                const __grid_constant__ CUtensorMap k_map,
+                const __grid_constant__ CUtensorMap v_map, const AttentionShape shape) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using C = Config<kHeadDim>;
+  constexpr int kGroups = C::kGroups, kStages = C::kStages, kKeys = C::kKeys;
+  extern __shared__ uint8_t shared[];
+  __shared__ Barriers<C::kQueryStages * kGroups, kStages> barriers;
+  const uint32_t q_shared = (SharedAddress(shared) + 1023) / 1024 * 1024;
+  const uint32_t k_shared = q_shared + C::kQueryStages * kGroups * C::kQueryBytes;
+  const uint32_t v_shared = k_shared + kStages * C::kKeyBytes;
+  const uint32_t ones_shared = v_shared + kStages * C::kKeyBytes;
+  const uint32_t q_full = SharedAddress(barriers.q_full), q_empty = SharedAddress(barriers.q_empty);
+  const uint32_t k_full = SharedAddress(barriers.k_full), k_empty = SharedAddress(barriers.k_empty);
+  const uint32_t v_full = SharedAddress(barriers.v_full), v_empty = SharedAddress(barriers.v_empty);
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < C::kQueryStages * kGroups; ++i) {
+      InitBarrier(q_full + 8 * i, 1);
+      InitBarrier(q_empty + 8 * i, 4);  // one arrival a warp
+    }
+    for (int s = 0; s < kStages; ++s) {
+      InitBarrier(k_full + 8 * s, 1);
+      InitBarrier(v_full + 8 * s, 1);
+      InitBarrier(k_empty + 8 * s, 4 * kGroups);
+      InitBarrier(v_empty + 8 * s, 4 * kGroups);
+    }
+    FenceBarrierInit();
+  }
+  FillShared(ones_shared, C::kOnesBytes, 0x3f803f80);  // pairs of 1 in bf16
+  __syncthreads();
+  WaitForKernelInFront();
+  LetNextKernelStart();
+
+  if (warpgroup == 0) {
+    FewerRegisters<C::kCopyRegisters>();
+    if (threadIdx.x == 0) {
+      PrefetchMap(q_map);
+      PrefetchMap(k_map);
+      PrefetchMap(v_map);
+      const int pieces = shape.q_tiles * shape.all_heads;
+      Ring<kStages> ring;
+      Ring<C::kQueryStages> queries;
+      for (int next = blockIdx.x;; next += gridDim.x, queries.Next()) {
+        // Tiles of a causal problem take different times, so the next free block takes the next.
+        const int index = kCausal ? static_cast<int>(atomicAdd(shape.counter, 1u)) : next;
+        const bool none = index >= pieces;
+        const Work work = WorkOf<C::kRows>(shape, none ? 0 : index);
+        for (int g = 0; g < kGroups; ++g) {
+          const int slot = queries.stage * kGroups + g;
+          Wait(q_empty + 8 * slot, queries.parity ^ 1);
+          barriers.work[slot] = none ? -1 : index;
+          if (none) {
+            Arrive(q_full + 8 * slot);
+            continue;
+          }
+          ArriveExpecting(q_full + 8 * slot, C::kQueryBytes);
+          for (int slab = 0; slab < C::kSlabs; ++slab) {
+            Load4(q_map, q_shared + slot * C::kQueryBytes + slab * kMmaRows * kSwizzleBytes,
+                  q_full + 8 * slot, 64 * slab, work.head, work.first_row + g * kMmaRows,
+                  work.batch);
+          }
+        }
+        if (none) break;
+        const int keys = VisibleKeys<kCausal>(shape, work.first_row, C::kRows);
+        for (int key = 0; key < keys; key += kKeys, ring.Next()) {
+          const uint32_t at = ring.stage * C::kKeyBytes;
+          Wait(k_empty + 8 * ring.stage, ring.parity ^ 1);
+          ArriveExpecting(k_full + 8 * ring.stage, C::kKeyBytes);
+          for (int slab = 0; slab < C::kSlabs; ++slab) {
+            Load4(k_map, k_shared + at + slab * C::kKeySlabBytes, k_full + 8 * ring.stage,
+                  64 * slab, work.head / shape.group, key, work.batch);
+          }
+          Wait(v_empty + 8 * ring.stage, ring.parity ^ 1);
+          ArriveExpecting(v_full + 8 * ring.stage, C::kKeyBytes);
+          for (int slab = 0; slab < C::kSlabs; ++slab) {
+            Load4(v_map, v_shared + at + slab * C::kKeySlabBytes, v_full + 8 * ring.stage,
+                  64 * slab, work.head / shape.group, key, work.batch);
+          }
+        }
+      }
+    }
+  } else {
+    MoreRegisters<C::kComputeRegisters>();
+    const int g = warpgroup - 1;
+    const int thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % 32;
+    // Named barrier 1 + g hands warpgroup g the turn to start products.
+    const int my_turn = 1 + g, next_turn = 1 + (g + 1) % kGroups;
+    if (g == kGroups - 1) NamedArrive(next_turn, 2 * kWarpgroup);
+
+    const auto start_scores = [&](float(&s)[kKeys / 2], uint32_t q_at, int stage) {
+      const uint32_t k_at = k_shared + stage * C::kKeyBytes;
+#pragma unroll
+      for (int step = 0; step < (kHeadDim + 15) / 16; ++step) {
+        const int slab = step / 4, within = step % 4 * 32;
+        Mma<kKeys>::Bf16(s, Describe(q_at + slab * kMmaRows * kSwizzleBytes + within),
+                         Describe(k_at + slab * C::kKeySlabBytes + within), step > 0);
+      }
+    };
+    const auto start_values = [&](float(&o)[C::kColumns / 2], const uint32_t(&p)[kKeys / 4],
+                                  int stage, bool add) {
+      const uint32_t v_at = v_shared + stage * C::kKeyBytes;
+      const uint32_t slab_bytes = C::kSumColumns > 0 ? ones_shared - v_at : C::kKeySlabBytes;
+#pragma unroll
+      for (int step = 0; step < kKeys / 16; ++step) {
+        Mma<C::kColumns>::Bf16P(o, &p[4 * step],
+                                Describe(v_at + step * 16 * kSwizzleBytes, slab_bytes),
+                                step > 0 || add);
+      }
+    };
+    const auto pack = [&](const float(&s)[kKeys / 2], uint32_t(&p)[kKeys / 4]) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 4; ++i) p[i] = PackBf16(s[2 * i], s[2 * i + 1]);
+    };
+
+    Ring<kStages> k_ring, v_ring;
+    for (Ring<C::kQueryStages> queries;; queries.Next()) {
+      const int slot = queries.stage * kGroups + g;
+      const uint32_t q_at = q_shared + slot * C::kQueryBytes;
+      Wait(q_full + 8 * slot, queries.parity);
+      const int index = barriers.work[slot];
+      if (index < 0) break;
+      const Work work = WorkOf<C::kRows>(shape, index);
+      const int first_row = work.first_row + g * kMmaRows;
+      const int keys = VisibleKeys<kCausal>(shape, work.first_row, C::kRows);
+      const int tiles = (keys + kKeys - 1) / kKeys;
+      const int row0 = first_row + thread / 32 * 16 + lane / 4, row1 = row0 + 8;
+      const int offset = shape.kv_len - shape.q_len;
+      const int limit0 = kCausal ? min(shape.kv_len, row0 + offset + 1) : shape.kv_len;
+      const int limit1 = kCausal ? min(shape.kv_len, row1 + offset + 1) : shape.kv_len;
+      // Tiles up to here are seen whole by all rows of the warpgroup.
+      const int whole =
+          (kCausal ? min(shape.kv_len, first_row + offset + 1) : shape.kv_len) / kKeys;
+
+      float s[kKeys / 2], o[C::kColumns / 2], keep0, keep1;
+      uint32_t p[kKeys / 4];
+      Rows<kHeadDim> rows;
+
+      Wait(k_full + 8 * k_ring.stage, k_ring.parity);
+      MmaFence();
+      start_scores(s, q_at, k_ring.stage);
+      MmaCommit();
+      MmaWait<0>();
+      if (lane == 0) Arrive(k_empty + 8 * k_ring.stage);
+      k_ring.Next();
+      if (whole < 1) Mask(s, 0, limit0, limit1);
+      rows.Update(s, shape.scale_log2, keep0, keep1);
+      pack(s, p);
+
+      for (int tile = 1; tile < tiles; ++tile) {
+        Wait(k_full + 8 * k_ring.stage, k_ring.parity);
+        NamedSync(my_turn, 2 * kWarpgroup);
+        MmaFence();
+        start_scores(s, q_at, k_ring.stage);
+        MmaCommit();
+        Wait(v_full + 8 * v_ring.stage, v_ring.parity);
+        start_values(o, p, v_ring.stage, tile > 1);
+        MmaCommit();
+        NamedArrive(next_turn, 2 * kWarpgroup);
+        MmaWait<1>();
+        if (lane == 0) Arrive(k_empty + 8 * k_ring.stage);
+        k_ring.Next();
+        if (tile >= whole) Mask(s, tile * kKeys, limit0, limit1);
+        const bool grown = rows.Update(s, shape.scale_log2, keep0, keep1);
+        MmaWait<0>();
+        if (lane == 0) Arrive(v_empty + 8 * v_ring.stage);
+        v_ring.Next();
+        if (grown) {
+#pragma unroll
+          for (int i = 0; i < C::kColumns / 2; i += 4) {
+            o[i] *= keep0;
+            o[i + 1] *= keep0;
+            o[i + 2] *= keep1;
+            o[i + 3] *= keep1;
+          }
+        }
+        pack(s, p);
+      }
+      if (lane == 0) Arrive(q_empty + 8 * slot);
+      Wait(v_full + 8 * v_ring.stage, v_ring.parity);
+      MmaFence();
+      start_values(o, p, v_ring.stage, tiles > 1);
+      MmaCommit();
+      MmaWait<0>();
+      if (lane == 0) Arrive(v_empty + 8 * v_ring.stage);
+      v_ring.Next();
+
+      __nv_bfloat16* out = shape.out +
+                           (int64_t{work.batch} * shape.q_len + row0) * shape.out_stride +
+                           work.head * kHeadDim;
+      float sum0, sum1;
+      if constexpr (C::kSumColumns > 0) {
+        sum0 = o[kHeadDim / 2];
+        sum1 = o[kHeadDim / 2 + 2];
+      } else {
+        sum0 = QuadSum(rows.sum0);
+        sum1 = QuadSum(rows.sum1);
+      }
+      StoreRows<kHeadDim>(o, 1 / sum0, 1 / sum1, out, out + 8 * shape.out_stride,
+                          row0 < shape.q_len, row1 < shape.q_len);
+    }
+  }
+#else
+  __trap();  // the host launches this on devices of capability 9.0 only
+#endif
+}
+
+template <int kHeadDim>
+void Launch(const AttentionArgs& args, unsigned* counter, cudaStream_t stream) {
+  using C = Config<kHeadDim>;
+  const AttentionShape shape = ShapeOf(args, C::kRows, 4 * kHeadDim, counter);
+  const CUtensorMap q =
+      MapHeads(args.q, args.batch, args.q_len, args.heads, kHeadDim, args.q_stride, kMmaRows);
+  const CUtensorMap k =
+      MapHeads(args.k, args.batch, args.kv_len, args.kv_heads, kHeadDim, args.k_stride, C::kKeys);
+  const CUtensorMap v =
+      MapHeads(args.v, args.batch, args.kv_len, args.kv_heads, kHeadDim, args.v_stride, C::kKeys);
+  if (args.causal) CheckLaunch(cudaMemsetAsync(counter, 0, sizeof(unsigned), stream));
+  LaunchPersistent(args.causal ? FlashKernel<kHeadDim, true> : FlashKernel<kHeadDim, false>,
+                   C::kThreads, C::kSharedBytes, shape.q_tiles * shape.all_heads, stream, q, k, v,
+                   shape);
+}
+
+}  // namespace
+
+void FlashAttention(const AttentionArgs& args, unsigned* counter, cudaStream_t stream) {
+  switch (args.head_dim) {
+    case 64:
+      return Launch<64>(args, counter, stream);
+    case 72:
+      return Launch<72>(args, counter, stream);
+    case 80:
+      return Launch<80>(args, counter, stream);
+    default:
+      return Launch<128>(args, counter, stream);
+  }
+}
+
+}  // namespace sluice::cuda::hopper
