@@ -333,16 +333,7 @@ void Launch(const AttentionArgs& args, unsigned* counter, cudaStream_t stream) {
 }  // namespace
 
 void FlashAttention(const AttentionArgs& args, unsigned* counter, cudaStream_t stream) {
-  switch (args.head_dim) {
-    case 64:
-      return Launch<64>(args, counter, stream);
-    case 72:
-      return Launch<72>(args, counter, stream);
-    case 80:
-      return Launch<80>(args, counter, stream);
-    default:
-      return Launch<128>(args, counter, stream);
-  }
+  WithHeadDim(args.head_dim, [&](auto head_dim) { Launch<head_dim()>(args, counter, stream); });
 }
 
 }  // namespace sluice::cuda::hopper

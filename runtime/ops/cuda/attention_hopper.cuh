@@ -7,6 +7,7 @@
 #include <cuda_bf16.h>
 
 #include <string>
+#include <type_traits>
 
 #include "runtime/error.h"
 #include "runtime/ops/cuda/attention.h"
@@ -154,6 +155,21 @@ inline void CheckLaunch(cudaError_t error) {
   if (error != cudaSuccess) {
     throw Error(std::string("[cuda attention] the launch was refused: ") +
                 cudaGetErrorString(error));
+  }
+}
+
+// Calls use with the head size as a constant: one that CheckAttention lets pass.
+template <typename Use>
+void WithHeadDim(int head_dim, const Use& use) {
+  switch (head_dim) {
+    case 64:
+      return use(std::integral_constant<int, 64>());
+    case 72:
+      return use(std::integral_constant<int, 72>());
+    case 80:
+      return use(std::integral_constant<int, 80>());
+    default:
+      return use(std::integral_constant<int, 128>());
   }
 }
 

@@ -700,16 +700,7 @@ void Launch(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
 }  // namespace
 
 void SageAttention(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
-  switch (args.head_dim) {
-    case 64:
-      return Launch<64>(args, workspace, stream);
-    case 72:
-      return Launch<72>(args, workspace, stream);
-    case 80:
-      return Launch<80>(args, workspace, stream);
-    default:
-      return Launch<128>(args, workspace, stream);
-  }
+  WithHeadDim(args.head_dim, [&](auto head_dim) { Launch<head_dim()>(args, workspace, stream); });
 }
 
 }  // namespace sluice::cuda::hopper

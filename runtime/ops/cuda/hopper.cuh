@@ -145,130 +145,75 @@ __device__ inline uint64_t Describe(uint32_t address, uint32_t slab_bytes = 16) 
 template <int N>
 struct Mma;
 
-#define SLUICE_REGS_64                                                      \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
-
-#define SLUICE_REGS_72                                                               \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35}"
-
-#define SLUICE_REGS_80                                                               \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39}"
-
-#define SLUICE_REGS_96                                                               \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}"
-
-#define SLUICE_REGS_128                                                              \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+// The registers %0, %1, ... of a product with N columns, N / 2 of them, and the operands d[0],
+// d[1], ... that they stand for: each list begins with the one before.
+#define SLUICE_LIST_64                                                     \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SLUICE_LIST_72 SLUICE_LIST_64 ", %32, %33, %34, %35"
+#define SLUICE_LIST_80 SLUICE_LIST_72 ", %36, %37, %38, %39"
+#define SLUICE_LIST_88 SLUICE_LIST_80 ", %40, %41, %42, %43"
+#define SLUICE_LIST_96 SLUICE_LIST_88 ", %44, %45, %46, %47"
+#define SLUICE_LIST_128                                                           \
+  SLUICE_LIST_96                                                                  \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, " \
+  "%63"
+#define SLUICE_LIST_136 SLUICE_LIST_128 ", %64, %65, %66, %67"
 
 #define SLUICE_OUT_64(c, d)                                                                     \
   c(d[0]), c(d[1]), c(d[2]), c(d[3]), c(d[4]), c(d[5]), c(d[6]), c(d[7]), c(d[8]), c(d[9]),     \
       c(d[10]), c(d[11]), c(d[12]), c(d[13]), c(d[14]), c(d[15]), c(d[16]), c(d[17]), c(d[18]), \
       c(d[19]), c(d[20]), c(d[21]), c(d[22]), c(d[23]), c(d[24]), c(d[25]), c(d[26]), c(d[27]), \
       c(d[28]), c(d[29]), c(d[30]), c(d[31])
-
-#define SLUICE_OUT_72(c, d)                                                                     \
-  c(d[0]), c(d[1]), c(d[2]), c(d[3]), c(d[4]), c(d[5]), c(d[6]), c(d[7]), c(d[8]), c(d[9]),     \
-      c(d[10]), c(d[11]), c(d[12]), c(d[13]), c(d[14]), c(d[15]), c(d[16]), c(d[17]), c(d[18]), \
-      c(d[19]), c(d[20]), c(d[21]), c(d[22]), c(d[23]), c(d[24]), c(d[25]), c(d[26]), c(d[27]), \
-      c(d[28]), c(d[29]), c(d[30]), c(d[31]), c(d[32]), c(d[33]), c(d[34]), c(d[35])
-
-#define SLUICE_OUT_80(c, d)                                                                     \
-  c(d[0]), c(d[1]), c(d[2]), c(d[3]), c(d[4]), c(d[5]), c(d[6]), c(d[7]), c(d[8]), c(d[9]),     \
-      c(d[10]), c(d[11]), c(d[12]), c(d[13]), c(d[14]), c(d[15]), c(d[16]), c(d[17]), c(d[18]), \
-      c(d[19]), c(d[20]), c(d[21]), c(d[22]), c(d[23]), c(d[24]), c(d[25]), c(d[26]), c(d[27]), \
-      c(d[28]), c(d[29]), c(d[30]), c(d[31]), c(d[32]), c(d[33]), c(d[34]), c(d[35]), c(d[36]), \
-      c(d[37]), c(d[38]), c(d[39])
-
-#define SLUICE_OUT_96(c, d)                                                                     \
-  c(d[0]), c(d[1]), c(d[2]), c(d[3]), c(d[4]), c(d[5]), c(d[6]), c(d[7]), c(d[8]), c(d[9]),     \
-      c(d[10]), c(d[11]), c(d[12]), c(d[13]), c(d[14]), c(d[15]), c(d[16]), c(d[17]), c(d[18]), \
-      c(d[19]), c(d[20]), c(d[21]), c(d[22]), c(d[23]), c(d[24]), c(d[25]), c(d[26]), c(d[27]), \
-      c(d[28]), c(d[29]), c(d[30]), c(d[31]), c(d[32]), c(d[33]), c(d[34]), c(d[35]), c(d[36]), \
-      c(d[37]), c(d[38]), c(d[39]), c(d[40]), c(d[41]), c(d[42]), c(d[43]), c(d[44]), c(d[45]), \
-      c(d[46]), c(d[47])
-
-#define SLUICE_OUT_128(c, d)                                                                    \
-  c(d[0]), c(d[1]), c(d[2]), c(d[3]), c(d[4]), c(d[5]), c(d[6]), c(d[7]), c(d[8]), c(d[9]),     \
-      c(d[10]), c(d[11]), c(d[12]), c(d[13]), c(d[14]), c(d[15]), c(d[16]), c(d[17]), c(d[18]), \
-      c(d[19]), c(d[20]), c(d[21]), c(d[22]), c(d[23]), c(d[24]), c(d[25]), c(d[26]), c(d[27]), \
-      c(d[28]), c(d[29]), c(d[30]), c(d[31]), c(d[32]), c(d[33]), c(d[34]), c(d[35]), c(d[36]), \
-      c(d[37]), c(d[38]), c(d[39]), c(d[40]), c(d[41]), c(d[42]), c(d[43]), c(d[44]), c(d[45]), \
-      c(d[46]), c(d[47]), c(d[48]), c(d[49]), c(d[50]), c(d[51]), c(d[52]), c(d[53]), c(d[54]), \
+#define SLUICE_OUT_72(c, d) SLUICE_OUT_64(c, d), c(d[32]), c(d[33]), c(d[34]), c(d[35])
+#define SLUICE_OUT_80(c, d) SLUICE_OUT_72(c, d), c(d[36]), c(d[37]), c(d[38]), c(d[39])
+#define SLUICE_OUT_88(c, d) SLUICE_OUT_80(c, d), c(d[40]), c(d[41]), c(d[42]), c(d[43])
+#define SLUICE_OUT_96(c, d) SLUICE_OUT_88(c, d), c(d[44]), c(d[45]), c(d[46]), c(d[47])
+#define SLUICE_OUT_128(c, d)                                                                 \
+  SLUICE_OUT_96(c, d), c(d[48]), c(d[49]), c(d[50]), c(d[51]), c(d[52]), c(d[53]), c(d[54]), \
       c(d[55]), c(d[56]), c(d[57]), c(d[58]), c(d[59]), c(d[60]), c(d[61]), c(d[62]), c(d[63])
+#define SLUICE_OUT_136(c, d) SLUICE_OUT_128(c, d), c(d[64]), c(d[65]), c(d[66]), c(d[67])
 
-#define SLUICE_REGS_88                                                               \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43}"
-#define SLUICE_OUT_88(c, d)                                                                     \
-  c(d[0]), c(d[1]), c(d[2]), c(d[3]), c(d[4]), c(d[5]), c(d[6]), c(d[7]), c(d[8]), c(d[9]),     \
-      c(d[10]), c(d[11]), c(d[12]), c(d[13]), c(d[14]), c(d[15]), c(d[16]), c(d[17]), c(d[18]), \
-      c(d[19]), c(d[20]), c(d[21]), c(d[22]), c(d[23]), c(d[24]), c(d[25]), c(d[26]), c(d[27]), \
-      c(d[28]), c(d[29]), c(d[30]), c(d[31]), c(d[32]), c(d[33]), c(d[34]), c(d[35]), c(d[36]), \
-      c(d[37]), c(d[38]), c(d[39]), c(d[40]), c(d[41]), c(d[42]), c(d[43])
-
-#define SLUICE_REGS_136                                                              \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67}"
-#define SLUICE_OUT_136(c, d)                                                                    \
-  c(d[0]), c(d[1]), c(d[2]), c(d[3]), c(d[4]), c(d[5]), c(d[6]), c(d[7]), c(d[8]), c(d[9]),     \
-      c(d[10]), c(d[11]), c(d[12]), c(d[13]), c(d[14]), c(d[15]), c(d[16]), c(d[17]), c(d[18]), \
-      c(d[19]), c(d[20]), c(d[21]), c(d[22]), c(d[23]), c(d[24]), c(d[25]), c(d[26]), c(d[27]), \
-      c(d[28]), c(d[29]), c(d[30]), c(d[31]), c(d[32]), c(d[33]), c(d[34]), c(d[35]), c(d[36]), \
-      c(d[37]), c(d[38]), c(d[39]), c(d[40]), c(d[41]), c(d[42]), c(d[43]), c(d[44]), c(d[45]), \
-      c(d[46]), c(d[47]), c(d[48]), c(d[49]), c(d[50]), c(d[51]), c(d[52]), c(d[53]), c(d[54]), \
-      c(d[55]), c(d[56]), c(d[57]), c(d[58]), c(d[59]), c(d[60]), c(d[61]), c(d[62]), c(d[63]), \
-      c(d[64]), c(d[65]), c(d[66]), c(d[67])
+#define SLUICE_REGS(N) "{" SLUICE_LIST_##N "}"
 
 // p0 .. p5: the numbers of the operands behind the elements of d.
-#define SLUICE_MMA(N, p0, p1, p2, p3, p4, p5)                                                  \
-  template <>                                                                                  \
-  struct Mma<N> {                                                                              \
-    static __device__ void Bf16(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {          \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" p2                                     \
-                   ", 0;\n"                                                                    \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 " SLUICE_REGS_##N \
-                   ", %" p0 ", %" p1 ", p, 1, 1, 0, 0;\n}\n"                                   \
-                   : SLUICE_OUT_##N("+f", d)                                                   \
-                   : "l"(a), "l"(b), "r"(add));                                                \
-    }                                                                                          \
-    static __device__ void Bf16P(float (&d)[N / 2], const uint32_t* a, uint64_t b, int add) {  \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" p5                                     \
-                   ", 0;\n"                                                                    \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 " SLUICE_REGS_##N \
-                   ", {%" p0 ", %" p1 ", %" p2 ", %" p3 "}, %" p4 ", p, 1, 1, 1;\n}\n"         \
-                   : SLUICE_OUT_##N("+f", d)                                                   \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));            \
-    }                                                                                          \
-    static __device__ void S8(int (&d)[N / 2], uint64_t a, uint64_t b, int add) {              \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" p2                                     \
-                   ", 0;\n"                                                                    \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 " SLUICE_REGS_##N     \
-                   ", %" p0 ", %" p1 ", p;\n}\n"                                               \
-                   : SLUICE_OUT_##N("+r", d)                                                   \
-                   : "l"(a), "l"(b), "r"(add));                                                \
-    }                                                                                          \
-    static __device__ void Fp8P(float (&d)[N / 2], const uint32_t* a, uint64_t b, int add) {   \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" p5                                     \
-                   ", 0;\n"                                                                    \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 " SLUICE_REGS_##N \
-                   ", {%" p0 ", %" p1 ", %" p2 ", %" p3 "}, %" p4 ", p, 1, 1;\n}\n"            \
-                   : SLUICE_OUT_##N("+f", d)                                                   \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));            \
-    }                                                                                          \
+#define SLUICE_MMA(N, p0, p1, p2, p3, p4, p5)                                                    \
+  template <>                                                                                    \
+  struct Mma<N> {                                                                                \
+    static __device__ void Bf16(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {            \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" p2                                       \
+                   ", 0;\n"                                                                      \
+                   "wgmma.mma_async.sync.aligned.m64n" #N                                        \
+                   "k16.f32.bf16.bf16 " SLUICE_REGS(N) ", %" p0 ", %" p1 ", p, 1, 1, 0, 0;\n}\n" \
+                   : SLUICE_OUT_##N("+f", d)                                                     \
+                   : "l"(a), "l"(b), "r"(add));                                                  \
+    }                                                                                            \
+    static __device__ void Bf16P(float (&d)[N / 2], const uint32_t* a, uint64_t b, int add) {    \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" p5                                       \
+                   ", 0;\n"                                                                      \
+                   "wgmma.mma_async.sync.aligned.m64n" #N                                        \
+                   "k16.f32.bf16.bf16 " SLUICE_REGS(N) ", {%" p0 ", %" p1 ", %" p2 ", %" p3      \
+                                                       "}, %" p4 ", p, 1, 1, 1;\n}\n"            \
+                   : SLUICE_OUT_##N("+f", d)                                                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));              \
+    }                                                                                            \
+    static __device__ void S8(int (&d)[N / 2], uint64_t a, uint64_t b, int add) {                \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" p2                                       \
+                   ", 0;\n"                                                                      \
+                   "wgmma.mma_async.sync.aligned.m64n" #N                                        \
+                   "k32.s32.s8.s8 " SLUICE_REGS(N) ", %" p0 ", %" p1 ", p;\n}\n"                 \
+                   : SLUICE_OUT_##N("+r", d)                                                     \
+                   : "l"(a), "l"(b), "r"(add));                                                  \
+    }                                                                                            \
+    static __device__ void Fp8P(float (&d)[N / 2], const uint32_t* a, uint64_t b, int add) {     \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" p5                                       \
+                   ", 0;\n"                                                                      \
+                   "wgmma.mma_async.sync.aligned.m64n" #N                                        \
+                   "k32.f32.e4m3.e4m3 " SLUICE_REGS(N) ", {%" p0 ", %" p1 ", %" p2 ", %" p3      \
+                                                       "}, %" p4 ", p, 1, 1;\n}\n"               \
+                   : SLUICE_OUT_##N("+f", d)                                                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));              \
+    }                                                                                            \
   };
 
 SLUICE_MMA(64, "32", "33", "34", "35", "36", "37")
@@ -281,20 +226,21 @@ SLUICE_MMA(88, "44", "45", "46", "47", "48", "49")
 SLUICE_MMA(136, "68", "69", "70", "71", "72", "73")
 
 #undef SLUICE_MMA
-#undef SLUICE_OUT_88
-#undef SLUICE_REGS_88
-#undef SLUICE_OUT_136
-#undef SLUICE_REGS_136
+#undef SLUICE_REGS
+#undef SLUICE_LIST_64
 #undef SLUICE_OUT_64
-#undef SLUICE_REGS_64
+#undef SLUICE_LIST_72
 #undef SLUICE_OUT_72
-#undef SLUICE_REGS_72
+#undef SLUICE_LIST_80
 #undef SLUICE_OUT_80
-#undef SLUICE_REGS_80
+#undef SLUICE_LIST_88
+#undef SLUICE_OUT_88
+#undef SLUICE_LIST_96
 #undef SLUICE_OUT_96
-#undef SLUICE_REGS_96
+#undef SLUICE_LIST_128
 #undef SLUICE_OUT_128
-#undef SLUICE_REGS_128
+#undef SLUICE_LIST_136
+#undef SLUICE_OUT_136
 
 }  // namespace sluice::cuda::hopper
 
