@@ -7,6 +7,7 @@
 
 #include "runtime/error.h"
 #include "runtime/ops/similarity.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -16,7 +17,15 @@ constexpr uint64_t kMostLayers = 4096;  // of a tower
 std::vector<float> Cosines(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
                            std::span<const float> center = {}) {
   std::vector<float> cosines(a.dim(0));
-  RowCosines(ctx, a, b, TensorView(cosines.data(), DType::kF32, {a.dim(0)}), center);
+  const TensorView on_host(cosines.data(), DType::kF32, {a.dim(0)});
+  if (ctx.device() == Device::kCpu) {
+    RowCosines(ctx, a, b, on_host, center);
+  } else {
+    const Workspace::Scope scope(ctx.workspace());
+    const TensorView there = ctx.workspace().Allocate(DType::kF32, on_host.shape());
+    RowCosines(ctx, a, b, there, center);
+    Transfer(ctx, there, on_host);
+  }
   return cosines;
 }
 

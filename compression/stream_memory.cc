@@ -11,6 +11,8 @@
 #include "runtime/error.h"
 #include "runtime/ops/attention.h"
 #include "runtime/ops/rope.h"
+#include "runtime/ops/rows.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -63,7 +65,7 @@ StreamMemory::StreamMemory(const MemoryOptions& options, const KvGeometry& geome
     : options_(options),
       geometry_(geometry),
       pinned_(pinned),
-      frequencies_(ConvertTo(frequencies, DType::kF32)),
+      frequencies_(frequencies),
       store_(options.recall_blocks > 0 ? options.store : BlockStoreOptions()) {
   const auto check = [](const char* what, int64_t least, int64_t got) {
     if (got >= least) return;
@@ -101,12 +103,16 @@ void StreamMemory::Arrived(ExecContext& ctx, const KvCache& cache, const VisualT
   const std::vector<int32_t> back = Positions(first, tokens.size(), -1);
   for (int layer = 0; layer < geometry_.num_layers; ++layer) {
     LoadKv(ctx, cache.layer(layer), first - cache.gone(), keys, values);
-    ConvertInto(keys, wide);
+    Convert(ctx, keys, wide);
     Rope(ctx, wide, geometry_.head_dim, back, frequencies_);
+    const Tensor on_host = geometry_.device == Device::kCpu
+                               ? Tensor()
+                               : TransferTo(ctx, wide, Device::kCpu);
+    const ConstTensorView turned = on_host.empty() ? ConstTensorView(wide) : on_host;
     for (Block& block : fresh) {
       float* mean = block.index.data() + layer * width();
       for (int64_t i = block.begin - first; i < block.begin - first + block.tokens; ++i) {
-        const float* row = wide.data<float>() + i * width();
+        const float* row = turned.data<float>() + i * width();
         for (int64_t d = 0; d < width(); ++d) mean[d] += row[d];
       }
       for (int64_t d = 0; d < width(); ++d) mean[d] /= static_cast<float>(block.tokens);
@@ -218,12 +224,17 @@ int64_t StreamMemory::LayerBytes(const Block& block) const {
 std::vector<uint8_t> StreamMemory::Pack(ExecContext& ctx, const KvCache& cache,
                                         const Block& block) const {
   std::vector<uint8_t> bytes(geometry_.num_layers * LayerBytes(block));
-  const Tensor both(geometry_.dtype, {2 * block.tokens, width()});
-  const TensorView keys = both.view().Slice(0, block.tokens);
-  const TensorView values = both.view().Slice(block.tokens, 2 * block.tokens);
+  const Shape shape{2 * block.tokens, width()};
+  const Tensor both(geometry_.dtype, shape);
+  const ConstTensorView keys = both.view().Slice(0, block.tokens);
+  const ConstTensorView values = both.view().Slice(block.tokens, 2 * block.tokens);
+  const Workspace::Scope scope(ctx.workspace());
+  const TensorView there = ctx.workspace().Allocate(geometry_.dtype, shape);
   for (int layer = 0; layer < geometry_.num_layers; ++layer) {
     uint8_t* to = bytes.data() + layer * LayerBytes(block);
-    LoadKv(ctx, cache.layer(layer), block.begin - cache.gone(), keys, values);
+    LoadKv(ctx, cache.layer(layer), block.begin - cache.gone(), there.Slice(0, block.tokens),
+           there.Slice(block.tokens, 2 * block.tokens));
+    Transfer(ctx, there, both);
     if (!options_.int8) {
       std::memcpy(to, both.view().raw(), both.SizeBytes());
       continue;
@@ -246,6 +257,20 @@ void StreamMemory::Load(ExecContext& ctx, const KvCache& cache, const Block& blo
     LoadKv(ctx, cache.layer(layer), block.begin - cache.gone(), keys, values);
     return;
   }
+  if (geometry_.device != Device::kCpu) {
+    const Tensor both(geometry_.dtype, {2 * block.tokens, width()});
+    Fetch(block, layer, both.view().Slice(0, block.tokens),
+          both.view().Slice(block.tokens, 2 * block.tokens));
+    Transfer(ctx, both.view().Slice(0, block.tokens), keys);
+    Transfer(ctx, both.view().Slice(block.tokens, 2 * block.tokens), values);
+    return;
+  }
+  Fetch(block, layer, keys, values);
+}
+
+// The same of a block that was off-loaded, into host memory.
+void StreamMemory::Fetch(const Block& block, int layer, TensorView keys,
+                         TensorView values) const {
   const int64_t size = LayerBytes(block);
   if (!options_.int8) {
     const size_t half = size / 2;
@@ -265,7 +290,8 @@ void StreamMemory::Load(ExecContext& ctx, const KvCache& cache, const Block& blo
 }
 
 // The best blocks for a layer, by the plain dot product; ties go to the earlier.
-std::vector<int32_t> StreamRecall::Choose(int layer, ConstTensorView queries) const {
+std::vector<int32_t> StreamRecall::Choose(ExecContext& ctx, int layer,
+                                          ConstTensorView queries) const {
   const StreamMemory& memory = memory_;
   const auto count = static_cast<int64_t>(memory.blocks_.size());
   const int64_t chunk = memory.options_.recall_chunk, width = memory.width();
@@ -275,7 +301,7 @@ std::vector<int32_t> StreamRecall::Choose(int layer, ConstTensorView queries) co
       std::min(std::max<int64_t>(memory.options_.recall_blocks / chunk, 1), chunks);
   // Query heads that share a kv head meet the same index: their sum does.
   std::vector<float> query(width);
-  const Tensor wide = ConvertTo(queries, DType::kF32);
+  const Tensor wide = ConvertTo(TransferTo(ctx, queries, Device::kCpu), DType::kF32);
   for (int64_t i = 0; i < wide.dim(0); ++i) {
     for (int64_t head = 0; head < heads; ++head) {
       const float* row = wide.data<float>() + i * queries.dim(1) + head * size;
@@ -315,7 +341,7 @@ void StreamRecall::Recall(ExecContext& ctx, int layer, ConstTensorView queries, 
   const StreamMemory& memory = memory_;
   const KvGeometry& geometry = memory.geometry_;
   const int64_t pinned = memory.pinned_;
-  const std::vector<int32_t> chosen = Choose(layer, queries);
+  const std::vector<int32_t> chosen = Choose(ctx, layer, queries);
   std::vector<int64_t>& numbers = chosen_.emplace_back();
   int64_t rows = pinned;
   for (const int32_t b : chosen) {
@@ -331,7 +357,7 @@ void StreamRecall::Recall(ExecContext& ctx, int layer, ConstTensorView queries, 
   const TensorView wide = ctx.workspace().Allocate(DType::kF32, shape);
   if (pinned > 0) {
     LoadKv(ctx, stream_.layer(layer), 0, keys.Slice(0, pinned), values.Slice(0, pinned));
-    if (stream_.gone() > 0) ConvertInto(stream_.PinnedKeys(layer), keys.Slice(0, pinned));
+    if (stream_.gone() > 0) CopyRows(ctx, stream_.PinnedKeys(layer), keys.Slice(0, pinned));
   }
   std::vector<int32_t> tokens = Positions(0, pinned, 1), turns(pinned, 0);
   tokens.reserve(rows);
@@ -346,15 +372,15 @@ void StreamRecall::Recall(ExecContext& ctx, int layer, ConstTensorView queries, 
     }
     turns.insert(turns.end(), block.tokens, static_cast<int32_t>(at - block.begin));
   }
-  ConvertInto(keys, wide);
+  Convert(ctx, keys, wide);
   Rope(ctx, wide, geometry.head_dim, turns, memory.frequencies_);
-  ConvertInto(wide, keys);
+  Convert(ctx, wide, keys);
   cache.ReserveRows(layer, tokens);
   StoreKv(ctx, keys, values, 0, cache.layer(layer));
 
   // How the question's last row attends to them.
   const TensorView query = ctx.workspace().Allocate(geometry.dtype, {1, queries.dim(1)});
-  ConvertInto(queries.Slice(queries.dim(0) - 1, queries.dim(0)), query);
+  CopyRows(ctx, queries.Slice(queries.dim(0) - 1, queries.dim(0)), query);
   const auto position = static_cast<int32_t>(rows + step_rows - 1);
   Rope(ctx, query, geometry.head_dim, {&position, 1}, memory.frequencies_);
   std::vector<float> weights(rows);

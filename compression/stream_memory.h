@@ -62,7 +62,7 @@ class StreamMemory {
     int64_t host_bytes = 0, disk_bytes = 0, index_bytes = 0;
   };
 
-  // frequencies: Decoder::rotary_frequencies(), copied. pinned: tokens of the prompt's beginning,
+  // frequencies: Decoder::rotary_frequencies(), which outlive the memory. pinned: tokens of the prompt's beginning,
   // which never leave. Throws InputError on options out of range.
   StreamMemory(const MemoryOptions& options, const KvGeometry& geometry,
                ConstTensorView frequencies, int64_t pinned);
@@ -99,11 +99,12 @@ class StreamMemory {
   std::vector<uint8_t> Pack(ExecContext& ctx, const KvCache& cache, const Block& block) const;
   void Load(ExecContext& ctx, const KvCache& cache, const Block& block, int layer, TensorView keys,
             TensorView values) const;
+  void Fetch(const Block& block, int layer, TensorView keys, TensorView values) const;
 
   const MemoryOptions options_;
   const KvGeometry geometry_;
   const int64_t pinned_;
-  Tensor frequencies_;
+  ConstTensorView frequencies_;
   BlockStore store_;
   std::deque<Block> blocks_;  // by number
   int64_t next_number_ = 0;
@@ -126,7 +127,7 @@ class StreamRecall final : public KvPolicy {
   std::vector<Evidence> evidence() const;
 
  private:
-  std::vector<int32_t> Choose(int layer, ConstTensorView queries) const;
+  std::vector<int32_t> Choose(ExecContext& ctx, int layer, ConstTensorView queries) const;
 
   const StreamMemory& memory_;
   const KvCache& stream_;

@@ -19,15 +19,17 @@ namespace sluice {
 // Sees intermediate results by name, each whole; for tests and tools. "layer.3.query" and
 // "layer.3.key" (after the rotation, in the compute dtype, rows strided), "layer.3" [rows, E] f32,
 // and of the rows whose logits are asked for "norm" [rows, E] f32 and "logits" [rows, V] f32 (the
-// latter one sequence a call, or all together). With a probe, a step is a single chunk, whatever
+// latter one sequence a call, or all together). All of them in host memory. With a probe, a step is a single chunk, whatever
 // scratch memory that takes.
 using DecoderProbe = std::function<void(std::string_view name, ConstTensorView value)>;
 
 // One sequence's part of a step.
 struct SequenceStep {
   KvCache* cache = nullptr;    // positions continue at cache->length()
-  ConstTensorView embeddings;  // [S, E] f32: token embeddings and visual tokens, in order
-  TensorView logits;  // [1, V] f32 for the last position, [S, V] for all, or empty for none
+  // [S, E] f32: token embeddings and visual tokens, in order; on the host or where the model runs.
+  ConstTensorView embeddings;
+  // Where the model runs: [1, V] f32 for the last position, [S, V] for all, or empty for none.
+  TensorView logits;
   // Lets rows leave between layers; then no logits of all positions. Such a sequence runs on its
   // own, layer by layer over all its rows, so the residual stream [S, E] is held at once.
   LayerPolicy* policy = nullptr;
@@ -47,14 +49,17 @@ class Decoder {
   virtual void Step(ExecContext& ctx, std::span<SequenceStep> sequences,
                     const DecoderProbe& probe = nullptr) const = 0;
 
-  // Token embeddings. out: [ids.size(), E] f32. Throws Error on ids outside the vocabulary.
+  // Token embeddings. out: [ids.size(), E] f32 where the model runs. Throws
+  // Error on ids outside the vocabulary.
   virtual void Embed(ExecContext& ctx, std::span<const int32_t> ids, TensorView out) const = 0;
 
+  // Also says where the model runs.
   virtual KvGeometry kv_geometry() const = 0;
+  virtual int num_heads() const = 0;  // of queries
   virtual int64_t hidden_size() const = 0;
   virtual int64_t vocab_size() const = 0;     // rows of the embedding
   virtual int64_t max_positions() const = 0;  // KvCache::Reach() never exceeds it
-  // By which keys and queries are rotated (runtime/ops/rope.h): [D / 2] f32.
+  // By which keys and queries are rotated (runtime/ops/rope.h): [D / 2] f32, where the model runs.
   virtual ConstTensorView rotary_frequencies() const = 0;
   virtual double FlopsPerToken(
       int64_t context) const = 0;  // products and attention at that context, without the lm_head

@@ -76,7 +76,7 @@ Generation::Generation(const Vlm& vlm, KvCache& cache, Tensor prompt,
       sampler_(options.sampling, vlm.tokenizer().vocab_size()),
       filter_(std::make_unique<StopFilter>(options_.stop_strings)),
       characters_(vlm.tokenizer().NewStream()),
-      logits_(DType::kF32, {1, vlm.decoder().vocab_size()}),
+      logits_(DType::kF32, {1, vlm.decoder().vocab_size()}, vlm.info().device),
       context_(prompt_ids.begin(), prompt_ids.end()) {}
 
 Generation::~Generation() = default;
@@ -123,13 +123,12 @@ bool Generation::TakeToken(int32_t id) {
 }
 
 // The step has written the logits.
-void Generation::Take() {
+void Generation::Take(ExecContext& ctx) {
   try {
-    if (result_.ids.empty()) next_ = Tensor(DType::kF32, {1, vlm_.decoder().hidden_size()});
+    if (result_.ids.empty()) next_ = Tensor(DType::kF32, {1, vlm_.decoder().hidden_size()}, next_.device());
     policy_ = nullptr;
     recall_ = nullptr;
-    const std::span<float> logits(logits_.data<float>(), static_cast<size_t>(logits_.dim(1)));
-    finished_ = !TakeToken(sampler_.Sample(logits, context_));
+    finished_ = !TakeToken(sampler_.Sample(ctx, logits_, context_));
   } catch (...) {
     failure_ = std::current_exception();
     finished_ = true;
@@ -164,7 +163,7 @@ void Advance(ExecContext& ctx, const Vlm& vlm, std::span<Generation* const> answ
                     KvBytes(decoder.kv_geometry(), cache.MeanRows()));
     }
   }
-  for (Generation* answer : answers) answer->Take();
+  for (Generation* answer : answers) answer->Take(ctx);
 }
 
 void CheckGenerateOptions(const GenerateOptions& options) {

@@ -61,7 +61,7 @@ class Generation {
  private:
   friend void Advance(ExecContext&, const Vlm&, std::span<Generation* const>);
   class StopFilter;
-  void Take();
+  void Take(ExecContext& ctx);
   bool TakeToken(int32_t id);
   bool Show(const std::string& text);
   void Flush();

@@ -9,6 +9,7 @@
 
 #include "runtime/error.h"
 #include "runtime/ops/rope.h"
+#include "runtime/ops/rows.h"
 
 namespace sluice {
 namespace {
@@ -31,7 +32,35 @@ const KvGeometry& Checked(const KvGeometry& geometry) {
 KvBlockPool::KvBlockPool(const KvGeometry& geometry, int64_t budget_bytes)
     : geometry_(Checked(geometry)),
       budget_bytes_(budget_bytes),
-      block_bytes_(KvBlockBytes(geometry.kv_heads, geometry.head_dim, geometry.dtype)) {}
+      block_bytes_(KvBlockBytes(geometry.kv_heads, geometry.head_dim, geometry.dtype)) {
+  if (geometry_.device == Device::kCuda) {
+    memory_ = std::make_unique<cuda::GrowingMemory>(budget_bytes);
+  }
+}
+
+// Called with none free and at least one in the budget.
+void KvBlockPool::AddBlocks() {
+  int64_t blocks = std::max<int64_t>(1, kSlabBytes / block_bytes_);
+  if (budget_bytes_ > 0) blocks = std::min(blocks, budget_bytes_ / block_bytes_ - existing_);
+  uint8_t* first = nullptr;
+  slabs_.reserve(slabs_.size() + 1);
+  free_.reserve(existing_ + blocks);
+  if (geometry_.device == Device::kCuda) {
+    if (!memory_->GrowTo((existing_ + blocks) * block_bytes_)) {
+      throw ResourceExhausted("[kv_cache] no memory on the GPU for " + std::to_string(blocks) +
+                              " more blocks of " + std::to_string(block_bytes_) + " bytes");
+    }
+    first = memory_->data() + existing_ * block_bytes_;
+  } else {
+    Tensor slab(DType::kU8, {blocks, block_bytes_});
+    first = slab.data<uint8_t>();
+    std::memset(first, 0, slab.SizeBytes());
+    slabs_.push_back(std::move(slab));
+  }
+  // Reversed, so that blocks are handed out in the order of their addresses.
+  for (int64_t i = blocks - 1; i >= 0; --i) free_.push_back(first + i * block_bytes_);
+  existing_ += blocks;
+}
 
 void* KvBlockPool::Acquire() {
   const std::lock_guard lock(mutex_);
@@ -41,20 +70,7 @@ void* KvBlockPool::Acquire() {
                             " are in use; one more block of " + std::to_string(block_bytes_) +
                             " does not fit: raise the budget or shorten the context");
   }
-  if (free_.empty()) {
-    const int64_t existing = in_use_;
-    int64_t blocks = std::max<int64_t>(1, kSlabBytes / block_bytes_);
-    if (budget_bytes_ > 0) blocks = std::min(blocks, budget_bytes_ / block_bytes_ - existing);
-    free_.reserve(existing + blocks);
-    slabs_.reserve(slabs_.size() + 1);
-    Tensor slab(DType::kU8, {blocks, block_bytes_});
-    std::memset(slab.data<uint8_t>(), 0, slab.SizeBytes());
-    // Reversed, so that blocks are handed out in the order of their addresses.
-    for (int64_t i = blocks - 1; i >= 0; --i) {
-      free_.push_back(slab.data<uint8_t>() + i * block_bytes_);
-    }
-    slabs_.push_back(std::move(slab));
-  }
+  if (free_.empty()) AddBlocks();
   void* block = free_.back();
   free_.pop_back();
   ++in_use_;
@@ -81,6 +97,14 @@ void KvBlockPool::Release(void* block) {
   --in_use_;
 }
 
+void KvBlockPool::Copy(const void* from, void* to) const {
+  if (geometry_.device == Device::kCuda) {
+    cuda::CopyNow(to, from, block_bytes_);
+  } else {
+    std::memcpy(to, from, block_bytes_);
+  }
+}
+
 int64_t KvBlockPool::bytes_in_use() const {
   const std::lock_guard lock(mutex_);
   return in_use_ * block_bytes_;
@@ -98,7 +122,7 @@ KvCache::~KvCache() { RewindTo({0}); }
 void KvCache::MakeOwn(void*& block) {
   if (!pool_->IsShared(block)) return;
   void* const copy = pool_->Acquire();
-  std::memcpy(copy, block, pool_->block_bytes());
+  pool_->Copy(block, copy);
   pool_->Release(block);
   block = copy;
 }
@@ -254,20 +278,20 @@ void KvCache::Slide(ExecContext& ctx, ConstTensorView frequencies, int64_t pinne
       for (size_t i = 0; i < layers_.size(); ++i) {
         Layer& layer = heads[i];
         Grow(layer, pinned);
-        const Tensor keys(geometry.dtype, {pinned + joint, width});
-        const Tensor values(geometry.dtype, {pinned + joint, width});
+        const Tensor keys(geometry.dtype, {pinned + joint, width}, geometry.device);
+        const Tensor values(geometry.dtype, {pinned + joint, width}, geometry.device);
         const KvLayerView old = View(layers_[i].blocks);
         LoadKv(ctx, old, 0, keys.view().Slice(0, pinned), values.view().Slice(0, pinned));
         LoadKv(ctx, old, pinned + blocks * kBlock, keys.view().Slice(pinned, pinned + joint),
                values.view().Slice(pinned, pinned + joint));
         if (gone_ == 0) {
-          layer.pinned_keys = Tensor(geometry.dtype, {pinned, width});
-          ConvertInto(keys.view().Slice(0, pinned), layer.pinned_keys);
+          layer.pinned_keys = Tensor(geometry.dtype, {pinned, width}, geometry.device);
+          CopyRows(ctx, keys.view().Slice(0, pinned), layer.pinned_keys);
         }
-        const Tensor turned =
-            ConvertTo(gone_ == 0 ? layer.pinned_keys : layers_[i].pinned_keys, DType::kF32);
+        const Tensor turned(DType::kF32, {pinned, width}, geometry.device);
+        Convert(ctx, gone_ == 0 ? layer.pinned_keys : layers_[i].pinned_keys, turned);
         Rope(ctx, turned, geometry.head_dim, turns, frequencies);
-        ConvertInto(turned, keys.view().Slice(0, pinned));
+        Convert(ctx, turned, keys.view().Slice(0, pinned));
         StoreKv(ctx, keys, values, 0, View(layer.blocks));
       }
     }
@@ -370,7 +394,9 @@ KvLayerView KvCache::View(const std::vector<void*>& blocks) const {
   return {.blocks = blocks,
           .kv_heads = geometry.kv_heads,
           .head_dim = geometry.head_dim,
-          .dtype = geometry.dtype};
+          .dtype = geometry.dtype,
+          .device = geometry.device,
+          .base = pool_->base()};
 }
 
 KvLayerView KvCache::layer(int index) const { return View(layers_[index].blocks); }

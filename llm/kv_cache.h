@@ -13,6 +13,7 @@
 
 #include "runtime/exec_context.h"
 #include "runtime/ops/attention.h"
+#include "runtime/ops/cuda/device.h"
 #include "runtime/tensor.h"
 
 namespace sluice {
@@ -22,13 +23,14 @@ struct KvGeometry {
   int kv_heads = 0;
   int head_dim = 0;
   DType dtype = DType::kF32;
+  Device device = Device::kCpu;  // where the blocks lie
 };
 
 // All KV memory of one device, so that a byte budget across sessions can be kept.
 class KvBlockPool {
  public:
   // budget_bytes: the most that may be out at once; 0 means no limit. Memory is taken from the
-  // system in slabs as it is needed and kept until the pool ends. Throws InputError on a geometry
+  // system as it is needed and kept until the pool ends. Throws InputError on a geometry
   // without layers, heads or size.
   KvBlockPool(const KvGeometry& geometry, int64_t budget_bytes);
 
@@ -40,19 +42,28 @@ class KvBlockPool {
   void Share(void* block);
   bool IsShared(void* block) const;
   void Release(void* block);
+  // to = from, both of the pool. On a GPU it first waits for all work there: cheap for its only
+  // use, the first write to a branch.
+  void Copy(const void* from, void* to) const;
   const KvGeometry& geometry() const { return geometry_; }
+  // On a GPU, where the first block lies or would lie; else null.
+  const void* base() const { return memory_ ? memory_->data() : nullptr; }
   int64_t block_bytes() const { return block_bytes_; }
   int64_t bytes_in_use() const;
   int64_t budget_bytes() const { return budget_bytes_; }
 
  private:
+  void AddBlocks();
+
   const KvGeometry geometry_;
   const int64_t budget_bytes_;
   const int64_t block_bytes_;
   mutable std::mutex mutex_;
-  std::vector<Tensor> slabs_;
+  std::vector<Tensor> slabs_;                    // in host memory
+  std::unique_ptr<cuda::GrowingMemory> memory_;  // on a GPU: one piece, as its kernels want it
   std::vector<void*> free_;  // has room for every block there is: Release never allocates
   int64_t in_use_ = 0;       // blocks
+  int64_t existing_ = 0;     // blocks
   std::unordered_map<void*, int64_t> others_;  // owners besides the first, where there are any
 };
 

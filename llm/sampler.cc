@@ -8,6 +8,8 @@
 #include <unordered_set>
 
 #include "runtime/error.h"
+#include "runtime/ops/cuda/select.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -38,6 +40,26 @@ Sampler::Sampler(const SamplingOptions& options, int32_t num_ids)
   Require(options.repetition_penalty > 0 && std::isfinite(options.repetition_penalty),
           "repetition_penalty", "above 0", options.repetition_penalty);
   Require(num_ids > 0, "num_ids", "1 or more", num_ids);
+}
+
+int32_t Sampler::Sample(ExecContext& ctx, TensorView logits, std::span<const int32_t> context) {
+  if (logits.shape().rank() != 2 || logits.dim(0) != 1 || logits.dim(1) < num_ids_) {
+    throw Error("[sampler] logits must be [1, " + std::to_string(num_ids_) + " or more], got " +
+                logits.shape().ToString());
+  }
+  if (logits.device() == Device::kCpu) {
+    return Sample(std::span(logits.data<float>(), logits.dim(1)), context);
+  }
+  if (options_.temperature == 0 && options_.repetition_penalty == 1.0f) {
+    const Workspace::Scope scope(ctx.workspace());
+    const TensorView there = ctx.workspace().Allocate(DType::kI32, {1});
+    cuda::ArgMax(logits.Columns(0, num_ids_), there, ctx.stream());
+    int32_t best = -1;
+    Transfer(ctx, there, TensorView(&best, DType::kI32, {1}));
+    if (best >= 0) return best;  // else what is wrong is told below
+  }
+  const Tensor copy = TransferTo(ctx, logits, Device::kCpu);
+  return Sample(std::span(copy.data<float>(), copy.dim(1)), context);
 }
 
 int32_t Sampler::Sample(std::span<float> logits, std::span<const int32_t> context) {

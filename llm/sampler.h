@@ -7,6 +7,9 @@
 #include <span>
 #include <vector>
 
+#include "runtime/exec_context.h"
+#include "runtime/tensor.h"
+
 namespace sluice {
 
 struct SamplingOptions {
@@ -26,6 +29,9 @@ class Sampler {
   // logits: V values (may be modified). `context`: ids so far, read only for the repetition
   // penalty.
   int32_t Sample(std::span<float> logits, std::span<const int32_t> context);
+  // The same of logits [1, V] f32 where `ctx` works. On a GPU the likeliest id is found there if
+  // nothing else is asked for; else the logits are copied first, 4 V bytes a token.
+  int32_t Sample(ExecContext& ctx, TensorView logits, std::span<const int32_t> context);
 
  private:
   SamplingOptions options_;

@@ -18,7 +18,9 @@
 namespace sluice {
 
 struct VlmOptions {
-  std::optional<DType> compute_type;  // f32 or bf16; default: CpuInfo::BestComputeType()
+  // f32 or bf16; default: bf16 on a GPU, else CpuInfo::BestComputeType()
+  std::optional<DType> compute_type;
+  Device device = Device::kCpu;  // where the weights lie and everything runs
 };
 
 // What generation_config.json says.
@@ -38,6 +40,7 @@ struct VlmInfo {
   int64_t weight_bytes = 0;  // in the compute dtype
   DType file_type = DType::kF32;
   DType compute_type = DType::kF32;
+  Device device = Device::kCpu;
   double load_seconds = 0;
   std::string fingerprint;  // Checkpoint::Fingerprint and that of config.json
 };
@@ -55,7 +58,7 @@ class Vlm {
   virtual const VisionEncoder& encoder() const = 0;
   virtual const Decoder& decoder() const = 0;
   virtual const GenerationDefaults& generation_defaults() const = 0;
-  // The row that follows the last frame of a video, [E] f32 (`image_newline`); empty for families
+  // The row that follows the last frame of a video, [E] f32 in host memory (`image_newline`); empty for families
   // that put none there.
   virtual ConstTensorView newline_row() const = 0;
 };

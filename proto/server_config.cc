@@ -175,6 +175,7 @@ void ReadServerConfig(const std::filesystem::path& file, ServerConfig& config) {
   settings.push_back({"model", "", &config.model});
   settings.push_back({"dtype", "", &config.dtype});
   settings.push_back({"threads", "", &config.threads});
+  settings.push_back({"device", "", &config.device});
   std::vector<std::string> known = {"tokens"};
   for (const Setting& setting : settings) known.push_back(setting.name);
 
@@ -203,6 +204,9 @@ ServiceOptions Finished(const ServerConfig& c) {
   const StreamBudget& budget = c.service.budget;
   if (!c.dtype.empty() && c.dtype != "f32" && c.dtype != "bf16") {
     throw InputError("[serve] dtype: expected f32 or bf16, got '" + c.dtype + "'");
+  }
+  if (!c.device.empty() && c.device != "cpu" && c.device != "cuda") {
+    throw InputError("[serve] device: expected cpu or cuda, got '" + c.device + "'");
   }
   Range("threads", c.threads, 0, 1024);
   Range("kv_mb", static_cast<double>(c.kv_mb), 0, kMany);

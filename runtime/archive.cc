@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "runtime/error.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -202,7 +203,12 @@ void Archive::Value(std::string_view field, Tensor& tensor) {
     }
     tensor = Tensor(type, dims.size() == 1 ? Shape{dims[0]} : Shape{dims[0], dims[1]});
   }
-  Bytes(field, tensor.view().raw(), tensor.SizeBytes());
+  if (tensor.device() == Device::kCpu) {
+    Bytes(field, tensor.view().raw(), tensor.SizeBytes());
+  } else {
+    Tensor copy = Placed(tensor.view(), Device::kCpu);
+    Bytes(field, copy.view().raw(), copy.SizeBytes());
+  }
 }
 
 void Archive::Finish() {

@@ -29,12 +29,21 @@ ExecContext::~ExecContext() {
   if (stream_) cuda::EndStream(stream_);
 }
 
+ExecContext& ExecContext::host() {
+  if (device() == Device::kCpu) return *this;
+  if (!host_) {
+    host_ = std::make_unique<ExecContext>(
+        ExecOptions{.num_threads = options_.num_threads, .kernels = options_.kernels});
+  }
+  return *host_;
+}
+
 void ExecContext::Synchronize() const {
   if (stream_) cuda::Synchronize(stream_);
 }
 
 void ExecContext::UseThreads() const {
-  if (omp_get_max_threads() != options_.num_threads) omp_set_num_threads(options_.num_threads);
+  if (omp_get_max_threads() != num_threads()) omp_set_num_threads(num_threads());
 }
 
 void ExecContext::Split(int parts, const std::function<void(ExecContext&, int)>& body) {

@@ -36,8 +36,12 @@ class ExecContext {
   ExecContext(const ExecContext&) = delete;
   ExecContext& operator=(const ExecContext&) = delete;
 
-  int num_threads() const { return options_.num_threads; }
+  // Of loops over host memory in this context; 1 on a GPU, whose ops need no more to queue them.
+  int num_threads() const { return device() == Device::kCpu ? options_.num_threads : 1; }
   Device device() const { return options_.device; }
+  // A context for what is done in host memory, with as many threads as the options say: this one on
+  // the CPU.
+  ExecContext& host();
   // Where everything this context does on the GPU is queued; null on the CPU.
   cuda::Stream stream() const { return stream_; }
   // Waits for what was queued; nothing to do on the CPU. Throws Error with what the GPU reported.
@@ -66,6 +70,7 @@ class ExecContext {
   std::unique_ptr<ProductCache> product_cache_;
   std::unique_ptr<cuda::Products> gpu_products_;
   std::vector<std::unique_ptr<ExecContext>> parts_;  // made when first needed
+  std::unique_ptr<ExecContext> host_;                // likewise, on a GPU
 };
 
 }  // namespace sluice

@@ -190,9 +190,12 @@ void Tensor::Free::operator()(void* p) const {
 
 Tensor Tensor::Clone() const {
   if (empty()) return {};
-  if (device() != Device::kCpu) throw Error("[tensor] Clone expects host memory, got a GPU's");
-  Tensor copy(dtype_, shape_);
-  std::memcpy(copy.data_.get(), data_.get(), SizeBytes());
+  Tensor copy(dtype_, shape_, device());
+  if (device() == Device::kCuda) {
+    cuda::CopyNow(copy.data_.get(), data_.get(), SizeBytes());
+  } else {
+    std::memcpy(copy.data_.get(), data_.get(), SizeBytes());
+  }
   return copy;
 }
 

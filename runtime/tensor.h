@@ -113,7 +113,8 @@ class Tensor {
   T* data() const {
     return view().data<T>();
   }
-  Tensor Clone() const;  // REQUIRES: in host memory
+  // Where it lies; on a GPU it waits for all work there.
+  Tensor Clone() const;
 
  private:
   struct Free {

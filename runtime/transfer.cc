@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "runtime/error.h"
 
@@ -32,6 +33,28 @@ Tensor TransferTo(ExecContext& ctx, ConstTensorView from, Device device) {
   Tensor to(from.dtype(), from.shape(), device);
   Transfer(ctx, from, to);
   return to;
+}
+
+void ShowOnHost(ExecContext& ctx,
+                const std::function<void(std::string_view name, ConstTensorView value)>& probe,
+                std::string_view name, ConstTensorView value) {
+  if (!probe) return;
+  if (value.device() == Device::kCpu) return probe(name, value);
+  probe(name, TransferTo(ctx, value, Device::kCpu));
+}
+
+Tensor Placed(ConstTensorView from, Device device) {
+  Tensor copy(from.dtype(), from.shape(), device);
+  if (from.device() == Device::kCpu && device == Device::kCpu) {
+    std::memcpy(copy.view().raw(), from.raw(), from.SizeBytes());
+  } else {
+    cuda::CopyNow(copy.view().raw(), from.raw(), from.SizeBytes());
+  }
+  return copy;
+}
+
+Tensor Placed(Tensor from, Device device) {
+  return from.empty() || from.device() == device ? std::move(from) : Placed(from.view(), device);
 }
 
 const int32_t* Within(ExecContext& ctx, std::span<const int32_t> numbers) {

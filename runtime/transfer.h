@@ -3,7 +3,9 @@
 #define SLUICE_RUNTIME_TRANSFER_H_
 
 #include <cstdint>
+#include <functional>
 #include <span>
+#include <string_view>
 
 #include "runtime/exec_context.h"
 #include "runtime/tensor.h"
@@ -15,6 +17,16 @@ namespace sluice {
 void Transfer(ExecContext& ctx, ConstTensorView from, TensorView to);
 // A copy on that device.
 Tensor TransferTo(ExecContext& ctx, ConstTensorView from, Device device);
+
+// Calls probe(name, value) with the value in host memory; nothing without a probe.
+void ShowOnHost(ExecContext& ctx,
+                const std::function<void(std::string_view name, ConstTensorView value)>& probe,
+                std::string_view name, ConstTensorView value);
+
+// A copy on that device outside of any step, for what stays: waits for all work on the GPU and
+// until all is copied. Of a tensor that is there already, itself.
+Tensor Placed(ConstTensorView from, Device device);
+Tensor Placed(Tensor from, Device device);
 
 // Numbers that an op's caller has on the host, where the context works: themselves, or a copy in
 // its workspace.

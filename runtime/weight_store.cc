@@ -5,6 +5,7 @@
 #include "runtime/convert.h"
 #include "runtime/error.h"
 #include "runtime/load_threads.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -42,8 +43,8 @@ void ConvertLarge(ConstTensorView from, Tensor& to) {
 WeightStore::WeightStore(
     const Checkpoint& checkpoint,
     const std::function<std::optional<std::string>(const std::string&)>& canonical,
-    DType compute_type)
-    : directory_(checkpoint.directory()), compute_type_(compute_type) {
+    DType compute_type, Device device)
+    : directory_(checkpoint.directory()), compute_type_(compute_type), device_(device) {
   if (compute_type != DType::kF32 && compute_type != DType::kBF16) {
     throw InputError(std::string("[weights] compute type must be f32 or bf16, got ") +
                      Name(compute_type));
@@ -97,6 +98,10 @@ Tensor WeightStore::TakeF32(const std::string& name, const Shape& expected) {
   return result;
 }
 
+Tensor WeightStore::TakePlaced(const std::string& name, const Shape& expected) {
+  return Placed(TakeF32(name, expected), device_);
+}
+
 SharedMatrix WeightStore::TakeMatrix(const std::string& name, const Shape& expected) {
   const Checkpoint::Entry& entry = Find(name, expected);
   const bool aligned =
@@ -116,7 +121,7 @@ LinearWeight WeightStore::TakeLinear(const std::string& name, int64_t n, int64_t
   SharedMatrix weight = TakeMatrix(name + ".weight", {n, k});
   Tensor bias;
   if (with_bias) bias = TakeF32(name + ".bias", {n});
-  return LinearWeight(std::move(weight), std::move(bias), use);
+  return LinearWeight(std::move(weight), std::move(bias), use, device_);
 }
 
 void WeightStore::CheckAllTaken() const {

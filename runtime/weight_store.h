@@ -21,23 +21,26 @@ class WeightStore {
   // to be ignored has a dtype that we do not compute with (see SafetensorsFile::other_tensors).
   WeightStore(const Checkpoint& checkpoint,
               const std::function<std::optional<std::string>(const std::string&)>& canonical,
-              DType compute_type);
+              DType compute_type, Device device = Device::kCpu);
 
   bool Has(const std::string& name) const;
-  // A copy in f32 (norm weights, biases, position tables: small things). Throws InputError naming
+  // A copy in f32 in host memory (norm weights, biases, position tables: small things). Throws InputError naming
   // file, tensor, expected and found shape or dtype; likewise below.
   Tensor TakeF32(const std::string& name, const Shape& expected);
-  // In the compute dtype; the mapped pages themselves where the dtype already matches (and the data
+  // The same where the model runs.
+  Tensor TakePlaced(const std::string& name, const Shape& expected);
+  // In host memory and the compute dtype; the mapped pages themselves where the dtype already matches (and the data
   // is aligned to it). A rank-2 `expected` also fits a tensor of higher rank whose later axes
   // multiply to expected[1]: a convolution [N, C, P, P] is [N, C * P * P].
   // The store's Checkpoint files stay open for as long as the returned Matrix lives.
   SharedMatrix TakeMatrix(const std::string& name, const Shape& expected);
-  // A projection `name.weight` [N, K] and, if `with_bias`, `name.bias` [N].
+  // Where the model runs: a projection `name.weight` [N, K] and, if `with_bias`, `name.bias` [N].
   LinearWeight TakeLinear(const std::string& name, int64_t n, int64_t k, bool with_bias,
                           WeightUse use);
   // Throws InputError naming the first tensors nobody took.
   void CheckAllTaken() const;
   DType compute_type() const { return compute_type_; }
+  Device device() const { return device_; }
 
  private:
   const Checkpoint::Entry& Find(const std::string& name, const Shape& expected);
@@ -46,6 +49,7 @@ class WeightStore {
   std::map<std::string, std::string> file_names_;  // canonical name -> name in the file
   std::set<std::string> taken_;
   DType compute_type_;
+  Device device_;
 };
 
 }  // namespace sluice

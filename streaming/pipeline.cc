@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "runtime/error.h"
+#include "runtime/transfer.h"
 #include "streaming/logging.h"
 #include "vision/preprocess.h"
 
@@ -69,9 +70,9 @@ VisualTokens Encode(ExecContext& ctx, const VisionEncoder& encoder,
 }
 
 // `count` of an encoder's tokens from `begin` on.
-VisualTokens Part(const VisualTokens& all, int64_t begin, int64_t count) {
+VisualTokens Part(ExecContext& ctx, const VisualTokens& all, int64_t begin, int64_t count) {
   const auto first = all.origins.begin() + begin;
-  return {.features = ConvertTo(all.features.view().Slice(begin, begin + count), DType::kF32),
+  return {.features = TransferTo(ctx, all.features.view().Slice(begin, begin + count), ctx.device()),
           .origins = {first, first + count},
           .grid_rows = all.grid_rows,
           .grid_cols = all.grid_cols,
@@ -102,17 +103,22 @@ std::vector<VisualTokens> EncodeAll(ExecContext& ctx, std::span<const Arrivals> 
   for (size_t i = 0; i < arrivals.size(); ++i) {
     if (arrivals[i].taken.empty() || alone(arrivals[i])) continue;
     const auto count = static_cast<int64_t>(arrivals[i].taken.size()) * encoder.tokens_per_frame();
-    tokens[i] = Part(all, begin, count);
+    tokens[i] = Part(ctx, all, begin, count);
     begin += count;
   }
   return tokens;
 }
 
 VisualTokens Compress(ExecContext& ctx, Session& session, VisualTokens tokens, StepGuard& guard) {
+  // What looks into tokens does so in host memory.
+  const bool looks = !session.compressors.empty() || session.pyramid.mode() != PyramidMode::kOff;
+  if (looks && tokens.features.device() != Device::kCpu) {
+    tokens.features = TransferTo(ctx, tokens.features, Device::kCpu);
+  }
   if (session.compressors.empty()) return tokens;
   const TraceScope trace(&ctx.tracer(), "compress", tokens.size());
   for (const auto& compressor : session.compressors) {
-    tokens = compressor->Compress(ctx, std::move(tokens));
+    tokens = compressor->Compress(ctx.host(), std::move(tokens));
     guard.Compressed(*compressor);
   }
   return tokens;
@@ -163,7 +169,8 @@ void CheckRoom(const Session& session, int64_t more, size_t frames) {
 
 // [ids, E] f32.
 Tensor EmbedIds(ExecContext& ctx, const Vlm& vlm, std::span<const int32_t> ids) {
-  Tensor rows(DType::kF32, {static_cast<int64_t>(ids.size()), vlm.decoder().hidden_size()});
+  Tensor rows(DType::kF32, {static_cast<int64_t>(ids.size()), vlm.decoder().hidden_size()},
+              ctx.device());
   vlm.decoder().Embed(ctx, ids, rows);
   return rows;
 }
@@ -253,11 +260,14 @@ Tensor EmbedPrompt(ExecContext& ctx, const Session& session, const std::vector<i
   const int64_t newline = prefix + static_cast<int64_t>(frames.size()) / width;
   const int64_t text = newline + (vlm.newline_row().empty() ? 0 : 1);
   const TraceScope trace(&ctx.tracer(), "question", text + count);
-  Tensor prompt(DType::kF32, {text + count, width});
+  Tensor prompt(DType::kF32, {text + count, width}, ctx.device());
   if (prefix > 0) vlm.decoder().Embed(ctx, session.prefix_ids, prompt.view().Slice(0, prefix));
-  std::copy(frames.begin(), frames.end(), prompt.data<float>() + prefix * width);
+  Transfer(ctx, ConstTensorView(frames.data(), DType::kF32, {newline - prefix, width}),
+           prompt.view().Slice(prefix, newline));
   if (text > newline) {
-    std::copy_n(vlm.newline_row().data<float>(), width, prompt.data<float>() + newline * width);
+    const ConstTensorView row = vlm.newline_row();
+    Transfer(ctx, ConstTensorView(row.raw(), DType::kF32, {1, width}),
+             prompt.view().Slice(newline, text));
   }
   vlm.decoder().Embed(ctx, ids, prompt.view().Slice(text, text + count));
   return prompt;
@@ -312,7 +322,7 @@ void ReadWaiting(ExecContext& ctx, std::span<Session* const> sessions) {
   const Decoder& decoder = read[0]->vlm->decoder();
   Append(ctx, decoder, first);
   for (Session* session : read) {
-    tokens.push_back(Joined(session->waiting));
+    tokens.push_back(Joined(ctx, session->waiting));
     if (tokens.back().size() == 0) continue;
     LayerPolicy* policy = session->pyramid.ForFrames(tokens.back(), session->cache.length());
     second.push_back({&session->cache, tokens.back().features, {}, policy});

@@ -9,6 +9,7 @@
 
 #include "runtime/archive.h"
 #include "runtime/error.h"
+#include "runtime/transfer.h"
 #include "runtime/ops/attention.h"
 
 namespace sluice {
@@ -150,7 +151,7 @@ void Persist(ExecContext& ctx, Archive& archive, KvCache& cache) {
   if (!pinned) pinned_keys.clear();
   for (size_t i = 0; i < pinned_keys.size(); ++i) {
     if (!archive.loading()) {
-      pinned_keys[i] = ConvertTo(cache.PinnedKeys(static_cast<int>(i)), geometry.dtype);
+      pinned_keys[i] = TransferTo(ctx, cache.PinnedKeys(static_cast<int>(i)), Device::kCpu);
     }
     archive.Value("pinned_keys", pinned_keys[i]);
   }
@@ -161,6 +162,7 @@ void Persist(ExecContext& ctx, Archive& archive, KvCache& cache) {
   if (archive.loading() && whole) {
     archive.CheckRoom("length", length - gone,
                       2 * geometry.num_layers * width * SizeOf(geometry.dtype));
+    for (Tensor& keys : pinned_keys) keys = Placed(std::move(keys), geometry.device);
     cache.Restore(length, gone, std::move(pinned_keys));
   }
   for (int layer = 0; layer < geometry.num_layers; ++layer) {
@@ -183,7 +185,12 @@ void Persist(ExecContext& ctx, Archive& archive, KvCache& cache) {
     if (!archive.loading()) {
       keys = Tensor(geometry.dtype, shape);
       values = Tensor(geometry.dtype, shape);
-      LoadKv(ctx, cache.layer(layer), 0, keys, values);
+      const Workspace::Scope scope(ctx.workspace());
+      const TensorView k = ctx.workspace().Allocate(geometry.dtype, shape);
+      const TensorView v = ctx.workspace().Allocate(geometry.dtype, shape);
+      LoadKv(ctx, cache.layer(layer), 0, k, v);
+      Transfer(ctx, k, keys);
+      Transfer(ctx, v, values);
     }
     archive.Value("keys", keys);
     archive.Value("values", values);
@@ -194,7 +201,10 @@ void Persist(ExecContext& ctx, Archive& archive, KvCache& cache) {
                      part->shape().ToString() + " " + Name(part->dtype()));
     }
     if (!whole) cache.ReserveRows(layer, tokens);
+    keys = Placed(std::move(keys), geometry.device);
+    values = Placed(std::move(values), geometry.device);
     StoreKv(ctx, keys, values, 0, cache.layer(layer));
+    ctx.Synchronize();  // before the tensors end
   }
   if (archive.loading() && !whole) cache.Advance(length);
 }

@@ -7,7 +7,9 @@
 
 #include "runtime/convert.h"
 #include "runtime/error.h"
+#include "runtime/ops/cuda/pictures.h"
 #include "runtime/parallel.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -34,6 +36,9 @@ void ForBatches(int64_t frames, int64_t rows, bool all_together,
 void GatherPatches(ExecContext& ctx, ConstTensorView pixels, int64_t patch, int64_t before,
                    TensorView gathered) {
   const int64_t side = pixels.dim(3), grid = side / patch;
+  if (OnGpu("gather_patches", ctx, {pixels, gathered})) {
+    return cuda::GatherPatches(pixels, patch, before, gathered, ctx.stream());
+  }
   const DType dtype = gathered.dtype();
   const int64_t row_bytes = gathered.dim(1) * static_cast<int64_t>(SizeOf(dtype));
   const int64_t piece = patch * static_cast<int64_t>(SizeOf(dtype));
@@ -61,6 +66,7 @@ void GatherPatches(ExecContext& ctx, ConstTensorView pixels, int64_t patch, int6
 }
 
 void RepeatRows(ExecContext& ctx, ConstTensorView x, TensorView y) {
+  if (OnGpu("repeat_rows", ctx, {x, y})) return cuda::RepeatRows(x, y, ctx.stream());
   const int64_t count = x.shape().NumElements();
   ParallelFor(ctx, y.dim(0) / x.dim(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t f = begin; f < end; ++f) {

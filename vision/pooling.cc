@@ -1,10 +1,13 @@
 #include "vision/pooling.h"
 
 #include <algorithm>
+#include <bit>
 #include <string>
 
 #include "runtime/error.h"
+#include "runtime/ops/cuda/pictures.h"
 #include "runtime/parallel.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 
@@ -17,6 +20,15 @@ void AveragePool(ExecContext& ctx, ConstTensorView x, int rows, int cols, int st
     throw Error("[pool] grids of " + std::to_string(in_tokens) + " tokens become " +
                 std::to_string(out_rows * out_cols) + ", got " + x.shape().ToString() + " and " +
                 y.shape().ToString());
+  }
+  if (OnGpu("pool", ctx, {x, y})) {
+    cuda::GridTaps taps;
+    taps.rows = rows;
+    taps.cols = cols;
+    taps.out_rows = static_cast<int>(out_rows);
+    taps.out_cols = static_cast<int>(out_cols);
+    taps.span = stride;
+    return cuda::BlendGrid(x, taps, y, ctx.stream());
   }
   const float* in = x.data<float>();
   float* out = y.data<float>();
@@ -64,6 +76,30 @@ void BilinearPool::Run(ExecContext& ctx, ConstTensorView x, TensorView y) const 
     throw Error("[pool] grids of " + std::to_string(in_tokens) + " tokens become " +
                 std::to_string(out_tokens) + ", got " + x.shape().ToString() + " and " +
                 y.shape().ToString());
+  }
+  if (OnGpu("pool", ctx, {x, y})) {
+    // Rows' and columns' lows, highs and fractions, one after another.
+    std::vector<int32_t> numbers;
+    for (const std::vector<Tap>* side : {&row_taps_, &col_taps_}) {
+      for (const Tap& tap : *side) numbers.push_back(tap.low);
+      for (const Tap& tap : *side) numbers.push_back(tap.high);
+      for (const Tap& tap : *side) numbers.push_back(std::bit_cast<int32_t>(tap.fraction));
+    }
+    const Workspace::Scope scope(ctx.workspace());
+    const int32_t* const there = Within(ctx, numbers);
+    const int32_t* const of_cols = there + 3 * out_rows();
+    cuda::GridTaps taps;
+    taps.rows = rows_;
+    taps.cols = cols_;
+    taps.out_rows = out_rows();
+    taps.out_cols = out_cols();
+    taps.row_low = there;
+    taps.row_high = there + out_rows();
+    taps.row_share = reinterpret_cast<const float*>(there + 2 * out_rows());
+    taps.col_low = of_cols;
+    taps.col_high = of_cols + out_cols();
+    taps.col_share = reinterpret_cast<const float*>(of_cols + 2 * out_cols());
+    return cuda::BlendGrid(x, taps, y, ctx.stream());
   }
   const float* in = x.data<float>();
   float* out = y.data<float>();

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "runtime/error.h"
+#include "runtime/transfer.h"
 #include "vision/resize.h"
 
 namespace sluice {
@@ -63,6 +64,12 @@ void Preprocess(ExecContext& ctx, std::span<const FramePtr> frames, const Prepro
   if (out.shape() != expected || out.dtype() != DType::kF32 || !out.contiguous()) {
     throw Error("[preprocess] out must be contiguous " + expected.ToString() + " f32, got " +
                 out.shape().ToString() + " " + Name(out.dtype()));
+  }
+  if (out.device() != Device::kCpu) {
+    // Resized in host memory, which has the decoded picture, and copied.
+    const Tensor pixels(DType::kF32, out.shape());
+    Preprocess(ctx.host(), frames, config, pixels);
+    return Transfer(ctx, pixels, out);
   }
   // Larger inputs would make the resized picture's longer side exceed 31 bits.
   if (config.fit == PictureFit::kCenterCrop && (width != height || width > kMaxCropSide)) {

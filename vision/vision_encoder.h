@@ -46,6 +46,7 @@ class VisionEncoder {
   virtual const PreprocessConfig& preprocess_config() const = 0;
   virtual int tokens_per_frame() const = 0;   // after pooling
   virtual int patches_per_frame() const = 0;  // inside the tower
+  virtual int head_dim() const = 0;           // of the tower's attention
   virtual int64_t output_size() const = 0;    // E
   // Multiply-adds of products and attention, times 2, of a frame that is computed whole.
   virtual double FlopsPerFrame() const = 0;

@@ -2,14 +2,17 @@
 
 #include <algorithm>
 
+#include "runtime/transfer.h"
+
 namespace sluice {
 
-VisualTokens GridTokens(std::span<const FramePtr> frames, int rows, int cols, int64_t width) {
+VisualTokens GridTokens(std::span<const FramePtr> frames, int rows, int cols, int64_t width,
+                        Device device) {
   VisualTokens tokens;
   tokens.grid_rows = rows;
   tokens.grid_cols = cols;
   const auto count = static_cast<int64_t>(frames.size()) * rows * cols;
-  tokens.features = Tensor(DType::kF32, {count, width});
+  tokens.features = Tensor(DType::kF32, {count, width}, device);
   tokens.origins.reserve(count);
   for (const FramePtr& frame : frames) {
     for (int row = 0; row < rows; ++row) {
@@ -29,7 +32,7 @@ int64_t VisualTokens::SizeBytes() const {
                               scores.size() * sizeof(float));
 }
 
-VisualTokens Joined(std::span<const VisualTokens> batches) {
+VisualTokens Joined(ExecContext& ctx, std::span<const VisualTokens> batches) {
   int64_t count = 0;
   bool scored = true;
   for (const VisualTokens& batch : batches) {
@@ -40,10 +43,11 @@ VisualTokens Joined(std::span<const VisualTokens> batches) {
   VisualTokens all;
   all.grid_rows = batches.front().grid_rows;
   all.grid_cols = batches.front().grid_cols;
-  all.features = Tensor(DType::kF32, {count, width});
-  float* to = all.features.data<float>();
+  all.features = Tensor(DType::kF32, {count, width}, batches.front().features.device());
+  int64_t begin = 0;
   for (const VisualTokens& batch : batches) {
-    to = std::copy_n(batch.features.data<float>(), batch.size() * width, to);
+    Transfer(ctx, batch.features, all.features.view().Slice(begin, begin + batch.size()));
+    begin += batch.size();
     all.origins.insert(all.origins.end(), batch.origins.begin(), batch.origins.end());
     if (scored) all.scores.insert(all.scores.end(), batch.scores.begin(), batch.scores.end());
   }

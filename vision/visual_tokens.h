@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "runtime/clock.h"
+#include "runtime/exec_context.h"
 #include "runtime/tensor.h"
 #include "vision/frame.h"
 
@@ -23,7 +24,8 @@ struct TokenOrigin {
 
 // M tokens in the order in which the decoder shall read them.
 struct VisualTokens {
-  Tensor features;                   // [M, E] f32, already in the decoder's embedding space
+  // [M, E] f32, already in the decoder's embedding space; as an encoder makes them, where it runs.
+  Tensor features;
   std::vector<TokenOrigin> origins;  // M entries
   int grid_rows = 0;                 // of the full grid of one frame
   int grid_cols = 0;
@@ -36,12 +38,13 @@ struct VisualTokens {
 };
 
 // One token for every place of a grid of `rows` x `cols` over each frame, frame-major, row-major;
-// features [M, width] still to be written.
-VisualTokens GridTokens(std::span<const FramePtr> frames, int rows, int cols, int64_t width);
+// features [M, width] on that device still to be written.
+VisualTokens GridTokens(std::span<const FramePtr> frames, int rows, int cols, int64_t width,
+                        Device device);
 
-// Those of all batches, in their order. Scores are kept if every batch with a token has them. At
+// Those of all batches, in their order, on the device of the first. Scores are kept if every batch with a token has them. At
 // least one batch.
-VisualTokens Joined(std::span<const VisualTokens> batches);
+VisualTokens Joined(ExecContext& ctx, std::span<const VisualTokens> batches);
 
 }  // namespace sluice
 

@@ -15,6 +15,7 @@
 #include "runtime/ops/rows.h"
 #include "runtime/ops/traced_linear.h"
 #include "runtime/parallel.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 
@@ -108,8 +109,8 @@ struct VitLayers::ReuseRoom {
 
 NormWeights::NormWeights(WeightStore& weights, const std::string& name, int64_t size,
                          float norm_eps)
-    : weight(weights.TakeF32(name + ".weight", {size})),
-      bias(weights.TakeF32(name + ".bias", {size})),
+    : weight(weights.TakePlaced(name + ".weight", {size})),
+      bias(weights.TakePlaced(name + ".bias", {size})),
       eps(norm_eps) {}
 
 void NormWeights::Apply(ExecContext& ctx, ConstTensorView hidden, TensorView y,
@@ -141,7 +142,7 @@ VitLayers::VitLayers(WeightStore& weights, const VitConfig& config)
         LinearWeight::Stack({weights.TakeMatrix(attention + "k_proj.weight", {width, width}),
                              weights.TakeMatrix(attention + "q_proj.weight", {width, width}),
                              weights.TakeMatrix(attention + "v_proj.weight", {width, width})},
-                            {&k_bias, &q_bias, &v_bias}, WeightUse::kManyRows);
+                            {&k_bias, &q_bias, &v_bias}, WeightUse::kManyRows, weights.device());
     layer.keys = layer.kqv.Outputs(0, width);
     layer.queries_values = layer.kqv.Outputs(width, 3 * width);
     layer.out =
@@ -160,7 +161,7 @@ double VitLayers::Run(ExecContext& ctx, TensorView hidden, const EncodeHooks& ho
   if (hooks.merge) return RunMerging(ctx, *hooks.merge, hidden);
   for (size_t i = 0; i < layers_.size(); ++i) {
     RunLayer(ctx, layers_[i], hidden);
-    if (hooks.probe) hooks.probe("layer." + std::to_string(i), hidden);
+    if (hooks.probe) ShowOnHost(ctx, hooks.probe, "layer." + std::to_string(i), hidden);
   }
   return static_cast<double>(hidden.dim(0) / rows()) * FlopsPerFrame();
 }
@@ -214,6 +215,14 @@ double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView h
     const int64_t begin = plan.first * per_frame, end = begin + plan.frames() * per_frame;
     return ReuseRoom{narrow.Slice(2 * begin, 2 * end), keys.Slice(begin, end)};
   };
+
+  // What a saved stream brought lies in host memory.
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    LayerReference& kept = reuse.reference(static_cast<int>(l));
+    for (Tensor* part : {&kept.keys, &kept.values, &kept.update}) {
+      if (part->device() != ctx.device()) *part = Placed(std::move(*part), ctx.device());
+    }
+  }
 
   // The schedule nearly always holds, so the first layer's keys, which tell for sure, are made in
   // its order.
@@ -435,7 +444,9 @@ double VitLayers::RunPlan(ExecContext& ctx, FeatureReuse& reuse, const ReusePlan
     if (kept) {
       if (kept->keys.empty()) {
         const Shape shape = {per_frame, width};
-        *kept = {Tensor(dtype_, shape), Tensor(dtype_, shape), Tensor(dtype_, shape)};
+        for (Tensor* part : {&kept->keys, &kept->values, &kept->update}) {
+          *part = Tensor(dtype_, shape, ctx.device());
+        }
       }
       CopyRows(ctx, whole_keys.Slice(last, whole_rows), kept->keys);
       CopyRows(ctx, whole_values.Slice(last, whole_rows), kept->values);

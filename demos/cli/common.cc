@@ -10,6 +10,7 @@
 
 #include "demos/world/scene.h"
 #include "runtime/error.h"
+#include "runtime/ops/cuda/device.h"
 
 namespace sluice::cli {
 
@@ -21,6 +22,10 @@ void AddModelFlags(CLI::App& command, ModelFlags& flags) {
       ->check(CLI::IsMember({"f32", "bf16"}));
   command.add_option("--threads", flags.threads, "Threads (default: physical cores)")
       ->check(CLI::Range(1, 1024));
+  command
+      .add_option("--device", flags.device,
+                  "Run on the cpu or on a GPU with cuda (default: a GPU if there is one)")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
 }
 
 void AddClipOptions(CLI::App& command, const ClipOptions& flags) {
@@ -43,6 +48,12 @@ Engine OpenEngine(const ModelFlags& flags, EngineOptions options) {
     options.vlm.compute_type = flags.dtype == "f32" ? DType::kF32 : DType::kBF16;
   }
   options.num_threads = flags.threads;
+  const bool has_gpu = cuda::DeviceCount() > 0;
+  if (flags.device == "cuda" && !has_gpu) {
+    throw InputError(
+        "[sluice] --device cuda needs a GPU with its driver and a build with CUDA; found none");
+  }
+  if (flags.device.empty() ? has_gpu : flags.device == "cuda") options.vlm.device = Device::kCuda;
   return Engine(options);
 }
 

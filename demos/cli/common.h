@@ -25,6 +25,7 @@ struct ModelFlags {
   std::string model;  // empty: the bundled one
   std::string dtype;  // empty: the machine's best
   int threads = 0;    // 0: physical cores
+  std::string device;  // "cpu", "cuda"; empty: a GPU if there is one
 };
 void AddModelFlags(CLI::App& command, ModelFlags& flags);
 

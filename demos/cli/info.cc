@@ -6,6 +6,7 @@
 #include "demos/cli/common.h"
 #include "llm/family_registry.h"
 #include "runtime/ops/attention.h"
+#include "runtime/ops/cuda/device.h"
 #include "runtime/ops/linear.h"
 
 namespace sluice::cli {
@@ -55,6 +56,20 @@ Json Describe(const Vlm& vlm) {
 // Which implementations the shapes of this model lead to.
 Json FastPaths(const Vlm& vlm, const CpuInfo& cpu) {
   const DType dtype = vlm.info().compute_type;
+  if (vlm.info().device == Device::kCuda) {
+    const KvGeometry kv = vlm.decoder().kv_geometry();
+    const int capability = cuda::ComputeCapability();
+    const int heads = vlm.decoder().num_heads();
+    const auto causal = [&](int64_t queries) {
+      return Name(ChooseGpuAttention(capability, queries, heads, kv.kv_heads, kv.head_dim, dtype,
+                                     /*causal=*/true, /*biased=*/false));
+    };
+    return {{"encode_linear", "cublasLt"},  {"encode_attention", Name(ChooseGpuAttention(
+                capability, vlm.encoder().patches_per_frame(), 1, 1, vlm.encoder().head_dim(), dtype,
+                /*causal=*/false, /*biased=*/false))},
+            {"prefill_linear", "cublasLt"}, {"prefill_attention", causal(2)},
+            {"decode_linear", "cublasLt"},  {"decode_attention", causal(1)}};
+  }
   const int64_t width = vlm.decoder().hidden_size();
   const int64_t patches = vlm.encoder().patches_per_frame();
   const int64_t tokens = vlm.encoder().tokens_per_frame();
@@ -104,6 +119,11 @@ void Info(const InfoFlags& flags) {
   const CpuInfo cpu = CpuInfo::Detect();
   Json machine = ToJson(cpu);
   machine["threads"] = engine.num_threads();
+  machine["device"] = Name(engine.vlm()->info().device);
+  if (cuda::DeviceCount() > 0) {
+    machine["gpu"] = cuda::DeviceName();
+    machine["compute_capability"] = cuda::ComputeCapability() / 10.0;
+  }
   const Json report = {{"checkpoint", Describe(*engine.vlm())},
                        {"machine", machine},
                        {"fast_paths", FastPaths(*engine.vlm(), cpu)},

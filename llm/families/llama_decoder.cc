@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -14,7 +13,9 @@
 #include "runtime/ops/embedding.h"
 #include "runtime/ops/norm.h"
 #include "runtime/ops/rope.h"
+#include "runtime/ops/rows.h"
 #include "runtime/ops/traced_linear.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -62,16 +63,34 @@ int64_t CountRows(std::span<const Segment> segments) {
   return rows;
 }
 
-// Moves the rows that `segments` still name to the front of `hidden`, the chunk's rows.
-TensorView Compact(std::span<const Segment> segments, TensorView hidden) {
-  float* to = hidden.data<float>();
-  const int64_t width = hidden.dim(1);
-  for (const Segment& segment : segments) {
-    std::memmove(to, hidden.data<float>() + segment.row * width,
-                 segment.rows * width * sizeof(float));
-    to += segment.rows * width;
+// Moves rows of `x` to its front; the others are lost. rows: ascending.
+TensorView KeepRowsOf(ExecContext& ctx, TensorView x, std::span<const int32_t> rows) {
+  const auto count = static_cast<int64_t>(rows.size());
+  if (count > 0 && rows.back() >= count) {  // else all of them stand there already
+    const Workspace::Scope scope(ctx.workspace());
+    const TensorView moved = ctx.workspace().Allocate(x.dtype(), {count, x.dim(1)});
+    GatherRows(ctx, x, rows, 1, moved);
+    CopyRows(ctx, moved, x.Slice(0, count));
   }
-  return hidden.Slice(0, CountRows(segments));
+  return x.Slice(0, count);
+}
+
+// Moves the rows that `segments` still name to the front of `hidden`, the chunk's rows.
+TensorView Compact(ExecContext& ctx, std::span<const Segment> segments, TensorView hidden) {
+  std::vector<int32_t> rows;
+  for (const Segment& segment : segments) {
+    for (int64_t i = 0; i < segment.rows; ++i) {
+      rows.push_back(static_cast<int32_t>(segment.row + i));
+    }
+  }
+  return KeepRowsOf(ctx, hidden, rows);
+}
+
+// to = from, which may lie on the host.
+void Bring(ExecContext& ctx, ConstTensorView from, TensorView to) {
+  if (from.device() == to.device()) return Convert(ctx, from, to);
+  if (from.dtype() == to.dtype()) return Transfer(ctx, from, to);
+  Convert(ctx, TransferTo(ctx, from, to.device()), to);
 }
 
 // How many rows run at once, of `total`: equal chunks.
@@ -114,16 +133,6 @@ std::vector<std::vector<Segment>> CutIntoChunks(std::span<const SequenceStep> se
   return chunks;
 }
 
-// Moves rows of `x` to its front; the others are lost. rows: ascending.
-TensorView KeepRowsOf(TensorView x, std::span<const int32_t> rows) {
-  auto* bytes = static_cast<uint8_t*>(x.raw());
-  const size_t width = x.dim(1) * SizeOf(x.dtype());
-  for (size_t i = 0; i < rows.size(); ++i) {
-    std::memmove(bytes + i * width, bytes + rows[i] * width, width);
-  }
-  return x.Slice(0, static_cast<int64_t>(rows.size()));
-}
-
 // A sequence that loses rows on its way through the layers.
 struct StagedRows {
   const SequenceStep* step;
@@ -158,8 +167,9 @@ class LlamaDecoder : public Decoder {
             const DecoderProbe& probe) const override;
   void Embed(ExecContext& ctx, std::span<const int32_t> ids, TensorView out) const override;
   KvGeometry kv_geometry() const override {
-    return {config_.num_layers, config_.num_kv_heads, config_.head_dim, dtype_};
+    return {config_.num_layers, config_.num_kv_heads, config_.head_dim, dtype_, device_};
   }
+  int num_heads() const override { return config_.num_heads; }
   int64_t hidden_size() const override { return config_.hidden_size; }
   int64_t vocab_size() const override { return config_.vocab_size; }
   int64_t max_positions() const override { return config_.max_positions; }
@@ -202,6 +212,7 @@ class LlamaDecoder : public Decoder {
 
   LlamaConfig config_;
   DType dtype_;             // of weights, product inputs and the KV cache
+  Device device_;           // where all of it lies
   SharedMatrix embedding_;  // [V, E]; empty where tied: then rows are read from lm_head_
   LinearWeight lm_head_;    // [V, E]
   Tensor final_norm_;       // [E] f32
@@ -210,7 +221,8 @@ class LlamaDecoder : public Decoder {
 };
 
 LlamaDecoder::LlamaDecoder(WeightStore& weights, const LlamaConfig& config)
-    : config_(config), dtype_(weights.compute_type()), inv_freq_(InverseFrequencies(config)) {
+    : config_(config), dtype_(weights.compute_type()),
+      device_(weights.device()), inv_freq_(Placed(InverseFrequencies(config), device_)) {
   const int64_t width = config.hidden_size, inner = config.intermediate_size;
   const int64_t q_rows = q_width(), kv_rows = kv_width();
   constexpr WeightUse kUse = WeightUse::kAnyRows;
@@ -218,28 +230,32 @@ LlamaDecoder::LlamaDecoder(WeightStore& weights, const LlamaConfig& config)
       weights.TakeMatrix("language_model.embed_tokens.weight", {config.vocab_size, width});
   if (weights.Has("lm_head.weight")) {
     embedding_ = std::move(embedding);
+    if (weights.device() == Device::kCuda) {
+      const auto copy = std::make_shared<Tensor>(Placed(embedding_.view, weights.device()));
+      embedding_ = {*copy, copy, nullptr};
+    }
     lm_head_ = weights.TakeLinear("lm_head", config.vocab_size, width, false, kUse);
   } else if (config.tie_word_embeddings) {
-    lm_head_ = LinearWeight(std::move(embedding), Tensor(), kUse);
+    lm_head_ = LinearWeight(std::move(embedding), Tensor(), kUse, weights.device());
   } else {
     throw InputError(
         Place() +
         "lm_head.weight is missing and tie_word_embeddings is false in both config.json and its "
         "text_config: the checkpoint is incomplete");
   }
-  final_norm_ = weights.TakeF32("language_model.norm.weight", {width});
+  final_norm_ = weights.TakePlaced("language_model.norm.weight", {width});
   for (int i = 0; i < config.num_layers; ++i) {
     const std::string prefix = "language_model.layers." + std::to_string(i) + ".";
     const std::string attention = prefix + "self_attn.", mlp = prefix + "mlp.";
     LlamaLayer layer;
-    layer.attention_norm = weights.TakeF32(prefix + "input_layernorm.weight", {width});
-    layer.mlp_norm = weights.TakeF32(prefix + "post_attention_layernorm.weight", {width});
+    layer.attention_norm = weights.TakePlaced(prefix + "input_layernorm.weight", {width});
+    layer.mlp_norm = weights.TakePlaced(prefix + "post_attention_layernorm.weight", {width});
     const auto stack_qkv = [&](std::initializer_list<const Tensor*> biases) {
       return LinearWeight::Stack(
           {weights.TakeMatrix(attention + "q_proj.weight", {q_rows, width}),
            weights.TakeMatrix(attention + "k_proj.weight", {kv_rows, width}),
            weights.TakeMatrix(attention + "v_proj.weight", {kv_rows, width})},
-          biases, kUse);
+          biases, kUse, weights.device());
     };
     if (config.qkv_bias) {
       const Tensor q_bias = weights.TakeF32(attention + "q_proj.bias", {q_rows});
@@ -253,7 +269,7 @@ LlamaDecoder::LlamaDecoder(WeightStore& weights, const LlamaConfig& config)
     layer.gate_up =
         LinearWeight::Stack({weights.TakeMatrix(mlp + "gate_proj.weight", {inner, width}),
                              weights.TakeMatrix(mlp + "up_proj.weight", {inner, width})},
-                            {}, kUse);
+                            {}, kUse, weights.device());
     layer.down = weights.TakeLinear(mlp + "down_proj", width, inner, false, kUse);
     layers_.push_back(std::move(layer));
   }
@@ -326,19 +342,8 @@ void LlamaDecoder::Step(ExecContext& ctx, std::span<SequenceStep> sequences,
 void LlamaDecoder::Embed(ExecContext& ctx, std::span<const int32_t> ids, TensorView out) const {
   if (!embedding_.view.empty()) {
     sluice::Embed(ctx, embedding_.view, ids, out);
-    return;
-  }
-  const Shape expected{static_cast<int64_t>(ids.size()), config_.hidden_size};
-  if (out.shape() != expected || out.dtype() != DType::kF32) {
-    throw Error(Place() + "embeddings must be " + expected.ToString() + " f32, got " +
-                out.shape().ToString() + " " + Name(out.dtype()));
-  }
-  for (size_t i = 0; i < ids.size(); ++i) {
-    if (ids[i] < 0 || ids[i] >= config_.vocab_size) {
-      throw Error(Place() + "ids must lie in [0, " + std::to_string(config_.vocab_size) +
-                  "), got " + std::to_string(ids[i]));
-    }
-    lm_head_.CopyRow(ids[i], out.data<float>() + i * out.stride0());
+  } else {
+    sluice::Embed(ctx, lm_head_, ids, out);
   }
 }
 
@@ -348,8 +353,8 @@ void LlamaDecoder::RunChunk(ExecContext& ctx, std::vector<Segment> segments,
   Workspace::Scope scope(workspace);
   TensorView hidden = workspace.Allocate(DType::kF32, {CountRows(segments), config_.hidden_size});
   for (const Segment& segment : segments) {
-    ConvertInto(segment.step->embeddings.Slice(segment.offset, segment.offset + segment.rows),
-                hidden.Slice(segment.row, segment.row + segment.rows));
+    Bring(ctx, segment.step->embeddings.Slice(segment.offset, segment.offset + segment.rows),
+          hidden.Slice(segment.row, segment.row + segment.rows));
   }
   for (int i = 0; i < config_.num_layers; ++i) {
     hidden = RunLayer(ctx, i, segments, hidden, {}, probe);
@@ -357,7 +362,7 @@ void LlamaDecoder::RunChunk(ExecContext& ctx, std::vector<Segment> segments,
   }
   if (probe) {
     KeepWanted(segments);
-    hidden = Compact(segments, hidden);
+    hidden = Compact(ctx, segments, hidden);
     if (hidden.dim(0) == 0) return;
   }
   WriteLogits(ctx, segments, hidden, probe);
@@ -372,7 +377,7 @@ void LlamaDecoder::RunStaged(ExecContext& ctx, const SequenceStep& step,
   KvCache& cache = *step.cache;
   const int64_t length = step.embeddings.dim(0);
   StagedRows staged{&step, workspace.Allocate(DType::kF32, {length, config_.hidden_size}), {}, {}};
-  ConvertInto(step.embeddings, staged.hidden);
+  Bring(ctx, step.embeddings, staged.hidden);
   staged.fresh.resize(length);
   std::iota(staged.fresh.begin(), staged.fresh.end(), static_cast<int32_t>(cache.length()));
   const std::span<const int> boundaries =
@@ -408,7 +413,7 @@ void LlamaDecoder::RunStaged(ExecContext& ctx, const SequenceStep& step,
   cache.Advance(length);
   if (probe) {
     KeepWanted(segments);
-    last = Compact(segments, last);
+    last = Compact(ctx, segments, last);
   }
   if (last.dim(0) > 0) WriteLogits(ctx, segments, last, probe);
 }
@@ -462,9 +467,10 @@ TensorView LlamaDecoder::PassBoundary(ExecContext& ctx, int layer, bool single_c
   boundary.tokens = tokens;
   boundary.cached = cached;
   boundary.last_query = [&] {
-    const Tensor query(dtype_, {1, q_width()});
+    Workspace::Scope scope(workspace);
+    const TensorView query = workspace.Allocate(dtype_, {1, q_width()});
     last_queries(query);
-    const Tensor wide = ConvertTo(query, DType::kF32);
+    const Tensor wide = ConvertTo(TransferTo(ctx, query, Device::kCpu), DType::kF32);
     return std::vector<float>(wide.data<float>(), wide.data<float>() + q_width());
   };
   boundary.attention = [&](int64_t queries) {
@@ -509,10 +515,10 @@ TensorView LlamaDecoder::PassBoundary(ExecContext& ctx, int layer, bool single_c
   }
   if (static_cast<int64_t>(kept_cached.size()) < cached) staged.cached = std::move(kept_cached);
   if (static_cast<int64_t>(kept_fresh.size()) == rows) return keys;
-  staged.hidden = KeepRowsOf(staged.hidden, kept_fresh);
+  staged.hidden = KeepRowsOf(ctx, staged.hidden, kept_fresh);
   for (size_t i = 0; i < kept_fresh.size(); ++i) staged.fresh[i] = staged.fresh[kept_fresh[i]];
   staged.fresh.resize(kept_fresh.size());
-  return keys.empty() ? keys : KeepRowsOf(keys, kept_fresh);
+  return keys.empty() ? keys : KeepRowsOf(ctx, keys, kept_fresh);
 }
 
 // How `queries`, not yet rotated, attend, in the mean: they stand where the last rows of the step
@@ -530,8 +536,8 @@ std::vector<float> LlamaDecoder::Attention(ExecContext& ctx, int layer, const St
   if (by_rows) std::iota(positions.begin(), positions.end(), static_cast<int32_t>(cached));
   const TensorView q = workspace.Allocate(dtype_, {count, q_width()});
   const TensorView k = workspace.Allocate(dtype_, {rows, kv_width()});
-  ConvertInto(queries, q);
-  ConvertInto(keys, k);
+  Bring(ctx, queries, q);
+  CopyRows(ctx, keys, k);
   Rope(ctx, q, config_.head_dim, std::span(positions).last(count), inv_freq_);
   Rope(ctx, k, config_.head_dim, positions, inv_freq_);
   TraceScope trace(&ctx.tracer(), "decoder/rank", count);
@@ -564,21 +570,19 @@ TensorView LlamaDecoder::RunLayer(ExecContext& ctx, int layer, std::vector<Segme
     ProjectAround(ctx, layer, hidden, keys, qkv);
   }
   Rotate(ctx, layer, segments, qkv);
-  if (probe) {
-    probe(name + ".query", qkv.Columns(0, q_width()));
-    probe(name + ".key", qkv.Columns(q_width(), q_width() + kv_width()));
-  }
+  ShowOnHost(ctx, probe, name + ".query", qkv.Columns(0, q_width()));
+  ShowOnHost(ctx, probe, name + ".key", qkv.Columns(q_width(), q_width() + kv_width()));
   StoreKeysAndValues(ctx, layer, segments, qkv);
   if (!probe && layer + 1 == config_.num_layers) {
     // Once the last layer's keys and values are stored, only rows whose logits are read matter: a
     // prefill without logits saves most of that layer.
     KeepWanted(segments);
-    hidden = Compact(segments, hidden);
+    hidden = Compact(ctx, segments, hidden);
     if (hidden.dim(0) == 0) return hidden;
   }
   Attend(ctx, layer, segments, qkv, hidden);
   RunMlp(ctx, layers_[layer], hidden);
-  if (probe) probe(name, hidden);
+  ShowOnHost(ctx, probe, name, hidden);
   return hidden;
 }
 
@@ -603,13 +607,13 @@ void LlamaDecoder::Project(ExecContext& ctx, int layer, ConstTensorView hidden,
 void LlamaDecoder::ProjectAround(ExecContext& ctx, int layer, ConstTensorView hidden,
                                  ConstTensorView keys, TensorView qkv) const {
   const int64_t values = q_width() + kv_width();
-  ConvertInto(keys, qkv.Columns(q_width(), values));
+  CopyRows(ctx, keys, qkv.Columns(q_width(), values));
   for (const auto& [begin, end] :
        {std::pair(int64_t{0}, q_width()), std::pair(values, qkv.dim(1))}) {
     Workspace::Scope scope(ctx.workspace());
     const TensorView part = ctx.workspace().Allocate(dtype_, {hidden.dim(0), end - begin});
     Project(ctx, layer, hidden, layers_[layer].qkv.Outputs(begin, end), part);
-    ConvertInto(part, qkv.Columns(begin, end));
+    CopyRows(ctx, part, qkv.Columns(begin, end));
   }
 }
 
@@ -646,20 +650,21 @@ void LlamaDecoder::Attend(ExecContext& ctx, int layer, std::span<const Segment> 
   const TensorView mixed = ctx.workspace().Allocate(dtype_, {hidden.dim(0), q_width()});
   {
     TraceScope trace(&ctx.tracer(), "decoder/attention", hidden.dim(0));
-    int64_t done = 0;
+    std::vector<KvSegment> parts;
     for (const Segment& segment : segments) {
       if (segment.rows == 0) continue;
       const int64_t first = segment.CacheRow(layer);
-      CausalAttention(ctx, qkv.Columns(0, q_width()).Slice(segment.row, segment.row + segment.rows),
-                      first, config_.num_heads,
-                      1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
-                      segment.step->cache->layer(layer), mixed.Slice(done, done + segment.rows));
-      done += segment.rows;
+      parts.push_back({.row = segment.row,
+                       .rows = segment.rows,
+                       .begin = first,
+                       .kv = segment.step->cache->layer(layer)});
       const double seen = first + 0.5 * (segment.rows + 1);  // in the mean
       trace.AddWork(
           4.0 * segment.rows * seen * q_width(),
           2.0 * SizeOf(dtype_) * (segment.rows * q_width() + (first + segment.rows) * kv_width()));
     }
+    CausalAttention(ctx, qkv.Columns(0, q_width()), parts, config_.num_heads,
+                    1.0f / std::sqrt(static_cast<float>(config_.head_dim)), mixed);
   }
   TracedLinear(ctx, "decoder/out", mixed, layers_[layer].out, hidden, {.accumulate = true});
 }
@@ -682,7 +687,7 @@ void LlamaDecoder::WriteLogits(ExecContext& ctx, std::span<const Segment> segmen
   Workspace::Scope scope(workspace);
   const TensorView narrow = workspace.Allocate(dtype_, hidden.shape());
   Normalise(ctx, final_norm_, hidden, narrow);
-  if (probe) probe("norm", ConvertTo(narrow, DType::kF32));
+  if (probe) probe("norm", ConvertTo(TransferTo(ctx, narrow, Device::kCpu), DType::kF32));
   const int64_t rows = hidden.dim(0);
   if (rows > 1 && rows == std::count_if(segments.begin(), segments.end(),
                                         [](const Segment& s) { return s.rows == 1; })) {
@@ -693,10 +698,10 @@ void LlamaDecoder::WriteLogits(ExecContext& ctx, std::span<const Segment> segmen
     for (const Segment& segment : segments) {
       if (segment.rows == 0) continue;
       const int64_t to = segment.step->logits.dim(0) == 1 ? 0 : segment.offset;
-      ConvertInto(together.Slice(row, row + 1), segment.step->logits.Slice(to, to + 1));
+      CopyRows(ctx, together.Slice(row, row + 1), segment.step->logits.Slice(to, to + 1));
       ++row;
     }
-    if (probe) probe("logits", together);
+    ShowOnHost(ctx, probe, "logits", together);
     return;
   }
   int64_t row = 0;
@@ -705,7 +710,7 @@ void LlamaDecoder::WriteLogits(ExecContext& ctx, std::span<const Segment> segmen
     const int64_t to = segment.step->logits.dim(0) == 1 ? 0 : segment.offset;
     const TensorView logits = segment.step->logits.Slice(to, to + segment.rows);
     TracedLinear(ctx, "decoder/lm_head", narrow.Slice(row, row + segment.rows), lm_head_, logits);
-    if (probe) probe("logits", logits);
+    ShowOnHost(ctx, probe, "logits", logits);
     row += segment.rows;
   }
 }

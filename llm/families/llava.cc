@@ -59,8 +59,10 @@ Llava::Llava(const std::filesystem::path& directory, const VlmOptions& options,
     info_.name = std::filesystem::absolute(directory).lexically_normal().parent_path().filename();
   }
   info_.architecture = parts.architecture;
-  info_.compute_type =
-      options.compute_type ? *options.compute_type : CpuInfo::Detect().BestComputeType();
+  info_.device = options.device;
+  info_.compute_type = options.compute_type              ? *options.compute_type
+                       : options.device == Device::kCuda ? DType::kBF16
+                                                         : CpuInfo::Detect().BestComputeType();
   if (info_.compute_type != DType::kF32 && info_.compute_type != DType::kBF16) {
     throw InputError(std::string("[vlm] the compute type must be f32 or bf16, got ") +
                      Name(info_.compute_type));
@@ -126,7 +128,7 @@ void Llava::LoadWeights(const std::filesystem::path& directory, const LlavaParts
       std::to_string(ArchiveChecksum(ReadSmallFile("vlm", directory / "config.json", 1 << 20)));
   info_.weight_bytes = info_.parameters * static_cast<int64_t>(SizeOf(info_.compute_type));
 
-  WeightStore weights(checkpoint, parts.canonical, info_.compute_type);
+  WeightStore weights(checkpoint, parts.canonical, info_.compute_type, info_.device);
   if (parts.has_newline) {
     newline_ = weights.TakeF32("image_newline", {parts.text.hidden_size});
   }

@@ -3,11 +3,16 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <vector>
 
 #include "runtime/error.h"
 #include "runtime/ops/cpu/amx.h"
 #include "runtime/ops/cpu/attention.h"
+#include "runtime/ops/cuda/activation.h"
+#include "runtime/ops/cuda/attention.h"
+#include "runtime/ops/cuda/kv.h"
 #include "runtime/parallel.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -209,6 +214,166 @@ void MeanRow(ExecContext& ctx, const T* q, int heads, float scale, const KvLayer
   }
 }
 
+// ---- on a GPU -------------------------------------------------------------------------------
+
+void CheckDevice(const char* op, const ExecContext& ctx, const KvLayerView& kv) {
+  if (kv.device == ctx.device()) return;
+  throw Error(std::string("[") + op + "] expected a cache on the " + Name(ctx.device()) +
+              ", got one on the " + Name(kv.device));
+}
+
+cuda::KvBlocks BlocksOf(const KvLayerView& kv) {
+  return {const_cast<void*>(kv.base), kv.kv_heads, kv.head_dim, kv.dtype};
+}
+
+// Appends the numbers of the blocks that hold positions [begin, end), as kernels want them.
+void AppendBlocks(const KvLayerView& kv, int64_t begin, int64_t end,
+                  std::vector<int32_t>& numbers) {
+  const auto bytes = static_cast<int64_t>(KvBlockBytes(kv.kv_heads, kv.head_dim, kv.dtype));
+  const int64_t last = (end + kKvBlockTokens - 1) / kKvBlockTokens;
+  for (int64_t b = begin / kKvBlockTokens; b < last; ++b) {
+    const int64_t offset =
+        static_cast<const char*>(kv.blocks[b]) - static_cast<const char*>(kv.base);
+    numbers.push_back(static_cast<int32_t>(offset / bytes));
+  }
+}
+
+void MoveKv(ExecContext& ctx, const KvLayerView& kv, int64_t begin, ConstTensorView keys,
+            ConstTensorView values, bool store) {
+  if (keys.dim(0) == 0) return;
+  const Workspace::Scope scope(ctx.workspace());
+  std::vector<int32_t> where = {static_cast<int32_t>(begin % kKvBlockTokens)};
+  AppendBlocks(kv, begin, begin + keys.dim(0), where);
+  const cuda::KvRows rows = {const_cast<void*>(keys.raw()), const_cast<void*>(values.raw()),
+                             keys.stride0(), values.stride0(), keys.dim(0)};
+  const auto move = store ? cuda::StoreKv : cuda::LoadKv;
+  move(BlocksOf(kv), Within(ctx, where), rows, ctx.stream());
+}
+
+// Attention with the matrix kernels over rows that lie one after another.
+void FlashAttention(ExecContext& ctx, const cuda::AttentionArgs& args) {
+  const Workspace::Scope scope(ctx.workspace());
+  const auto bytes = static_cast<int64_t>(cuda::AttentionWorkspaceBytes(args));
+  const TensorView room = ctx.workspace().Allocate(DType::kU8, {bytes});
+  cuda::Attention(args, room.raw(), bytes, ctx.stream());
+}
+
+// One row of each of consecutive segments.
+void DecodeOnGpu(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment> segments,
+                 int heads, float scale, TensorView out) {
+  const Workspace::Scope scope(ctx.workspace());
+  int64_t blocks = 0;
+  for (const KvSegment& segment : segments) {
+    blocks = std::max(blocks, (segment.begin + kKvBlockTokens) / kKvBlockTokens);
+  }
+  constexpr int64_t kTogether = 64;  // so that lengths near each other use the same launch
+  const int64_t pitch = (blocks + kTogether - 1) / kTogether * kTogether + 1;
+  std::vector<int32_t> tables;
+  for (const KvSegment& segment : segments) {
+    const size_t end = tables.size() + pitch;
+    tables.push_back(static_cast<int32_t>(segment.begin + 1));
+    AppendBlocks(segment.kv, 0, segment.begin + 1, tables);
+    tables.resize(end, 0);
+  }
+  const KvLayerView& kv = segments.front().kv;
+  const ConstTensorView first = q.Slice(segments.front().row, segments.front().row + 1);
+  const cuda::DecodeAttentionArgs args = {.q = first.raw(),
+                                          .q_stride = q.stride0(),
+                                          .out = out.raw(),
+                                          .heads = heads,
+                                          .kv_heads = kv.kv_heads,
+                                          .head_dim = kv.head_dim,
+                                          .scale = scale,
+                                          .base = kv.base,
+                                          .tables = Within(ctx, tables),
+                                          .table_pitch = pitch,
+                                          .sequences = static_cast<int64_t>(segments.size())};
+  const auto bytes = static_cast<int64_t>(cuda::DecodeWorkspaceBytes(args));
+  const TensorView room = ctx.workspace().Allocate(DType::kU8, {bytes});
+  cuda::DecodeAttention(args, room.raw(), ctx.stream());
+}
+
+// The rows of one segment; q and out are theirs.
+void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment, int heads,
+                  float scale, TensorView out) {
+  const Workspace::Scope scope(ctx.workspace());
+  const KvLayerView& kv = segment.kv;
+  const int64_t seen = segment.begin + segment.rows;
+  if (ChooseGpuAttention(cuda::ComputeCapability(), segment.rows, heads, kv.kv_heads, kv.head_dim,
+                         kv.dtype, /*causal=*/true, /*biased=*/false) == GpuAttention::kFlash) {
+    // The copy engine of the kernel wants tokens at equal distances. Copying costs as much as
+    // reading the keys and values twice more.
+    const Shape shape{seen, int64_t{kv.kv_heads} * kv.head_dim};
+    const TensorView keys = ctx.workspace().Allocate(kv.dtype, shape);
+    const TensorView values = ctx.workspace().Allocate(kv.dtype, shape);
+    MoveKv(ctx, kv, 0, keys, values, /*store=*/false);
+    return FlashAttention(ctx, {.q = q.raw(),
+                                .k = keys.raw(),
+                                .v = values.raw(),
+                                .out = out.raw(),
+                                .q_stride = q.stride0(),
+                                .k_stride = keys.stride0(),
+                                .v_stride = values.stride0(),
+                                .out_stride = out.stride0(),
+                                .batch = 1,
+                                .q_len = segment.rows,
+                                .kv_len = seen,
+                                .heads = heads,
+                                .kv_heads = kv.kv_heads,
+                                .head_dim = kv.head_dim,
+                                .scale = scale,
+                                .causal = true});
+  }
+  std::vector<int32_t> table;
+  AppendBlocks(kv, 0, seen, table);
+  cuda::PlainAttentionArgs args;
+  args.q = q.raw();
+  args.q_stride = q.stride0();
+  args.out = out.raw();
+  args.heads = heads;
+  args.kv_heads = kv.kv_heads;
+  args.head_dim = kv.head_dim;
+  args.dtype = kv.dtype;
+  args.scale = scale;
+  args.q_len = segment.rows;
+  args.kv_len = seen;
+  args.base = kv.base;
+  args.table = Within(ctx, table);
+  cuda::PlainAttention(args, ctx.stream());
+}
+
+void CausalOnGpu(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment> segments,
+                 int heads, float scale, TensorView out) {
+  bool decodes = true;
+  for (size_t i = 0; i < segments.size(); ++i) {
+    const KvSegment& s = segments[i];
+    decodes = decodes && s.rows == 1 && s.row == segments[0].row + static_cast<int64_t>(i) &&
+              s.kv.base == segments[0].kv.base;
+  }
+  const KvLayerView& kv = segments.front().kv;
+  if (decodes && ChooseGpuAttention(cuda::ComputeCapability(), 1, heads, kv.kv_heads, kv.head_dim,
+                                    kv.dtype, true, false) == GpuAttention::kDecode) {
+    return DecodeOnGpu(ctx, q, segments, heads, scale, out);
+  }
+  int64_t done = 0;
+  for (const KvSegment& s : segments) {
+    if (s.rows > 0) {
+      SegmentOnGpu(ctx, q.Slice(s.row, s.row + s.rows), s, heads, scale,
+                   out.Slice(done, done + s.rows));
+    }
+    done += s.rows;
+  }
+}
+
+// By head, then the mean of them: softmax(scores) [batch * rows, keys] to mean [batch, keys].
+void MeanOfScores(ExecContext& ctx, const cuda::KeyScoreArgs& scores, float* mean) {
+  cuda::KeyScores(scores, ctx.stream());
+  const int64_t rows = scores.queries * scores.heads, keys = scores.row_count + scores.keys;
+  cuda::Softmax({scores.scores, DType::kF32, {scores.batch * rows, keys}, -1, Device::kCuda},
+                ctx.stream());
+  cuda::MeanOfRows(scores.scores, scores.batch, rows, keys, mean, ctx.stream());
+}
+
 }  // namespace
 
 const char* Name(AttentionKernel kernel) {
@@ -230,6 +395,28 @@ AttentionKernel ChooseAttention(int64_t /*queries*/, int64_t /*keys*/, int /*hea
   return amx && dtype == DType::kBF16 ? AttentionKernel::kAmx : AttentionKernel::kSimd;
 }
 
+const char* Name(GpuAttention kernel) {
+  switch (kernel) {
+    case GpuAttention::kPlain:
+      return "plain";
+    case GpuAttention::kFlash:
+      return "flash (sm_90a)";
+    case GpuAttention::kDecode:
+      return "decode";
+  }
+  return "?";
+}
+
+GpuAttention ChooseGpuAttention(int capability, int64_t queries, int heads, int kv_heads,
+                                int head_dim, DType dtype, bool causal, bool biased) {
+  if (dtype != DType::kBF16 || biased) return GpuAttention::kPlain;
+  if (causal && queries == 1 && cuda::CanDecode(heads, kv_heads, head_dim, dtype)) {
+    return GpuAttention::kDecode;
+  }
+  const bool size = head_dim == 64 || head_dim == 72 || head_dim == 80 || head_dim == 128;
+  return capability == 90 && size ? GpuAttention::kFlash : GpuAttention::kPlain;
+}
+
 size_t KvBlockBytes(int kv_heads, int head_dim, DType dtype) {
   return size_t{2} * kv_heads * kKvBlockTokens * head_dim * SizeOf(dtype);
 }
@@ -248,6 +435,43 @@ void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, Co
   CheckBias(kOp, key_bias, keys);
   if (queries == 0) return;
   if (keys == 0) throw Error(std::string("[") + kOp + "] queries need at least one key");
+  if (OnGpu(kOp, ctx, {q, k, v, out, key_bias})) {
+    if (ChooseGpuAttention(cuda::ComputeCapability(), queries / batch, heads, heads, head_dim,
+                           q.dtype(), false, !key_bias.empty()) == GpuAttention::kFlash) {
+      return FlashAttention(ctx, {.q = q.raw(),
+                                  .k = k.raw(),
+                                  .v = v.raw(),
+                                  .out = out.raw(),
+                                  .q_stride = q.stride0(),
+                                  .k_stride = k.stride0(),
+                                  .v_stride = v.stride0(),
+                                  .out_stride = out.stride0(),
+                                  .batch = batch,
+                                  .q_len = queries / batch,
+                                  .kv_len = keys / batch,
+                                  .heads = heads,
+                                  .kv_heads = heads,
+                                  .head_dim = head_dim,
+                                  .scale = scale});
+    }
+    cuda::PlainAttentionArgs args;
+    args.q = q.raw();
+    args.q_stride = q.stride0();
+    args.out = out.raw();
+    args.heads = args.kv_heads = heads;
+    args.head_dim = head_dim;
+    args.dtype = q.dtype();
+    args.scale = scale;
+    args.k = k.raw();
+    args.v = v.raw();
+    args.k_stride = k.stride0();
+    args.v_stride = v.stride0();
+    args.batch = batch;
+    args.q_len = queries / batch;
+    args.kv_len = keys / batch;
+    args.key_bias = static_cast<const float*>(key_bias.raw());
+    return cuda::PlainAttention(args, ctx.stream());
+  }
   switch (ChooseAttention(queries / batch, keys / batch, head_dim, q.dtype(), cpu::AmxAllowed(),
                           ctx.reference_kernels())) {
     case AttentionKernel::kReference:
@@ -271,8 +495,27 @@ void AttentionReceived(ExecContext& ctx, ConstTensorView q, ConstTensorView k, i
   CheckBias(kOp, key_bias, keys);
   CheckMatrix(kOp, "received", received, batch, keys / batch, DType::kF32);
   if (queries == 0) throw Error(std::string("[") + kOp + "] needs at least one query");
-  // A row for each head: heads are independent until the mean.
   Workspace::Scope scope(ctx.workspace());
+  if (OnGpu(kOp, ctx, {q, k, key_bias, received})) {
+    CheckContiguous(kOp, "received", received);
+    cuda::KeyScoreArgs args;
+    args.q = q.raw();
+    args.q_stride = q.stride0();
+    args.batch = batch;
+    args.queries = queries / batch;
+    args.heads = args.kv_heads = heads;
+    args.head_dim = head_dim;
+    args.dtype = q.dtype();
+    args.scale = scale;
+    args.k = k.raw();
+    args.k_stride = k.stride0();
+    args.keys = keys / batch;
+    args.key_bias = static_cast<const float*>(key_bias.raw());
+    args.scores = static_cast<float*>(
+        ctx.workspace().Allocate(DType::kF32, {queries * heads, args.keys}).raw());
+    return MeanOfScores(ctx, args, static_cast<float*>(received.raw()));
+  }
+  // A row for each head: heads are independent until the mean.
   const TensorView by_head = ctx.workspace().Allocate(DType::kF32, {batch * heads, keys / batch});
   if (ctx.reference_kernels()) {
     cpu::AttentionReceivedReference(ctx, q, k, batch, heads, head_dim, scale, key_bias, by_head);
@@ -298,6 +541,8 @@ void StoreKv(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, int
   const int64_t width = int64_t{kv.kv_heads} * kv.head_dim;
   CheckMatrix(kOp, "keys", keys, count, width, kv.dtype);
   CheckMatrix(kOp, "values", values, count, width, kv.dtype);
+  CheckDevice(kOp, ctx, kv);
+  if (OnGpu(kOp, ctx, {keys, values})) return MoveKv(ctx, kv, begin, keys, values, true);
   if (kv.dtype == DType::kF32) {
     StoreRows<float>(ctx, keys, values, begin, kv);
   } else {
@@ -313,6 +558,8 @@ void LoadKv(ExecContext& ctx, const KvLayerView& kv, int64_t begin, TensorView k
   const int64_t width = int64_t{kv.kv_heads} * kv.head_dim;
   CheckMatrix(kOp, "keys", keys, count, width, kv.dtype);
   CheckMatrix(kOp, "values", values, count, width, kv.dtype);
+  CheckDevice(kOp, ctx, kv);
+  if (OnGpu(kOp, ctx, {keys, values})) return MoveKv(ctx, kv, begin, keys, values, false);
   if (kv.dtype == DType::kF32) {
     LoadRows<float>(ctx, kv, begin, keys, values);
   } else {
@@ -327,6 +574,20 @@ void GatherKv(ExecContext& ctx, const KvLayerView& from, std::span<const int32_t
   CheckKv(kOp, to, 0, static_cast<int64_t>(rows.size()));
   if (from.kv_heads != to.kv_heads || from.head_dim != to.head_dim || from.dtype != to.dtype) {
     throw Error("[gather_kv] both caches must have the same heads, head size and dtype");
+  }
+  CheckDevice(kOp, ctx, from);
+  CheckDevice(kOp, ctx, to);
+  if (ctx.device() == Device::kCuda) {
+    if (rows.empty()) return;
+    const Workspace::Scope scope(ctx.workspace());
+    const auto count = static_cast<int64_t>(rows.size());
+    std::vector<int32_t> numbers(rows.begin(), rows.end());
+    AppendBlocks(to, 0, count, numbers);
+    const size_t source = numbers.size();
+    AppendBlocks(from, 0, rows.back() + 1, numbers);
+    const int32_t* const there = Within(ctx, numbers);
+    return cuda::GatherKv(BlocksOf(from), there + source, there, count, there + count,
+                          ctx.stream());
   }
   if (from.dtype == DType::kF32) {
     GatherRows<float>(ctx, from, rows, to);
@@ -352,6 +613,35 @@ void MeanAttentionRow(ExecContext& ctx, ConstTensorView q, int heads, float scal
     throw Error(std::string("[") + kOp + "] out must hold " + std::to_string(rows.size() + count) +
                 " values, one a key, got " + std::to_string(out.size()));
   }
+  CheckDevice(kOp, ctx, kv);
+  if (OnGpu(kOp, ctx, {q, more})) {
+    const Workspace::Scope scope(ctx.workspace());
+    const auto keys = static_cast<int64_t>(out.size());
+    if (keys == 0) return;
+    std::vector<int32_t> numbers(rows.begin(), rows.end());
+    if (!rows.empty()) AppendBlocks(kv, 0, rows.back() + 1, numbers);
+    const int32_t* const there = Within(ctx, numbers);
+    cuda::KeyScoreArgs args;
+    args.q = q.raw();
+    args.q_stride = q.stride0();
+    args.heads = heads;
+    args.kv_heads = kv.kv_heads;
+    args.head_dim = kv.head_dim;
+    args.dtype = kv.dtype;
+    args.scale = scale;
+    args.k = more.raw();
+    args.k_stride = more.stride0();
+    args.keys = count;
+    args.base = kv.base;
+    args.table = there + rows.size();
+    args.rows = there;
+    args.row_count = static_cast<int64_t>(rows.size());
+    args.scores =
+        static_cast<float*>(ctx.workspace().Allocate(DType::kF32, {heads, keys}).raw());
+    const TensorView mean = ctx.workspace().Allocate(DType::kF32, {keys});
+    MeanOfScores(ctx, args, static_cast<float*>(mean.raw()));
+    return Transfer(ctx, mean, TensorView(out.data(), DType::kF32, {keys}));
+  }
   if (kv.dtype == DType::kF32) {
     MeanRow(ctx, q.data<float>(), heads, scale, kv, rows, more, out);
   } else {
@@ -361,27 +651,53 @@ void MeanAttentionRow(ExecContext& ctx, ConstTensorView q, int heads, float scal
 
 void CausalAttention(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
                      const KvLayerView& kv, TensorView out) {
+  const int64_t count = q.shape().rank() == 2 ? q.dim(0) : 0;
+  const KvSegment whole{.row = 0, .rows = count, .begin = begin, .kv = kv};
+  CausalAttention(ctx, q, {&whole, 1}, heads, scale, out);
+}
+
+void CausalAttention(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment> segments,
+                     int heads, float scale, TensorView out) {
   constexpr char kOp[] = "causal_attention";
   CheckScale(kOp, scale);
-  const int64_t count = q.shape().rank() == 2 ? q.dim(0) : 0;
-  CheckKv(kOp, kv, begin, count);
-  if (heads < 1 || heads % kv.kv_heads != 0) {
-    throw Error(std::string("[") + kOp + "] heads must be a multiple of the " +
-                std::to_string(kv.kv_heads) + " kv heads, got " + std::to_string(heads));
+  if (segments.empty()) return;
+  const int64_t all = q.shape().rank() == 2 ? q.dim(0) : 0;
+  int64_t count = 0;
+  for (const KvSegment& segment : segments) {
+    const KvLayerView& kv = segment.kv;
+    CheckKv(kOp, kv, segment.begin, segment.rows);
+    CheckDevice(kOp, ctx, kv);
+    if (heads < 1 || heads % kv.kv_heads != 0) {
+      throw Error(std::string("[") + kOp + "] heads must be a multiple of the " +
+                  std::to_string(kv.kv_heads) + " kv heads, got " + std::to_string(heads));
+    }
+    CheckMatrix(kOp, "q", q, all, int64_t{heads} * kv.head_dim, kv.dtype);
+    count += segment.rows;
   }
-  const int64_t width = int64_t{heads} * kv.head_dim;
-  CheckMatrix(kOp, "q", q, count, width, kv.dtype);
-  CheckMatrix(kOp, "out", out, count, width, kv.dtype);
+  CheckMatrix(kOp, "out", out, count, q.dim(1), q.dtype());
   CheckContiguous(kOp, "out", out);
   if (count == 0) return;
-  switch (ChooseAttention(count, begin + count, kv.head_dim, kv.dtype, cpu::AmxAllowed(),
-                          ctx.reference_kernels())) {
-    case AttentionKernel::kReference:
-      return cpu::CausalAttentionReference(ctx, q, begin, heads, scale, kv, out);
-    case AttentionKernel::kSimd:
-      return cpu::CausalAttentionSimd(ctx, q, begin, heads, scale, kv, out);
-    case AttentionKernel::kAmx:
-      return cpu::CausalAttentionAmx(ctx, q, begin, heads, scale, kv, out);
+  if (OnGpu(kOp, ctx, {q, out})) return CausalOnGpu(ctx, q, segments, heads, scale, out);
+  int64_t done = 0;
+  for (const KvSegment& segment : segments) {
+    const int64_t rows = segment.rows, begin = segment.begin;
+    if (rows == 0) continue;
+    const KvLayerView& kv = segment.kv;
+    const ConstTensorView queries = q.Slice(segment.row, segment.row + rows);
+    const TensorView to = out.Slice(done, done + rows);
+    done += rows;
+    switch (ChooseAttention(rows, begin + rows, kv.head_dim, kv.dtype, cpu::AmxAllowed(),
+                            ctx.reference_kernels())) {
+      case AttentionKernel::kReference:
+        cpu::CausalAttentionReference(ctx, queries, begin, heads, scale, kv, to);
+        break;
+      case AttentionKernel::kSimd:
+        cpu::CausalAttentionSimd(ctx, queries, begin, heads, scale, kv, to);
+        break;
+      case AttentionKernel::kAmx:
+        cpu::CausalAttentionAmx(ctx, queries, begin, heads, scale, kv, to);
+        break;
+    }
   }
 }
 

@@ -37,6 +37,8 @@ void AttentionReceived(ExecContext& ctx, ConstTensorView q, ConstTensorView k, i
 //   values V[h] : [D, kKvBlockTokens] row-major (transposed; offset (kv_heads + h) * kKvBlockTokens
 //   * D)
 // in f32 or bf16. Values are transposed because the product with the probabilities reads them so.
+// On a GPU values are [kKvBlockTokens, D] row-major as the keys are, and all blocks lie in one range
+// of addresses, a multiple of their size from its beginning.
 inline constexpr int kKvBlockTokens = 64;
 
 struct KvLayerView {
@@ -45,6 +47,8 @@ struct KvLayerView {
   int kv_heads = 0;
   int head_dim = 0;
   DType dtype = DType::kF32;
+  Device device = Device::kCpu;
+  const void* base = nullptr;  // on a GPU: where that range begins
 };
 // Bytes of one block of one layer: 2 * kv_heads * kKvBlockTokens * head_dim * SizeOf(dtype).
 size_t KvBlockBytes(int kv_heads, int head_dim, DType dtype);
@@ -80,12 +84,29 @@ void MeanAttentionRow(ExecContext& ctx, ConstTensorView q, int heads, float scal
 void CausalAttention(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
                      const KvLayerView& kv, TensorView out);
 
+// The same for several sequences: rows [row, row + rows) of q belong to one whose first query stands
+// at position `begin`. out: the rows of all segments, one after another. Decoding on a GPU, one row
+// a segment, is a single launch.
+struct KvSegment {
+  int64_t row = 0, rows = 0, begin = 0;
+  KvLayerView kv;
+};
+void CausalAttention(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment> segments,
+                     int heads, float scale, TensorView out);
+
 // Which implementation runs, as a pure function that can be printed and tested. `amx`: this process
 // may use AMX-BF16 tiles; `reference`: the context asks for reference kernels.
 enum class AttentionKernel { kReference, kSimd, kAmx };
 const char* Name(AttentionKernel kernel);
 AttentionKernel ChooseAttention(int64_t queries, int64_t keys, int head_dim, DType dtype, bool amx,
                                 bool reference);
+
+// The same on a GPU. `capability`: of the device, 90 for 9.0. `causal`: over blocks. `biased`: with
+// a key_bias.
+enum class GpuAttention { kPlain, kFlash, kDecode };
+const char* Name(GpuAttention kernel);
+GpuAttention ChooseGpuAttention(int capability, int64_t queries, int heads, int kv_heads,
+                                int head_dim, DType dtype, bool causal, bool biased);
 
 }  // namespace sluice
 

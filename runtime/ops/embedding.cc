@@ -4,7 +4,9 @@
 
 #include "runtime/convert.h"
 #include "runtime/error.h"
+#include "runtime/ops/cuda/rows.h"
 #include "runtime/parallel.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -35,6 +37,10 @@ void Embed(ExecContext& ctx, ConstTensorView table, std::span<const int32_t> ids
                 Name(table.dtype()));
   }
   CheckIdsAndResult(ids, table.dim(0), table.dim(1), y);
+  if (OnGpu("embed", ctx, {table, y})) {
+    const Workspace::Scope scope(ctx.workspace());
+    return cuda::EmbedRows(table, Within(ctx, ids), y, ctx.stream());
+  }
   const char* rows = static_cast<const char*>(table.raw());
   const int64_t row_bytes = table.stride0() * static_cast<int64_t>(SizeOf(table.dtype()));
   ParallelFor(ctx, y.dim(0), 64, [&](int64_t begin, int64_t end) {
@@ -47,6 +53,7 @@ void Embed(ExecContext& ctx, ConstTensorView table, std::span<const int32_t> ids
 
 void Embed(ExecContext& ctx, const LinearWeight& table, std::span<const int32_t> ids,
            TensorView y) {
+  if (table.device() != Device::kCpu) return Embed(ctx, table.OnDevice(), ids, y);
   CheckIdsAndResult(ids, table.n(), table.k(), y);
   ParallelFor(ctx, y.dim(0), 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -138,28 +138,19 @@ class LinearImpl {
   }
 
  private:
-  static Tensor OnGpu(ConstTensorView host) {
-    Tensor copy(host.dtype(), host.shape(), Device::kCuda);
-    cuda::CopyRows(copy.view().raw(), 0, host.raw(), 0, host.SizeBytes(), 1, nullptr);
-    cuda::Synchronize(nullptr);
-    return copy;
-  }
-
   static void Upload(std::initializer_list<SharedMatrix> parts, const Tensor& bias,
                      LinearWeight& to) {
     const auto weight = std::make_shared<Tensor>(to.dtype_, Shape{to.n_, to.k_}, Device::kCuda);
     int64_t row = 0;
     for (const SharedMatrix& part : parts) {
-      cuda::CopyRows(weight->view().Slice(row, to.n_).raw(), 0, part.view.raw(), 0,
-                     part.view.SizeBytes(), 1, nullptr);
-      cuda::Synchronize(nullptr);
+      cuda::CopyNow(weight->view().Slice(row, to.n_).raw(), part.view.raw(), part.view.SizeBytes());
       row += part.view.dim(0);
       if (part.release) part.release();
     }
     to.weight_ = {*weight, weight, nullptr};
     if (bias.empty()) return;
-    to.bias_ = OnGpu(bias);
-    if (to.dtype_ == DType::kBF16) to.rounded_bias_ = OnGpu(ConvertTo(bias, DType::kBF16));
+    to.bias_ = Placed(bias.view(), Device::kCuda);
+    if (to.dtype_ == DType::kBF16) to.rounded_bias_ = Placed(ConvertTo(bias, DType::kBF16), Device::kCuda);
   }
 
   // PackRows pads inputs; this pads the outputs of the last block.
@@ -221,8 +212,18 @@ LinearWeight LinearWeight::Outputs(int64_t begin, int64_t end) const {
     throw Error("[linear] outputs must lie in [0, " + std::to_string(n_) + "), got [" +
                 std::to_string(begin) + ", " + std::to_string(end) + ")");
   }
-  if (device() != Device::kCpu)
-    throw Error("[linear] outputs of a weight on a GPU cannot be split");
+  if (device() != Device::kCpu) {
+    LinearWeight part = {};
+    part.n_ = end - begin;
+    part.k_ = k_;
+    part.dtype_ = dtype_;
+    part.weight_ = {weight_.view.Slice(begin, end), weight_.keeper, nullptr};
+    if (has_bias()) part.bias_ = Placed(bias_.view().Slice(begin, end), device());
+    if (!rounded_bias_.empty()) {
+      part.rounded_bias_ = Placed(rounded_bias_.view().Slice(begin, end), device());
+    }
+    return part;
+  }
   Tensor bias;
   if (has_bias()) {
     bias = Tensor(DType::kF32, {end - begin});

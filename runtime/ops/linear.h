@@ -45,6 +45,8 @@ class LinearWeight {
                             std::initializer_list<const Tensor*> biases, WeightUse use,
                             Device device = Device::kCpu);
 
+  // On a GPU the [N, K] matrix itself. REQUIRES: device() is one.
+  ConstTensorView OnDevice() const { return weight_.view; }
   // Outputs [begin, end) of this weight as a weight of their own. Shares the memory where the
   // layout allows (f32; packed, when both ends are multiples of 64 or the end), else copies.
   LinearWeight Outputs(int64_t begin, int64_t end) const;

@@ -106,6 +106,16 @@ void CopyRows(ExecContext& ctx, ConstTensorView x, TensorView y) {
   });
 }
 
+void Convert(ExecContext& ctx, ConstTensorView x, TensorView y) {
+  CheckMatrix("convert", "x", x);
+  CheckMatrix("convert", "y", y);
+  CheckSame("convert", "y", y, x.shape(), y.dtype());
+  if (OnGpu("convert", ctx, {x, y})) return cuda::Convert(x, y, ctx.stream());
+  ParallelFor(ctx, x.dim(0), Grain(x), [&](int64_t begin, int64_t end) {
+    ConvertInto(x.Slice(begin, end), y.Slice(begin, end));
+  });
+}
+
 void GatherRows(ExecContext& ctx, ConstTensorView x, std::span<const int32_t> indices,
                 int64_t groups, TensorView y) {
   CheckIndices("gather_rows", x, y, indices, groups);

@@ -14,6 +14,9 @@ namespace sluice {
 // y = x; same shape and dtype.
 void CopyRows(ExecContext& ctx, ConstTensorView x, TensorView y);
 
+// y = x rounded to its dtype; same shape.
+void Convert(ExecContext& ctx, ConstTensorView x, TensorView y);
+
 // x has `groups` groups of rows of equal length, `indices` as many indices for each group, counted
 // from the group's first row. y [indices.size(), D] = those rows of x; same dtype.
 void GatherRows(ExecContext& ctx, ConstTensorView x, std::span<const int32_t> indices,

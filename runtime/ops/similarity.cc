@@ -4,6 +4,10 @@
 
 #include "runtime/error.h"
 #include "runtime/ops/cpu/similarity.h"
+#include "runtime/ops/cuda/kv.h"
+#include "runtime/ops/cuda/select.h"
+#include "runtime/ops/rows.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 
@@ -26,6 +30,17 @@ void RowCosines(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorVi
     throw Error("[row_cosines] the center must hold " + std::to_string(a.dim(1)) + " values, got " +
                 std::to_string(center.size()));
   }
+  if (OnGpu("row_cosines", ctx, {a, b, cosines})) {
+    const Workspace::Scope scope(ctx.workspace());
+    const float* middle = nullptr;
+    if (!center.empty()) {
+      const Shape shape{static_cast<int64_t>(center.size())};
+      const TensorView there = ctx.workspace().Allocate(DType::kF32, shape);
+      Transfer(ctx, ConstTensorView(center.data(), DType::kF32, shape), there);
+      middle = static_cast<const float*>(there.raw());
+    }
+    return cuda::RowCosines(a, b, middle, cosines, ctx.stream());
+  }
   if (ctx.reference_kernels()) {
     cpu::RowCosinesReference(a, b, cosines, center);
   } else {
@@ -42,6 +57,16 @@ void MeanRow(ExecContext& ctx, ConstTensorView x, std::span<float> mean) {
   if (static_cast<int64_t>(mean.size()) != x.dim(1)) {
     throw Error("[mean_row] mean must hold " + std::to_string(x.dim(1)) + " values, got " +
                 std::to_string(mean.size()));
+  }
+  if (OnGpu("mean_row", ctx, {x})) {
+    const Workspace::Scope scope(ctx.workspace());
+    const Shape shape{1, x.dim(1)};
+    const TensorView wide = ctx.workspace().Allocate(DType::kF32, x.shape());
+    const TensorView there = ctx.workspace().Allocate(DType::kF32, shape);
+    Convert(ctx, x, wide);
+    cuda::MeanOfRows(static_cast<const float*>(wide.raw()), 1, x.dim(0), x.dim(1),
+                     static_cast<float*>(there.raw()), ctx.stream());
+    return Transfer(ctx, there, TensorView(mean.data(), DType::kF32, shape));
   }
   if (ctx.reference_kernels()) {
     cpu::MeanRowReference(x, mean);

@@ -14,6 +14,7 @@
 #include "llm/generator.h"
 #include "llm/vlm.h"
 #include "runtime/safetensors.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -25,18 +26,23 @@ struct GoldenCase {
   std::filesystem::path checkpoint;
   std::filesystem::path golden;
   DType dtype;
+  Device device;
 };
 
 std::ostream& operator<<(std::ostream& os, const GoldenCase& c) {
-  return os << c.name << " " << Name(c.dtype);
+  return os << c.name << " " << Name(c.dtype) << " " << Name(c.device);
 }
 
 class ModelGoldenTest : public testing::TestWithParam<GoldenCase> {
  protected:
   void SetUp() override {
+    if (GetParam().device == Device::kCuda && cuda::DeviceCount() == 0) {
+      GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+    }
     golden_ = SafetensorsFile::Open(GetParam().golden);
     VlmOptions options;
     options.compute_type = GetParam().dtype;
+    options.device = GetParam().device;
     vlm_ = Vlm::Load(GetParam().checkpoint, options);
     const ConstTensorView frames = golden_->tensors().at("frames");
     const int height = frames.dim(1), width = frames.dim(2);
@@ -106,7 +112,7 @@ class ModelGoldenTest : public testing::TestWithParam<GoldenCase> {
     const PreprocessConfig& config = vlm_->encoder().preprocess_config();
     Tensor pixels(DType::kF32,
                   {static_cast<int64_t>(frames_.size()), 3, config.height, config.width});
-    Preprocess(ctx, frames_, config, pixels);
+    Preprocess(ctx.host(), frames_, config, pixels);
     if (compare) {
       const ConstTensorView sample = golden_->tensors().at("pixels.sample");
       const int64_t step = std::max<int64_t>(1, pixels.shape().NumElements() / 4096);
@@ -119,13 +125,16 @@ class ModelGoldenTest : public testing::TestWithParam<GoldenCase> {
       probe = [&](std::string_view name, ConstTensorView value) {
         Compare("vision/" + std::string(name), value);
       };
-    const VisualTokens visual = vlm_->encoder().Encode(ctx, pixels, frames_, {.probe = probe});
+    VisualTokens visual = vlm_->encoder().Encode(ctx, TransferTo(ctx, pixels, ctx.device()),
+                                                 frames_, {.probe = probe});
+    visual.features = TransferTo(ctx, visual.features, Device::kCpu);
 
     const std::vector<int32_t> ids = GoldenIds("input_ids");
     const int32_t video = *vlm_->tokenizer().TokenToId(vlm_->prompt_format().placeholder());
     const int64_t width = vlm_->decoder().hidden_size();
-    Tensor embeddings(DType::kF32, {static_cast<int64_t>(ids.size()), width});
-    vlm_->decoder().Embed(ctx, ids, embeddings);
+    const Tensor embedded(DType::kF32, {static_cast<int64_t>(ids.size()), width}, ctx.device());
+    vlm_->decoder().Embed(ctx, ids, embedded);
+    Tensor embeddings = TransferTo(ctx, embedded, Device::kCpu);
     int64_t next = 0;
     for (size_t i = 0; i < ids.size(); ++i) {
       if (ids[i] != video) continue;
@@ -172,17 +181,17 @@ TEST_P(ModelGoldenTest, PartsOfAStreamGiveTheReferenceIds) {
 }
 
 TEST_P(ModelGoldenTest, EveryLayerMatchesTheReference) {
-  ExecContext ctx({.num_threads = 2});
+  ExecContext ctx({.num_threads = 2, .device = GetParam().device});
   Tensor prompt = PromptEmbeddings(ctx, /*compare=*/true);
   Compare("decoder/inputs", prompt);
   auto pool = std::make_shared<KvBlockPool>(vlm_->decoder().kv_geometry(), 0);
   KvCache cache(pool);
-  Tensor logits(DType::kF32, {prompt.dim(0), vlm_->decoder().vocab_size()});
+  Tensor logits(DType::kF32, {prompt.dim(0), vlm_->decoder().vocab_size()}, ctx.device());
   SequenceStep step{&cache, prompt, logits};
   vlm_->decoder().Step(ctx, {&step, 1}, [&](std::string_view name, ConstTensorView value) {
     Compare("decoder/" + std::string(name), value);
   });
-  Compare("decoder/logits", logits);
+  Compare("decoder/logits", TransferTo(ctx, logits, Device::kCpu));
   // Everything in the file except frames, ids (2) and the pixels' sample was seen; the logits
   // possibly twice.
   EXPECT_GE(compared_, static_cast<int>(golden_->tensors().size()) - 4);
@@ -190,7 +199,7 @@ TEST_P(ModelGoldenTest, EveryLayerMatchesTheReference) {
 
 TEST_P(ModelGoldenTest, GreedyTokensEqualTheReference) {
   if (GetParam().dtype != DType::kF32) GTEST_SKIP() << "equality of ids is a criterion in f32 only";
-  ExecContext ctx({.num_threads = 2});
+  ExecContext ctx({.num_threads = 2, .device = GetParam().device});
   Tensor prompt = PromptEmbeddings(ctx, /*compare=*/false);
   auto pool = std::make_shared<KvBlockPool>(vlm_->decoder().kv_geometry(), 0);
   KvCache cache(pool);
@@ -201,27 +210,30 @@ TEST_P(ModelGoldenTest, GreedyTokensEqualTheReference) {
   if (!expected.empty() && std::find(stops.begin(), stops.end(), expected.back()) != stops.end())
     expected.pop_back();
   const Generated generated =
-      Generate(ctx, *vlm_, cache, std::move(prompt), GoldenIds("input_ids"), options, nullptr);
+      Generate(ctx, *vlm_, cache, TransferTo(ctx, prompt, ctx.device()), GoldenIds("input_ids"), options, nullptr);
   EXPECT_EQ(generated.ids, expected);
 }
 
 std::vector<GoldenCase> Cases() {
   std::vector<GoldenCase> cases;
-  for (DType dtype : {DType::kF32, DType::kBF16}) {
+  for (const auto& [dtype, device] :
+       {std::pair(DType::kF32, Device::kCpu), std::pair(DType::kBF16, Device::kCpu),
+        std::pair(DType::kF32, Device::kCuda), std::pair(DType::kBF16, Device::kCuda)}) {
     for (const char* name :
          {"tiny_tied", "tiny_untied", "tiny_next_video", "tiny_next_mistral", "tiny_llava15"}) {
       cases.push_back({name, kSource / "tests/golden" / name,
                        kSource / "tests/golden" / (std::string(name) + ".golden.safetensors"),
-                       dtype});
+                       dtype, device});
     }
     cases.push_back({"sluice_mini", kSource / "models/sluice-mini",
-                     kSource / "tests/golden/sluice_mini.golden.safetensors", dtype});
+                     kSource / "tests/golden/sluice_mini.golden.safetensors", dtype, device});
   }
   return cases;
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, ModelGoldenTest, testing::ValuesIn(Cases()), [](const auto& info) {
-  return info.param.name + "_" + sluice::Name(info.param.dtype);
+  return info.param.name + "_" + sluice::Name(info.param.dtype) +
+         (info.param.device == Device::kCuda ? "_cuda" : "");
 });
 
 }  // namespace

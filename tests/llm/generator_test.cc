@@ -78,6 +78,7 @@ class ScriptedDecoder : public Decoder {
   KvGeometry kv_geometry() const override {
     return {.num_layers = 1, .kv_heads = 1, .head_dim = 4, .dtype = DType::kF32};
   }
+  int num_heads() const override { return 1; }
   int64_t hidden_size() const override { return 4; }
   int64_t vocab_size() const override { return 300; }
   int64_t max_positions() const override { return max_positions_; }

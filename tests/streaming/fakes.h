@@ -103,6 +103,7 @@ class FakeEncoder : public VisionEncoder {
   const PreprocessConfig& preprocess_config() const override { return config_; }
   int tokens_per_frame() const override { return kFakeTokensPerFrame; }
   int patches_per_frame() const override { return kFakeTokensPerFrame; }
+  int head_dim() const override { return 1; }
   int64_t output_size() const override { return 4; }
   double FlopsPerFrame() const override { return 1000; }
 
@@ -158,6 +159,7 @@ class FakeDecoder : public Decoder {
   KvGeometry kv_geometry() const override {
     return {.num_layers = 1, .kv_heads = 1, .head_dim = 4, .dtype = DType::kF32};
   }
+  int num_heads() const override { return 1; }
   int64_t hidden_size() const override { return 4; }
   int64_t vocab_size() const override { return kFakeVocab; }
   int64_t max_positions() const override { return positions; }

@@ -21,9 +21,10 @@ VisualTokens Batch(int32_t frame, int count, float first, bool scored) {
 }
 
 TEST(VisualTokensTest, JoinedBatchesFollowEachOther) {
+  ExecContext ctx({});
   const VisualTokens batches[] = {Batch(4, 2, 10, true), Batch(5, 0, 0, true),
                                   Batch(6, 1, 30, true)};
-  const VisualTokens all = Joined(batches);
+  const VisualTokens all = Joined(ctx, batches);
   ASSERT_EQ(all.size(), 3);
   EXPECT_EQ(all.grid_rows, 7);
   EXPECT_EQ(all.features.shape(), (Shape{3, 3}));
@@ -36,9 +37,10 @@ TEST(VisualTokensTest, JoinedBatchesFollowEachOther) {
 }
 
 TEST(VisualTokensTest, ScoresOfSomeBatchesOnlyAreLeftOut) {
+  ExecContext ctx({});
   const VisualTokens batches[] = {Batch(1, 2, 10, true), Batch(2, 2, 20, false)};
-  EXPECT_TRUE(Joined(batches).scores.empty());
-  EXPECT_EQ(Joined(batches).size(), 4);
+  EXPECT_TRUE(Joined(ctx, batches).scores.empty());
+  EXPECT_EQ(Joined(ctx, batches).size(), 4);
 }
 
 }  // namespace

@@ -2,8 +2,9 @@
 
 #include <string>
 
+#include "runtime/ops/rows.h"
 #include "runtime/ops/traced_linear.h"
-#include "runtime/parallel.h"
+#include "runtime/transfer.h"
 #include "vision/patches.h"
 #include "vision/pooling.h"
 #include "vision/vit_layers.h"
@@ -22,6 +23,7 @@ class ClipEncoder : public VisionEncoder {
   const PreprocessConfig& preprocess_config() const override { return config_.preprocess; }
   int tokens_per_frame() const override { return pooled_grid_ * pooled_grid_; }
   int patches_per_frame() const override { return grid_ * grid_; }  // without the class token
+  int head_dim() const override { return config_.hidden_size / config_.num_heads; }
   int64_t output_size() const override { return config_.output_size; }
   double FlopsPerFrame() const override { return FlopsAroundLayers() + layers_.FlopsPerFrame(); }
 
@@ -70,6 +72,7 @@ ClipEncoder::ClipEncoder(WeightStore& weights, const ClipConfig& config)
   for (int64_t d = 0; d < width; ++d) {
     start_.data<float>()[d] += class_embedding.data<float>()[d];
   }
+  start_ = Placed(std::move(start_), weights.device());
   const std::string projector = "multi_modal_projector.";
   projector1_ = weights.TakeLinear(projector + "linear_1", config.output_size, width,
                                    config.projector_bias, WeightUse::kManyRows);
@@ -83,7 +86,7 @@ VisualTokens ClipEncoder::Encode(ExecContext& ctx, ConstTensorView pixels,
   CheckPixels(pixels, count, config_.image_size);
   TraceScope trace(&ctx.tracer(), "encode", count);
   const int64_t per_frame = tokens_per_frame();
-  VisualTokens tokens = GridTokens(frames, pooled_grid_, pooled_grid_, config_.output_size);
+  VisualTokens tokens = GridTokens(frames, pooled_grid_, pooled_grid_, config_.output_size, ctx.device());
   double flops = 0;
   ForBatches(count, layers_.rows(), hooks.probe != nullptr, [&](int64_t begin, int64_t end) {
     flops += EncodeBatch(ctx, pixels.Slice(begin, end),
@@ -101,7 +104,7 @@ double ClipEncoder::EncodeBatch(ExecContext& ctx, ConstTensorView pixels, Tensor
   const int64_t rows = pixels.dim(0) * layers_.rows();
   const TensorView hidden = workspace.Allocate(DType::kF32, {rows, config_.hidden_size});
   Embed(ctx, pixels, hidden);
-  if (probe) probe("embeddings", hidden);
+  ShowOnHost(ctx, probe, "embeddings", hidden);
   const double flops = layers_.Run(ctx, hidden, hooks);
   const TensorView feature = workspace.Allocate(dtype_, {tokens.dim(0), config_.hidden_size});
   SelectFeature(ctx, hidden, feature, probe);
@@ -109,7 +112,7 @@ double ClipEncoder::EncodeBatch(ExecContext& ctx, ConstTensorView pixels, Tensor
   TracedLinear(ctx, "encode/projector", feature, projector1_, middle,
                {.activation = Activation::kGeluErf});
   TracedLinear(ctx, "encode/projector", middle, projector2_, tokens);
-  if (probe) probe("projector", tokens);
+  ShowOnHost(ctx, probe, "projector", tokens);
   return flops + static_cast<double>(pixels.dim(0)) * FlopsAroundLayers();
 }
 
@@ -138,20 +141,18 @@ void ClipEncoder::SelectFeature(ExecContext& ctx, ConstTensorView hidden, Tensor
   const int64_t frames = hidden.dim(0) / layers_.rows(), patches = patches_per_frame();
   const TraceScope trace(&ctx.tracer(), "encode/pool", hidden.dim(0));
   const TensorView tower = workspace.Allocate(DType::kF32, {frames * patches, config_.hidden_size});
-  ParallelFor(ctx, frames, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t f = begin; f < end; ++f) {
-      ConvertInto(hidden.Slice(f * layers_.rows() + 1, (f + 1) * layers_.rows()),
-                  tower.Slice(f * patches, (f + 1) * patches));
-    }
-  });
-  if (probe) probe("tower", tower);
+  for (int64_t f = 0; f < frames; ++f) {
+    CopyRows(ctx, hidden.Slice(f * layers_.rows() + 1, (f + 1) * layers_.rows()),
+             tower.Slice(f * patches, (f + 1) * patches));
+  }
+  ShowOnHost(ctx, probe, "tower", tower);
   TensorView pooled = tower;
   if (config_.pool_stride > 1) {
     pooled = workspace.Allocate(DType::kF32, feature.shape());
     AveragePool(ctx, tower, grid_, grid_, config_.pool_stride, pooled);
-    if (probe) probe("pooled", pooled);
+    ShowOnHost(ctx, probe, "pooled", pooled);
   }
-  ConvertInto(pooled, feature);
+  Convert(ctx, pooled, feature);
 }
 
 double ClipEncoder::FlopsAroundLayers() const {

@@ -2,8 +2,9 @@
 
 #include <string>
 
+#include "runtime/ops/rows.h"
 #include "runtime/ops/traced_linear.h"
-#include "runtime/parallel.h"
+#include "runtime/transfer.h"
 #include "vision/patches.h"
 #include "vision/pooling.h"
 #include "vision/vit_layers.h"
@@ -20,6 +21,7 @@ class SiglipEncoder : public VisionEncoder {
   const PreprocessConfig& preprocess_config() const override { return config_.preprocess; }
   int tokens_per_frame() const override { return pool_.out_rows() * pool_.out_cols(); }
   int patches_per_frame() const override { return grid_ * grid_; }
+  int head_dim() const override { return config_.hidden_size / config_.num_heads; }
   int64_t output_size() const override { return config_.output_size; }
   double FlopsPerFrame() const override { return FlopsAroundLayers() + layers_.FlopsPerFrame(); }
 
@@ -57,7 +59,7 @@ SiglipEncoder::SiglipEncoder(WeightStore& weights, const SiglipConfig& config)
   patch_embedding_ = weights.TakeLinear(embeddings + "patch_embedding", width,
                                         kPixelChannels * patch * patch, true, WeightUse::kManyRows);
   positions_ =
-      weights.TakeF32(embeddings + "position_embedding.weight", {patches_per_frame(), width});
+      weights.TakePlaced(embeddings + "position_embedding.weight", {patches_per_frame(), width});
   const std::string projector = "multi_modal_projector.";
   projector1_ = weights.TakeLinear(projector + "linear_1", config.output_size, width,
                                    config.projector_bias, WeightUse::kManyRows);
@@ -72,7 +74,7 @@ VisualTokens SiglipEncoder::Encode(ExecContext& ctx, ConstTensorView pixels,
   CheckPixels(pixels, count, config_.image_size);
   TraceScope trace(&ctx.tracer(), "encode", count);
   const int64_t per_frame = tokens_per_frame();
-  VisualTokens tokens = GridTokens(frames, pool_.out_rows(), pool_.out_cols(), config_.output_size);
+  VisualTokens tokens = GridTokens(frames, pool_.out_rows(), pool_.out_cols(), config_.output_size, ctx.device());
   double flops = 0;
   ForBatches(count, layers_.rows(), hooks.probe != nullptr, [&](int64_t begin, int64_t end) {
     flops += EncodeBatch(ctx, pixels.Slice(begin, end),
@@ -90,16 +92,14 @@ double SiglipEncoder::EncodeBatch(ExecContext& ctx, ConstTensorView pixels, Tens
   const int64_t rows = pixels.dim(0) * patches_per_frame();
   const TensorView hidden = workspace.Allocate(DType::kF32, {rows, config_.hidden_size});
   EmbedPatches(ctx, pixels, hidden);
-  if (probe) probe("embeddings", hidden);
+  ShowOnHost(ctx, probe, "embeddings", hidden);
   const double flops = layers_.Run(ctx, hidden, hooks);
-  if (probe) probe("tower", hidden);
+  ShowOnHost(ctx, probe, "tower", hidden);
 
   ConstTensorView feature = hidden;
   if (dtype_ != DType::kF32) {
     const TensorView narrow = workspace.Allocate(dtype_, hidden.shape());
-    ParallelFor(ctx, rows, 16, [&](int64_t begin, int64_t end) {
-      ConvertInto(hidden.Slice(begin, end), narrow.Slice(begin, end));
-    });
+    Convert(ctx, hidden, narrow);
     feature = narrow;
   }
   const TensorView middle = workspace.Allocate(dtype_, {rows, config_.output_size});
@@ -107,13 +107,13 @@ double SiglipEncoder::EncodeBatch(ExecContext& ctx, ConstTensorView pixels, Tens
   TracedLinear(ctx, "encode/projector", feature, projector1_, middle,
                {.activation = Activation::kGeluErf});
   TracedLinear(ctx, "encode/projector", middle, projector2_, projected);
-  if (probe) probe("projector", projected);
+  ShowOnHost(ctx, probe, "projector", projected);
 
   TraceScope trace(&ctx.tracer(), "encode/pool", rows);
   trace.AddWork(8.0 * pooled.shape().NumElements(),
                 static_cast<double>(projected.SizeBytes()) + pooled.SizeBytes());
   pool_.Run(ctx, projected, pooled);
-  if (probe) probe("pooled", pooled);
+  ShowOnHost(ctx, probe, "pooled", pooled);
   return flops + static_cast<double>(pixels.dim(0)) * FlopsAroundLayers();
 }
 

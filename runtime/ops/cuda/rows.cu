@@ -55,7 +55,40 @@ __global__ void AddKernel(const float* a, int64_t a_stride, float sign, const B*
   }
 }
 
+template <typename X, typename Y>
+__global__ void ConvertKernel(const X* x, int64_t x_stride, const int32_t* ids, Y* y,
+                              int64_t y_stride, int64_t rows, int64_t width) {
+  const int64_t step = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; at < rows * width; at += step) {
+    const int64_t i = at / width, column = at % width, from = ids ? ids[i] : i;
+    y[i * y_stride + column] = FromFloat<Y>(ToFloat(x[from * x_stride + column]));
+  }
+}
+
+void ConvertListed(ConstTensorView x, const int32_t* ids, TensorView y, Stream stream) {
+  const int64_t rows = y.dim(0), width = y.dim(1);
+  if (rows * width == 0) return;
+  WithType(x.dtype(), [&](auto in) {
+    WithType(y.dtype(), [&](auto out) {
+      using X = decltype(in);
+      using Y = decltype(out);
+      ConvertKernel<<<BlocksFor(rows * width), kThreads, 0, stream>>>(
+          static_cast<const X*>(x.raw()), x.stride0(), ids, static_cast<Y*>(y.raw()), y.stride0(),
+          rows, width);
+    });
+  });
+  CheckLaunch("convert rows");
+}
+
 }  // namespace
+
+void Convert(ConstTensorView x, TensorView y, Stream stream) {
+  ConvertListed(x, nullptr, y, stream);
+}
+
+void EmbedRows(ConstTensorView table, const int32_t* ids, TensorView y, Stream stream) {
+  ConvertListed(table, ids, y, stream);
+}
 
 void GatherRows(ConstTensorView x, const RowList& list, TensorView y, Stream stream) {
   Move<true>(x, list, x.dim(0), y, stream);

@@ -17,6 +17,11 @@ struct RowList {
   int64_t count = 0, groups = 1;
 };
 
+// y = x, rounded to y's dtype.
+void Convert(ConstTensorView x, TensorView y, Stream stream);
+// y[i] = table[ids[i]] in f32; ids on the device.
+void EmbedRows(ConstTensorView table, const int32_t* ids, TensorView y, Stream stream);
+
 // y[i] = x[list[i]], and y[list[i]] = x[i].
 void GatherRows(ConstTensorView x, const RowList& list, TensorView y, Stream stream);
 void ScatterRows(ConstTensorView x, const RowList& list, TensorView y, Stream stream);

@@ -5,10 +5,13 @@
 #include "runtime/ops/cuda/activation.h"
 #include "runtime/ops/cuda/attention.h"
 #include "runtime/ops/cuda/device.h"
+#include "runtime/ops/cuda/kv.h"
 #include "runtime/ops/cuda/linear.h"
 #include "runtime/ops/cuda/norm.h"
+#include "runtime/ops/cuda/pictures.h"
 #include "runtime/ops/cuda/rope.h"
 #include "runtime/ops/cuda/rows.h"
+#include "runtime/ops/cuda/select.h"
 
 namespace sluice::cuda {
 namespace {
@@ -21,9 +24,14 @@ namespace {
 
 int DeviceCount() { return 0; }
 std::string DeviceName() { Refuse(); }
+int ComputeCapability() { return 0; }
 void Synchronize(Stream) { Refuse(); }
 Stream NewStream() { Refuse(); }
 void EndStream(Stream) noexcept {}
+GrowingMemory::GrowingMemory(size_t) { Refuse(); }
+GrowingMemory::~GrowingMemory() = default;
+bool GrowingMemory::GrowTo(size_t) { Refuse(); }
+void CopyNow(void*, const void*, size_t) { Refuse(); }
 void* Allocate(size_t) { Refuse(); }
 void Free(void*) noexcept {}
 void CopyRows(void*, size_t, const void*, size_t, size_t, size_t, Stream) { Refuse(); }
@@ -43,6 +51,24 @@ void AddRows(ConstTensorView, float, ConstTensorView, TensorView, const RowList&
   Refuse();
 }
 void Attention(const AttentionArgs&, void*, size_t, Stream) { Refuse(); }
+void Convert(ConstTensorView, TensorView, Stream) { Refuse(); }
+void EmbedRows(ConstTensorView, const int32_t*, TensorView, Stream) { Refuse(); }
+void StoreKv(const KvBlocks&, const int32_t*, const KvRows&, Stream) { Refuse(); }
+void LoadKv(const KvBlocks&, const int32_t*, const KvRows&, Stream) { Refuse(); }
+void GatherKv(const KvBlocks&, const int32_t*, const int32_t*, int64_t, const int32_t*, Stream) {
+  Refuse();
+}
+void PlainAttention(const PlainAttentionArgs&, Stream) { Refuse(); }
+bool CanDecode(int, int, int, DType) { return false; }
+size_t DecodeWorkspaceBytes(const DecodeAttentionArgs&) { Refuse(); }
+void DecodeAttention(const DecodeAttentionArgs&, void*, Stream) { Refuse(); }
+void KeyScores(const KeyScoreArgs&, Stream) { Refuse(); }
+void MeanOfRows(const float*, int64_t, int64_t, int64_t, float*, Stream) { Refuse(); }
+void GatherPatches(ConstTensorView, int64_t, int64_t, TensorView, Stream) { Refuse(); }
+void RepeatRows(ConstTensorView, TensorView, Stream) { Refuse(); }
+void BlendGrid(ConstTensorView, const GridTaps&, TensorView, Stream) { Refuse(); }
+void RowCosines(ConstTensorView, ConstTensorView, const float*, TensorView, Stream) { Refuse(); }
+void ArgMax(ConstTensorView, TensorView, Stream) { Refuse(); }
 
 }  // namespace sluice::cuda
 #endif  // !SLUICE_HAS_CUDA

@@ -1,0 +1,292 @@
+// Attention and the KV cache's blocks on the GPU against their references on the CPU.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "runtime/ops/attention.h"
+#include "runtime/ops/embedding.h"
+#include "runtime/ops/rows.h"
+#include "runtime/ops/similarity.h"
+#include "runtime/transfer.h"
+#include "tests/support/tensor_testing.h"
+
+namespace sluice {
+namespace {
+
+using ::sluice::testing::At;
+using ::sluice::testing::ExpectClose;
+using ::sluice::testing::RandomTensor;
+
+constexpr DType kTypes[] = {DType::kF32, DType::kBF16};
+
+// Blocks of one layer in an order that is not that of their addresses, among others. What nobody
+// has stored is no number on the GPU.
+class Blocks {
+ public:
+  Blocks(ExecContext& gpu, int heads, int head_dim, DType dtype, int64_t positions, int seed) {
+    const int64_t count = (positions + kKvBlockTokens - 1) / kKvBlockTokens, all = count + 3;
+    const auto bytes = static_cast<int64_t>(KvBlockBytes(heads, head_dim, dtype));
+    host_ = Tensor(DType::kU8, {all, bytes});
+    std::fill_n(host_.data<uint8_t>(), all * bytes, 0xff);
+    device_ = TransferTo(gpu, host_, Device::kCuda);
+    // The reference multiplies what lies behind the last position with zero.
+    std::fill_n(host_.data<uint8_t>(), all * bytes, 0);
+    std::vector<int64_t> order(all);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+    for (int64_t i = 0; i < count; ++i) {
+      on_host_.push_back(host_.data<uint8_t>() + order[i] * bytes);
+      on_device_.push_back(static_cast<uint8_t*>(device_.view().raw()) + order[i] * bytes);
+    }
+    cpu = {.blocks = on_host_, .kv_heads = heads, .head_dim = head_dim, .dtype = dtype};
+    cuda = {.blocks = on_device_,
+            .kv_heads = heads,
+            .head_dim = head_dim,
+            .dtype = dtype,
+            .device = Device::kCuda,
+            .base = device_.view().raw()};
+  }
+  Blocks(const Blocks&) = delete;
+  Blocks& operator=(const Blocks&) = delete;
+  KvLayerView cpu, cuda;
+
+ private:
+  Tensor host_, device_;
+  std::vector<void*> on_host_, on_device_;
+};
+
+class CudaKvTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (cuda::DeviceCount() == 0) {
+      GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+    }
+    gpu_ = std::make_unique<ExecContext>(ExecOptions{.device = Device::kCuda});
+  }
+  Tensor There(const Tensor& tensor) { return TransferTo(*gpu_, tensor, Device::kCuda); }
+  static std::vector<double> Values(ConstTensorView x) {
+    std::vector<double> values;
+    for (int64_t i = 0; i < x.dim(0); ++i) {
+      for (int64_t j = 0; j < x.dim(1); ++j) values.push_back(At(x, i, j));
+    }
+    return values;
+  }
+  // f32: exponentials good to 2 ulp and sums of up to some thousand terms in another order. bf16:
+  // probabilities and results are rounded to 2^-9 on either side.
+  void ExpectEqual(const Tensor& on_gpu, const Tensor& want, const std::string& what) {
+    const Tensor got = TransferTo(*gpu_, on_gpu, Device::kCpu);
+    const bool wide = want.dtype() == DType::kF32;
+    ExpectClose(got, Values(want), wide ? 1e-5 : 1e-2, wide ? 1e-4 : 3e-2, what);
+  }
+  void Fill(const Blocks& blocks, int64_t count, int seed) {
+    const int64_t width = int64_t{blocks.cpu.kv_heads} * blocks.cpu.head_dim;
+    const Tensor keys = RandomTensor(blocks.cpu.dtype, {count, width}, seed);
+    const Tensor values = RandomTensor(blocks.cpu.dtype, {count, width}, seed + 1);
+    StoreKv(reference_, keys, values, 0, blocks.cpu);
+    StoreKv(*gpu_, There(keys), There(values), 0, blocks.cuda);
+  }
+
+  ExecContext reference_{ExecOptions{.kernels = KernelChoice::kReference}};
+  std::unique_ptr<ExecContext> gpu_;
+};
+
+TEST_F(CudaKvTest, RowsComeBackFromBlocksAsTheyWereStored) {
+  for (const DType dtype : kTypes) {
+    for (const auto& [heads, size] : {std::pair(1, 8), std::pair(2, 64), std::pair(3, 72)}) {
+      const int64_t width = int64_t{heads} * size;
+      const Blocks blocks(*gpu_, heads, size, dtype, 300, 1),
+          others(*gpu_, heads, size, dtype, 150, 2);
+      for (const auto& [begin, count] : {std::pair(0, 1), std::pair(1, 63), std::pair(64, 64),
+                                         std::pair(130, 100), std::pair(299, 1)}) {
+        SCOPED_TRACE(std::string(Name(dtype)) + " " + std::to_string(width) + " from " +
+                     std::to_string(begin));
+        const Tensor both = RandomTensor(dtype, {count, 2 * width}, 3);
+        const Tensor there = There(both), back(dtype, {count, 2 * width}, Device::kCuda);
+        StoreKv(*gpu_, there.view().Columns(0, width), there.view().Columns(width, 2 * width),
+                begin, blocks.cuda);
+        LoadKv(*gpu_, blocks.cuda, begin, back.view().Columns(0, width),
+               back.view().Columns(width, 2 * width));
+        EXPECT_EQ(Values(TransferTo(*gpu_, back, Device::kCpu)), Values(both));
+      }
+      Fill(blocks, 300, 5);
+      std::vector<int32_t> rows;
+      for (int32_t i = 1; i < 300; i += 2 + i % 3) rows.push_back(i);
+      GatherKv(*gpu_, blocks.cuda, rows, others.cuda);
+      GatherKv(reference_, blocks.cpu, rows, others.cpu);
+      const auto count = static_cast<int64_t>(rows.size());
+      const Tensor keys(dtype, {count, width}), values(dtype, {count, width});
+      const Tensor k(dtype, {count, width}, Device::kCuda), v(dtype, {count, width}, Device::kCuda);
+      LoadKv(reference_, others.cpu, 0, keys, values);
+      LoadKv(*gpu_, others.cuda, 0, k, v);
+      EXPECT_EQ(Values(TransferTo(*gpu_, k, Device::kCpu)), Values(keys));
+      EXPECT_EQ(Values(TransferTo(*gpu_, v, Device::kCpu)), Values(values));
+    }
+  }
+}
+
+TEST_F(CudaKvTest, CausalAttentionEqualsTheReference) {
+  struct Case {
+    int kv_heads, group, head_dim;
+    int64_t begin, queries;
+  };
+  // Plain, decoding and matrix kernels; one key, ends of blocks, several parts.
+  const Case cases[] = {{1, 1, 8, 0, 1},     {2, 3, 40, 5, 7},     {1, 5, 64, 0, 1},
+                        {1, 5, 64, 63, 1},   {2, 7, 64, 64, 1},    {2, 7, 64, 1500, 1},
+                        {1, 4, 128, 777, 1}, {1, 8, 128, 127, 1},  {2, 7, 64, 0, 49},
+                        {2, 7, 64, 301, 50}, {1, 7, 128, 200, 17}, {1, 2, 200, 70, 3}};
+  for (const Case& c : cases) {
+    for (const DType dtype : kTypes) {
+      const int heads = c.kv_heads * c.group;
+      const int64_t seen = c.begin + c.queries, width = int64_t{heads} * c.head_dim;
+      SCOPED_TRACE(std::to_string(c.kv_heads) + " x " + std::to_string(c.group) + " x " +
+                   std::to_string(c.head_dim) + " from " + std::to_string(c.begin) + " " +
+                   Name(dtype));
+      const Blocks blocks(*gpu_, c.kv_heads, c.head_dim, dtype, seen, 7);
+      Fill(blocks, seen, 8);
+      const Tensor q = RandomTensor(dtype, {c.queries, width + 8}, 9);
+      const Tensor gq = There(q);
+      const Tensor want(dtype, {c.queries, width}), got(dtype, {c.queries, width}, Device::kCuda);
+      const float scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
+      CausalAttention(reference_, q.view().Columns(0, width), c.begin, heads, scale, blocks.cpu,
+                      want);
+      CausalAttention(*gpu_, gq.view().Columns(0, width), c.begin, heads, scale, blocks.cuda, got);
+      ExpectEqual(got, want, "causal attention");
+    }
+  }
+}
+
+TEST_F(CudaKvTest, SequencesThatDecodeTogetherEqualThoseAlone) {
+  constexpr int kHeads = 14, kSize = 64;
+  std::vector<std::unique_ptr<Blocks>> caches;
+  std::vector<KvSegment> segments, on_host;
+  // All blocks must lie in one range, so one allocation serves all sequences.
+  const int64_t lengths[] = {1, 64, 65, 700, 129};
+  for (const bool together : {false, true}) {
+    caches.clear();
+    segments.clear();
+    on_host.clear();
+    const Blocks all(*gpu_, 2, kSize, DType::kBF16, 5 * 704, 3);
+    int64_t row = 0;
+    for (const int64_t length : lengths) {
+      KvLayerView cuda = all.cuda, cpu = all.cpu;
+      cuda.blocks = all.cuda.blocks.subspan(row * 11, 11);
+      cpu.blocks = all.cpu.blocks.subspan(row * 11, 11);
+      const Tensor keys = RandomTensor(DType::kBF16, {length, 2 * kSize}, 20 + row);
+      const Tensor values = RandomTensor(DType::kBF16, {length, 2 * kSize}, 40 + row);
+      StoreKv(reference_, keys, values, 0, cpu);
+      StoreKv(*gpu_, There(keys), There(values), 0, cuda);
+      segments.push_back({.row = row, .rows = 1, .begin = length - 1, .kv = cuda});
+      on_host.push_back({.row = row, .rows = 1, .begin = length - 1, .kv = cpu});
+      ++row;
+    }
+    const Tensor q = RandomTensor(DType::kBF16, {row, kHeads * kSize}, 9);
+    const Tensor want(DType::kBF16, q.shape()), got(DType::kBF16, q.shape(), Device::kCuda);
+    CausalAttention(reference_, q, on_host, kHeads, 0.125f, want);
+    const Tensor gq = There(q);
+    if (together) {
+      CausalAttention(*gpu_, gq, segments, kHeads, 0.125f, got);
+    } else {
+      for (int64_t i = 0; i < row; ++i) {
+        CausalAttention(*gpu_, gq, {&segments[i], 1}, kHeads, 0.125f, got.view().Slice(i, i + 1));
+      }
+    }
+    ExpectEqual(got, want, together ? "together" : "alone");
+  }
+}
+
+TEST_F(CudaKvTest, EncoderAttentionEqualsTheReference) {
+  struct Case {
+    int64_t batch, queries, keys;
+    int heads, head_dim;
+    bool biased;
+  };
+  const Case cases[] = {{1, 1, 1, 1, 8, false},
+                        {2, 5, 9, 3, 24, true},
+                        {3, 49, 49, 2, 64, false},
+                        {2, 100, 130, 2, 72, false},
+                        {1, 33, 70, 4, 72, true}};
+  for (const Case& c : cases) {
+    for (const DType dtype : kTypes) {
+      const int64_t width = int64_t{c.heads} * c.head_dim;
+      SCOPED_TRACE(std::to_string(c.queries) + " x " + std::to_string(width) + " " + Name(dtype));
+      const Tensor q = RandomTensor(dtype, {c.batch * c.queries, width}, 1);
+      const Tensor kv = RandomTensor(dtype, {c.batch * c.keys, 2 * width}, 2);
+      const Tensor bias = c.biased ? RandomTensor(DType::kF32, {c.batch * c.keys}, 3) : Tensor();
+      const Tensor gq = There(q), gkv = There(kv), gbias = c.biased ? There(bias) : Tensor();
+      const Tensor want(dtype, q.shape()), got(dtype, q.shape(), Device::kCuda);
+      const float scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
+      EncoderAttention(reference_, q, kv.view().Columns(0, width),
+                       kv.view().Columns(width, 2 * width), c.batch, c.heads, c.head_dim, scale,
+                       want, bias);
+      EncoderAttention(*gpu_, gq, gkv.view().Columns(0, width),
+                       gkv.view().Columns(width, 2 * width), c.batch, c.heads, c.head_dim, scale,
+                       got, gbias);
+      ExpectEqual(got, want, "encoder attention");
+      const Tensor received(DType::kF32, {c.batch, c.keys});
+      const Tensor there(DType::kF32, {c.batch, c.keys}, Device::kCuda);
+      AttentionReceived(reference_, q, kv.view().Columns(0, width), c.batch, c.heads, c.head_dim,
+                        scale, bias, received);
+      AttentionReceived(*gpu_, gq, gkv.view().Columns(0, width), c.batch, c.heads, c.head_dim,
+                        scale, gbias, there);
+      ExpectEqual(there, received, "attention received");
+    }
+  }
+}
+
+TEST_F(CudaKvTest, AQuerysMeanAttentionEqualsTheReference) {
+  for (const DType dtype : kTypes) {
+    const Blocks blocks(*gpu_, 2, 40, dtype, 200, 1);
+    Fill(blocks, 200, 2);
+    const Tensor q = RandomTensor(dtype, {1, 6 * 40}, 3), more = RandomTensor(dtype, {9, 80}, 4);
+    std::vector<int32_t> rows;
+    for (int32_t i = 0; i < 200; i += 3) rows.push_back(i);
+    std::vector<float> want(rows.size() + 9), got(want.size());
+    MeanAttentionRow(reference_, q, 6, 0.2f, blocks.cpu, rows, more, want);
+    MeanAttentionRow(*gpu_, There(q), 6, 0.2f, blocks.cuda, rows, There(more), got);
+    // Softmax values of at most 1, exponentials good to 2 ulp.
+    for (size_t i = 0; i < want.size(); ++i) EXPECT_NEAR(got[i], want[i], 2e-6) << i;
+  }
+}
+
+TEST_F(CudaKvTest, RowsAreConvertedEmbeddedAndCompared) {
+  for (const DType dtype : kTypes) {
+    const Tensor table = RandomTensor(dtype, {50, 37}, 1), gtable = There(table);
+    const std::vector<int32_t> ids = {49, 0, 7, 7};
+    const Tensor want(DType::kF32, {4, 37}), got(DType::kF32, {4, 37}, Device::kCuda);
+    Embed(reference_, table, ids, want);
+    Embed(*gpu_, gtable, ids, got);
+    EXPECT_EQ(Values(TransferTo(*gpu_, got, Device::kCpu)), Values(want));
+    for (const DType to : kTypes) {
+      const Tensor y(to, {50, 30}), gy(to, {50, 30}, Device::kCuda);
+      Convert(reference_, table.view().Columns(3, 33), y);
+      Convert(*gpu_, gtable.view().Columns(3, 33), gy);
+      EXPECT_EQ(Values(TransferTo(*gpu_, gy, Device::kCpu)), Values(y));
+    }
+    const Tensor b = RandomTensor(dtype, {50, 37}, 2), gb = There(b);
+    std::vector<float> mean(37), there(37);
+    MeanRow(reference_, table, mean);
+    MeanRow(*gpu_, gtable, there);
+    for (int i = 0; i < 37; ++i) EXPECT_NEAR(there[i], mean[i], 1e-6);
+    for (const bool centred : {false, true}) {
+      const Tensor cosines(DType::kF32, {50}), on_gpu(DType::kF32, {50}, Device::kCuda);
+      const std::span<const float> center =
+          centred ? std::span<const float>(mean) : std::span<const float>();
+      RowCosines(reference_, table, b, cosines, center);
+      RowCosines(*gpu_, gtable, gb, on_gpu, center);
+      const Tensor back = TransferTo(*gpu_, on_gpu, Device::kCpu);
+      // Cosines of 37 terms: sums in another order.
+      for (int i = 0; i < 50; ++i)
+        EXPECT_NEAR(back.data<float>()[i], cosines.data<float>()[i], 2e-6);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sluice
