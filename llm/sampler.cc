@@ -53,7 +53,7 @@ int32_t Sampler::Sample(ExecContext& ctx, TensorView logits, std::span<const int
   if (options_.temperature == 0 && options_.repetition_penalty == 1.0f) {
     const Workspace::Scope scope(ctx.workspace());
     const TensorView there = ctx.workspace().Allocate(DType::kI32, {1});
-    cuda::ArgMax(logits.Columns(0, num_ids_), there, ctx.stream());
+    ctx.Queue(cuda::ArgMax, logits.Columns(0, num_ids_), there);
     int32_t best = -1;
     Transfer(ctx, there, TensorView(&best, DType::kI32, {1}));
     if (best >= 0) return best;  // else what is wrong is told below

@@ -22,10 +22,12 @@ ExecContext::ExecContext(const ExecOptions& options)
   if (options.device == Device::kCuda) {
     stream_ = cuda::NewStream();
     gpu_products_ = std::make_unique<cuda::Products>();
+    recorder_ = std::make_unique<cuda::Recorder>(stream_);
   }
 }
 
 ExecContext::~ExecContext() {
+  recorder_.reset();  // it waits for the stream
   if (stream_) cuda::EndStream(stream_);
 }
 
@@ -36,6 +38,10 @@ ExecContext& ExecContext::host() {
         ExecOptions{.num_threads = options_.num_threads, .kernels = options_.kernels});
   }
   return *host_;
+}
+
+void ExecContext::Recurring(const std::string& key, const std::function<void()>& step) {
+  recorder_ ? recorder_->Run(key, step) : step();
 }
 
 void ExecContext::Synchronize() const {

@@ -6,9 +6,11 @@
 
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "runtime/ops/cuda/device.h"
+#include "runtime/ops/cuda/recorder.h"
 #include "runtime/tensor.h"
 #include "runtime/trace.h"
 #include "runtime/workspace.h"
@@ -44,6 +46,17 @@ class ExecContext {
   ExecContext& host();
   // Where everything this context does on the GPU is queued; null on the CPU.
   cuda::Stream stream() const { return stream_; }
+  // Calls launch(args..., stream()), which queues an op's kernels, unless the step that the op is
+  // part of is replayed.
+  template <typename Launch, typename... Args>
+  void Queue(const Launch& launch, const Args&... args) {
+    if (!recorder_->replaying()) launch(args..., stream_);
+  }
+  // Runs a step that recurs, on a GPU as a graph from the third time on: see
+  // runtime/ops/cuda/recorder.h for what it may do. key: what it is and its sizes.
+  void Recurring(const std::string& key, const std::function<void()>& step);
+  // Null on the CPU.
+  cuda::Recorder* recorder() const { return recorder_.get(); }
   // Waits for what was queued; nothing to do on the CPU. Throws Error with what the GPU reported.
   void Synchronize() const;
   // Makes libraries that bring their own parallel loops (oneDNN) use num_threads() when called from
@@ -69,6 +82,7 @@ class ExecContext {
   Tracer tracer_;
   std::unique_ptr<ProductCache> product_cache_;
   std::unique_ptr<cuda::Products> gpu_products_;
+  std::unique_ptr<cuda::Recorder> recorder_;
   std::vector<std::unique_ptr<ExecContext>> parts_;  // made when first needed
   std::unique_ptr<ExecContext> host_;                // likewise, on a GPU
 };

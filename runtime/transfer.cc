@@ -23,9 +23,14 @@ void Transfer(ExecContext& ctx, ConstTensorView from, TensorView to) {
     }
     return;
   }
+  if (ctx.recorder() && ctx.recorder()->active() && from.device() != to.device()) {
+    throw Error("[transfer] a step that recurs must not wait for host memory");
+  }
   const bool whole = from.contiguous() && to.contiguous();
-  cuda::CopyRows(to.raw(), whole ? row : to.stride0() * element, from.raw(),
-                 whole ? row : from.stride0() * element, row, rows, ctx.stream());
+  ctx.Queue([&](cuda::Stream stream) {
+    cuda::CopyRows(to.raw(), whole ? row : to.stride0() * element, from.raw(),
+                   whole ? row : from.stride0() * element, row, rows, stream);
+  });
   if (to.device() == Device::kCpu) cuda::Synchronize(ctx.stream());
 }
 
@@ -59,6 +64,7 @@ Tensor Placed(Tensor from, Device device) {
 
 const int32_t* Within(ExecContext& ctx, std::span<const int32_t> numbers) {
   if (ctx.device() == Device::kCpu) return numbers.data();
+  if (ctx.recorder()->active()) return ctx.recorder()->Numbers(numbers);
   const Shape shape{static_cast<int64_t>(numbers.size())};
   const TensorView copy = ctx.workspace().Allocate(DType::kI32, shape);
   Transfer(ctx, ConstTensorView(numbers.data(), DType::kI32, shape), copy);

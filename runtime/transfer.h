@@ -32,7 +32,8 @@ Tensor Placed(Tensor from, Device device);
 // its workspace.
 const int32_t* Within(ExecContext& ctx, std::span<const int32_t> numbers);
 
-// Whether an op runs on the GPU. Throws Error naming the op unless all its tensors (empty ones
+// Whether an op runs on the GPU: then it says so to a step that recurs, whose replays must look the
+// same. Throws Error naming the op unless all its tensors (empty ones
 // aside) lie where the context works.
 bool OnGpu(const char* op, const ExecContext& ctx, std::initializer_list<ConstTensorView> tensors);
 

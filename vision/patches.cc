@@ -37,7 +37,7 @@ void GatherPatches(ExecContext& ctx, ConstTensorView pixels, int64_t patch, int6
                    TensorView gathered) {
   const int64_t side = pixels.dim(3), grid = side / patch;
   if (OnGpu("gather_patches", ctx, {pixels, gathered})) {
-    return cuda::GatherPatches(pixels, patch, before, gathered, ctx.stream());
+    return ctx.Queue(cuda::GatherPatches, pixels, patch, before, gathered);
   }
   const DType dtype = gathered.dtype();
   const int64_t row_bytes = gathered.dim(1) * static_cast<int64_t>(SizeOf(dtype));
@@ -66,7 +66,7 @@ void GatherPatches(ExecContext& ctx, ConstTensorView pixels, int64_t patch, int6
 }
 
 void RepeatRows(ExecContext& ctx, ConstTensorView x, TensorView y) {
-  if (OnGpu("repeat_rows", ctx, {x, y})) return cuda::RepeatRows(x, y, ctx.stream());
+  if (OnGpu("repeat_rows", ctx, {x, y})) return ctx.Queue(cuda::RepeatRows, x, y);
   const int64_t count = x.shape().NumElements();
   ParallelFor(ctx, y.dim(0) / x.dim(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t f = begin; f < end; ++f) {

@@ -28,7 +28,7 @@ void AveragePool(ExecContext& ctx, ConstTensorView x, int rows, int cols, int st
     taps.out_rows = static_cast<int>(out_rows);
     taps.out_cols = static_cast<int>(out_cols);
     taps.span = stride;
-    return cuda::BlendGrid(x, taps, y, ctx.stream());
+    return ctx.Queue(cuda::BlendGrid, x, taps, y);
   }
   const float* in = x.data<float>();
   float* out = y.data<float>();
@@ -99,7 +99,7 @@ void BilinearPool::Run(ExecContext& ctx, ConstTensorView x, TensorView y) const 
     taps.col_low = of_cols;
     taps.col_high = of_cols + out_cols();
     taps.col_share = reinterpret_cast<const float*>(of_cols + 2 * out_cols());
-    return cuda::BlendGrid(x, taps, y, ctx.stream());
+    return ctx.Queue(cuda::BlendGrid, x, taps, y);
   }
   const float* in = x.data<float>();
   float* out = y.data<float>();

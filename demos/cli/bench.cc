@@ -22,6 +22,7 @@
 #include "runtime/error.h"
 #include "runtime/ops/linear.h"
 #include "runtime/parallel.h"
+#include "runtime/transfer.h"
 #include "vision/preprocess.h"
 
 namespace sluice::cli {
@@ -53,12 +54,12 @@ double FastestSeconds(double budget, const std::function<void()>& work) {
 }
 
 // Numbers in [-1, 1): zeros would multiply faster than anything real on some machines.
-Tensor RandomTensor(DType dtype, Shape shape, uint64_t seed) {
+Tensor RandomTensor(DType dtype, Shape shape, uint64_t seed, Device device = Device::kCpu) {
   Tensor values(DType::kF32, shape);
   world::Random random(seed);
   float* out = values.data<float>();
   for (int64_t i = 0; i < shape.NumElements(); ++i) out[i] = random.Range(-1.0f, 1.0f);
-  return dtype == DType::kF32 ? std::move(values) : ConvertTo(values, dtype);
+  return Placed(dtype == DType::kF32 ? std::move(values) : ConvertTo(values, dtype), device);
 }
 
 struct Peak {
@@ -67,17 +68,22 @@ struct Peak {
   double read_gbps = 0;
 };
 
-// The most that a large square product reaches, over sides of 1024, 2048 and 4096.
+// The most that a large square product reaches, over sides of 1024, 2048, 4096 and, on a GPU, 8192.
 void MeasureProducts(ExecContext& ctx, DType dtype, double seconds, Peak& peak) {
-  for (const int64_t side : {1024, 2048, 4096}) {
+  std::vector<int64_t> sides = {1024, 2048, 4096};
+  if (ctx.device() == Device::kCuda) sides.push_back(8192);
+  for (const int64_t side : sides) {
     auto keeper = std::make_shared<Tensor>(RandomTensor(dtype, {side, side}, 1));
     SharedMatrix matrix;
     matrix.view = keeper->view();
     matrix.keeper = std::move(keeper);
-    const LinearWeight weight(std::move(matrix), Tensor(), WeightUse::kManyRows);
-    const Tensor x = RandomTensor(dtype, {side, side}, 2);
-    const Tensor y(dtype, {side, side});
-    const double fastest = FastestSeconds(seconds / 3, [&] { Linear(ctx, x, weight, y); });
+    const LinearWeight weight(std::move(matrix), Tensor(), WeightUse::kManyRows, ctx.device());
+    const Tensor x = RandomTensor(dtype, {side, side}, 2, ctx.device());
+    const Tensor y(dtype, {side, side}, ctx.device());
+    const double fastest = FastestSeconds(seconds / 3, [&] {
+      Linear(ctx, x, weight, y);
+      ctx.Synchronize();
+    });
     const double gflops = 2e-9 * static_cast<double>(side * side * side) / fastest;
     if (gflops > peak.gflops) {
       peak.gflops = gflops;
@@ -104,6 +110,15 @@ uint64_t Sum(const uint64_t* words, int64_t count) {
 // threads; of one and of four places a thread, whichever is faster.
 double MeasureRead(ExecContext& ctx, double seconds) {
   constexpr int64_t kWords = int64_t{1} << 26;  // 512 MiB
+  if (ctx.device() == Device::kCuda) {
+    // Half of what a copy moves is read, half written.
+    const Tensor from = RandomTensor(DType::kF32, {2 * kWords}, 8, ctx.device());
+    const Tensor to(DType::kF32, from.shape(), ctx.device());
+    return 2e-9 * static_cast<double>(from.SizeBytes()) / FastestSeconds(seconds, [&] {
+             Transfer(ctx, from, to);
+             ctx.Synchronize();
+           });
+  }
   const Tensor buffer(DType::kU8, {kWords * 8});
   auto* words = static_cast<uint64_t*>(buffer.view().raw());
   std::iota(words, words + kWords, uint64_t{1});
@@ -145,11 +160,15 @@ Json MeasureEncode(ExecContext& ctx, const VisionEncoder& encoder, const EncodeH
                    const BenchFlags& flags, const Peak& peak) {
   const auto frames = NoiseFrames(flags.batch);
   const PreprocessConfig& config = encoder.preprocess_config();
-  const Tensor pixels(DType::kF32, {flags.batch, 3, config.height, config.width});
-  const double preprocess =
-      FastestSeconds(flags.seconds / 2, [&] { Preprocess(ctx, frames, config, pixels); });
-  const double encode =
-      FastestSeconds(flags.seconds, [&] { encoder.Encode(ctx, pixels, frames, hooks); });
+  const Tensor pixels(DType::kF32, {flags.batch, 3, config.height, config.width}, ctx.device());
+  const double preprocess = FastestSeconds(flags.seconds / 2, [&] {
+    Preprocess(ctx, frames, config, pixels);
+    ctx.Synchronize();
+  });
+  const double encode = FastestSeconds(flags.seconds, [&] {
+    encoder.Encode(ctx, pixels, frames, hooks);
+    ctx.Synchronize();
+  });
   const StageCost& cost = ctx.tracer().stages().find("encode")->second;
   const double gflop = 1e-9 * cost.flops / static_cast<double>(cost.items);
   const double gflops = gflop * flags.batch / encode;
@@ -227,12 +246,18 @@ Arrivals MeasureCompress(ExecContext& ctx, const BenchFlags& flags, const Sessio
       arrivals.batches = clones();
       for (VisualTokens& tokens : arrivals.batches) {
         for (const auto& compressor : compressors) {
-          tokens = compressor->Compress(ctx, std::move(tokens));
+          tokens = compressor->Compress(ctx.host(), std::move(tokens));
         }
       }
     });
     // Copying what they take is not theirs.
     arrivals.compress_seconds -= FastestSeconds(flags.seconds / 4, [&] { clones(); });
+  }
+  // As an encoder leaves them where nothing looks into them.
+  if (session.options.compressors.empty() && session.pyramid.mode() == PyramidMode::kOff) {
+    for (VisualTokens& tokens : arrivals.batches) {
+      tokens.features = Placed(std::move(tokens.features), ctx.device());
+    }
   }
   for (const VisualTokens& tokens : arrivals.batches) arrivals.tokens += tokens.size();
   if (arrivals.tokens == 0) {
@@ -268,6 +293,7 @@ Json MeasurePrefill(ExecContext& ctx, const BenchFlags& flags, const Peak& peak,
       session.pyramid.Arrived(tokens, first);
       flops += FlopsSince(decoder, cache, first);
     }
+    ctx.Synchronize();
   });
   const auto frames = static_cast<double>(flags.context_frames);
   const auto tokens = static_cast<double>(arrivals.tokens);
@@ -294,11 +320,12 @@ Json MeasureQuestion(ExecContext& ctx, const BenchFlags& flags, const Peak& peak
   const Tensor rows = RandomTensor(DType::kF32, {replayed + kText, width}, 6);
   const std::span<const float> window = session.pyramid.ReplayRows();
   std::copy(window.begin(), window.end(), rows.data<float>());
-  const Tensor logits(DType::kF32, {1, decoder.vocab_size()});
+  const Tensor logits(DType::kF32, {1, decoder.vocab_size()}, ctx.device());
   const KvCache::Mark frames = cache.MarkHere();
   const double seconds = FastestSeconds(flags.seconds / 2, [&] {
     cache.RewindTo(frames);
     Step(ctx, decoder, cache, rows, logits, session.pyramid.ForQuestion(0, kText));
+    ctx.Synchronize();
   });
   const double flops = FlopsSince(decoder, cache, frames.length) + decoder.LmHeadFlops();
   const double gflops = 1e-9 * flops / seconds;
@@ -313,8 +340,8 @@ Json MeasureDecode(ExecContext& ctx, const Vlm& vlm, const BenchFlags& flags, co
                    KvCache& cache) {
   constexpr int kTokens = 16;
   const Decoder& decoder = vlm.decoder();
-  const Tensor row = RandomTensor(DType::kF32, {1, decoder.hidden_size()}, 5);
-  const Tensor logits(DType::kF32, {1, decoder.vocab_size()});
+  const Tensor row = RandomTensor(DType::kF32, {1, decoder.hidden_size()}, 5, ctx.device());
+  const Tensor logits(DType::kF32, {1, decoder.vocab_size()}, ctx.device());
   const KvCache::Mark context = cache.MarkHere();
   const int64_t rows = cache.MeanRows();
   const double seconds = FastestSeconds(flags.seconds,
@@ -323,6 +350,7 @@ Json MeasureDecode(ExecContext& ctx, const Vlm& vlm, const BenchFlags& flags, co
                                           for (int i = 0; i < kTokens; ++i) {
                                             Step(ctx, decoder, cache, row, logits);
                                           }
+                                          ctx.Synchronize();
                                         }) /
                          kTokens;
   const KvGeometry kv = decoder.kv_geometry();
@@ -406,6 +434,10 @@ void Bench(const BenchFlags& flags) {
   report["dtype"] = Name(vlm.info().compute_type);
   report["machine"] = ToJson(CpuInfo::Detect());
   report["machine"]["threads"] = engine.num_threads();
+  if (vlm.info().device == Device::kCuda) {
+    report["machine"]["model"] = cuda::DeviceName();
+    report["machine"]["isa"] = "compute capability " + Number(cuda::ComputeCapability() / 10.0, 1);
+  }
   report["peak"] = {{"gflops", peak.gflops}, {"size", peak.size}, {"read_gbps", peak.read_gbps}};
   report["encode"] =
       MeasureEncode(*context, vlm.encoder(),

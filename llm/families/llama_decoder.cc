@@ -182,6 +182,7 @@ class LlamaDecoder : public Decoder {
   void Check(std::span<const SequenceStep> sequences) const;
   void CheckReach(int64_t needed) const;
   void RunChunk(ExecContext& ctx, std::vector<Segment> segments, const DecoderProbe& probe) const;
+  void RunDecoding(ExecContext& ctx, std::vector<Segment>& segments, TensorView hidden) const;
   void RunStaged(ExecContext& ctx, const SequenceStep& step, const DecoderProbe& probe) const;
   void Recall(ExecContext& ctx, int layer, const StagedRows& staged) const;
   TensorView PassBoundary(ExecContext& ctx, int layer, bool single_chunk, StagedRows& staged) const;
@@ -221,8 +222,10 @@ class LlamaDecoder : public Decoder {
 };
 
 LlamaDecoder::LlamaDecoder(WeightStore& weights, const LlamaConfig& config)
-    : config_(config), dtype_(weights.compute_type()),
-      device_(weights.device()), inv_freq_(Placed(InverseFrequencies(config), device_)) {
+    : config_(config),
+      dtype_(weights.compute_type()),
+      device_(weights.device()),
+      inv_freq_(Placed(InverseFrequencies(config), device_)) {
   const int64_t width = config.hidden_size, inner = config.intermediate_size;
   const int64_t q_rows = q_width(), kv_rows = kv_width();
   constexpr WeightUse kUse = WeightUse::kAnyRows;
@@ -356,6 +359,10 @@ void LlamaDecoder::RunChunk(ExecContext& ctx, std::vector<Segment> segments,
     Bring(ctx, segment.step->embeddings.Slice(segment.offset, segment.offset + segment.rows),
           hidden.Slice(segment.row, segment.row + segment.rows));
   }
+  const bool decodes = std::all_of(segments.begin(), segments.end(), [](const Segment& segment) {
+    return segment.rows == 1 && segment.wanted == 1;
+  });
+  if (decodes && !probe && device_ != Device::kCpu) return RunDecoding(ctx, segments, hidden);
   for (int i = 0; i < config_.num_layers; ++i) {
     hidden = RunLayer(ctx, i, segments, hidden, {}, probe);
     if (hidden.dim(0) == 0) return;
@@ -366,6 +373,25 @@ void LlamaDecoder::RunChunk(ExecContext& ctx, std::vector<Segment> segments,
     if (hidden.dim(0) == 0) return;
   }
   WriteLogits(ctx, segments, hidden, probe);
+}
+
+// A row of each of some sequences, on a GPU: a step that recurs.
+void LlamaDecoder::RunDecoding(ExecContext& ctx, std::vector<Segment>& segments,
+                               TensorView hidden) const {
+  const int64_t rows = hidden.dim(0);
+  const TensorView logits = ctx.workspace().Allocate(DType::kF32, {rows, config_.vocab_size});
+  ctx.Recurring("decode " + std::to_string(rows), [&] {
+    for (int i = 0; i < config_.num_layers; ++i) RunLayer(ctx, i, segments, hidden, {}, nullptr);
+    Workspace::Scope scope(ctx.workspace());
+    const TensorView narrow = ctx.workspace().Allocate(dtype_, hidden.shape());
+    Normalise(ctx, final_norm_, hidden, narrow);
+    TracedLinear(ctx, "decoder/lm_head", narrow, lm_head_, logits);
+  });
+  for (const Segment& segment : segments) {
+    const int64_t to = segment.step->logits.dim(0) == 1 ? 0 : segment.offset;
+    CopyRows(ctx, logits.Slice(segment.row, segment.row + 1),
+             segment.step->logits.Slice(to, to + 1));
+  }
 }
 
 // Layer by layer over all rows, in chunks inside a layer: what leaves before a layer may depend on

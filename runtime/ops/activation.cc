@@ -24,7 +24,7 @@ void SiluMul(ExecContext& ctx, ConstTensorView gate_up, TensorView y) {
     throw Error("[silu_mul] y must be " + expected.ToString() + " f32 or bf16, got " +
                 y.shape().ToString() + " " + Name(y.dtype()));
   }
-  if (OnGpu("silu_mul", ctx, {gate_up, y})) return cuda::SiluMul(gate_up, y, ctx.stream());
+  if (OnGpu("silu_mul", ctx, {gate_up, y})) return ctx.Queue(cuda::SiluMul, gate_up, y);
   if (ctx.reference_kernels()) {
     SiluMulReference(gate_up, y);
   } else {
@@ -37,7 +37,7 @@ void Softmax(ExecContext& ctx, TensorView x) {
     throw Error("[softmax] x must be [M, N] f32, got " + x.shape().ToString() + " " +
                 Name(x.dtype()));
   }
-  if (OnGpu("softmax", ctx, {x})) return cuda::Softmax(x, ctx.stream());
+  if (OnGpu("softmax", ctx, {x})) return ctx.Queue(cuda::Softmax, x);
   if (ctx.reference_kernels()) {
     SoftmaxReference(x);
   } else {

@@ -247,7 +247,7 @@ void MoveKv(ExecContext& ctx, const KvLayerView& kv, int64_t begin, ConstTensorV
   const cuda::KvRows rows = {const_cast<void*>(keys.raw()), const_cast<void*>(values.raw()),
                              keys.stride0(), values.stride0(), keys.dim(0)};
   const auto move = store ? cuda::StoreKv : cuda::LoadKv;
-  move(BlocksOf(kv), Within(ctx, where), rows, ctx.stream());
+  ctx.Queue(move, BlocksOf(kv), Within(ctx, where), rows);
 }
 
 // Attention with the matrix kernels over rows that lie one after another.
@@ -255,7 +255,7 @@ void FlashAttention(ExecContext& ctx, const cuda::AttentionArgs& args) {
   const Workspace::Scope scope(ctx.workspace());
   const auto bytes = static_cast<int64_t>(cuda::AttentionWorkspaceBytes(args));
   const TensorView room = ctx.workspace().Allocate(DType::kU8, {bytes});
-  cuda::Attention(args, room.raw(), bytes, ctx.stream());
+  ctx.Queue(cuda::Attention, args, room.raw(), static_cast<size_t>(bytes));
 }
 
 // One row of each of consecutive segments.
@@ -290,7 +290,7 @@ void DecodeOnGpu(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment>
                                           .sequences = static_cast<int64_t>(segments.size())};
   const auto bytes = static_cast<int64_t>(cuda::DecodeWorkspaceBytes(args));
   const TensorView room = ctx.workspace().Allocate(DType::kU8, {bytes});
-  cuda::DecodeAttention(args, room.raw(), ctx.stream());
+  ctx.Queue(cuda::DecodeAttention, args, room.raw());
 }
 
 // The rows of one segment; q and out are theirs.
@@ -339,7 +339,7 @@ void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment,
   args.kv_len = seen;
   args.base = kv.base;
   args.table = Within(ctx, table);
-  cuda::PlainAttention(args, ctx.stream());
+  ctx.Queue(cuda::PlainAttention, args);
 }
 
 void CausalOnGpu(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment> segments,
@@ -367,11 +367,11 @@ void CausalOnGpu(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment>
 
 // By head, then the mean of them: softmax(scores) [batch * rows, keys] to mean [batch, keys].
 void MeanOfScores(ExecContext& ctx, const cuda::KeyScoreArgs& scores, float* mean) {
-  cuda::KeyScores(scores, ctx.stream());
+  ctx.Queue(cuda::KeyScores, scores);
   const int64_t rows = scores.queries * scores.heads, keys = scores.row_count + scores.keys;
-  cuda::Softmax({scores.scores, DType::kF32, {scores.batch * rows, keys}, -1, Device::kCuda},
-                ctx.stream());
-  cuda::MeanOfRows(scores.scores, scores.batch, rows, keys, mean, ctx.stream());
+  ctx.Queue(cuda::Softmax,
+            TensorView(scores.scores, DType::kF32, {scores.batch * rows, keys}, -1, Device::kCuda));
+  ctx.Queue(cuda::MeanOfRows, scores.scores, scores.batch, rows, keys, mean);
 }
 
 }  // namespace
@@ -470,7 +470,7 @@ void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, Co
     args.q_len = queries / batch;
     args.kv_len = keys / batch;
     args.key_bias = static_cast<const float*>(key_bias.raw());
-    return cuda::PlainAttention(args, ctx.stream());
+    return ctx.Queue(cuda::PlainAttention, args);
   }
   switch (ChooseAttention(queries / batch, keys / batch, head_dim, q.dtype(), cpu::AmxAllowed(),
                           ctx.reference_kernels())) {
@@ -577,6 +577,7 @@ void GatherKv(ExecContext& ctx, const KvLayerView& from, std::span<const int32_t
   }
   CheckDevice(kOp, ctx, from);
   CheckDevice(kOp, ctx, to);
+  if (from.base != to.base) throw Error("[gather_kv] both caches must be of one pool");
   if (ctx.device() == Device::kCuda) {
     if (rows.empty()) return;
     const Workspace::Scope scope(ctx.workspace());
@@ -586,8 +587,7 @@ void GatherKv(ExecContext& ctx, const KvLayerView& from, std::span<const int32_t
     const size_t source = numbers.size();
     AppendBlocks(from, 0, rows.back() + 1, numbers);
     const int32_t* const there = Within(ctx, numbers);
-    return cuda::GatherKv(BlocksOf(from), there + source, there, count, there + count,
-                          ctx.stream());
+    return ctx.Queue(cuda::GatherKv, BlocksOf(from), there + source, there, count, there + count);
   }
   if (from.dtype == DType::kF32) {
     GatherRows<float>(ctx, from, rows, to);
@@ -636,8 +636,7 @@ void MeanAttentionRow(ExecContext& ctx, ConstTensorView q, int heads, float scal
     args.table = there + rows.size();
     args.rows = there;
     args.row_count = static_cast<int64_t>(rows.size());
-    args.scores =
-        static_cast<float*>(ctx.workspace().Allocate(DType::kF32, {heads, keys}).raw());
+    args.scores = static_cast<float*>(ctx.workspace().Allocate(DType::kF32, {heads, keys}).raw());
     const TensorView mean = ctx.workspace().Allocate(DType::kF32, {keys});
     MeanOfScores(ctx, args, static_cast<float*>(mean.raw()));
     return Transfer(ctx, mean, TensorView(out.data(), DType::kF32, {keys}));

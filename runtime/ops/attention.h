@@ -37,8 +37,8 @@ void AttentionReceived(ExecContext& ctx, ConstTensorView q, ConstTensorView k, i
 //   values V[h] : [D, kKvBlockTokens] row-major (transposed; offset (kv_heads + h) * kKvBlockTokens
 //   * D)
 // in f32 or bf16. Values are transposed because the product with the probabilities reads them so.
-// On a GPU values are [kKvBlockTokens, D] row-major as the keys are, and all blocks lie in one range
-// of addresses, a multiple of their size from its beginning.
+// On a GPU values are [kKvBlockTokens, D] row-major as the keys are, and all blocks lie in one
+// range of addresses, a multiple of their size from its beginning.
 inline constexpr int kKvBlockTokens = 64;
 
 struct KvLayerView {
@@ -62,8 +62,8 @@ void StoreKv(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, int
 void LoadKv(ExecContext& ctx, const KvLayerView& kv, int64_t begin, TensorView keys,
             TensorView values);
 
-// Copies positions `rows` of `from` to positions 0, 1, ... of `to`: views of the same geometry
-// whose blocks are not shared.
+// Copies positions `rows` of `from` to positions 0, 1, ... of `to`: views of the same geometry and
+// pool whose blocks are not shared.
 void GatherKv(ExecContext& ctx, const KvLayerView& from, std::span<const int32_t> rows,
               const KvLayerView& to);
 
@@ -84,9 +84,9 @@ void MeanAttentionRow(ExecContext& ctx, ConstTensorView q, int heads, float scal
 void CausalAttention(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
                      const KvLayerView& kv, TensorView out);
 
-// The same for several sequences: rows [row, row + rows) of q belong to one whose first query stands
-// at position `begin`. out: the rows of all segments, one after another. Decoding on a GPU, one row
-// a segment, is a single launch.
+// The same for several sequences: rows [row, row + rows) of q belong to one whose first query
+// stands at position `begin`. out: the rows of all segments, one after another. Decoding on a GPU,
+// one row a segment, is a single launch.
 struct KvSegment {
   int64_t row = 0, rows = 0, begin = 0;
   KvLayerView kv;

@@ -39,7 +39,7 @@ void Embed(ExecContext& ctx, ConstTensorView table, std::span<const int32_t> ids
   CheckIdsAndResult(ids, table.dim(0), table.dim(1), y);
   if (OnGpu("embed", ctx, {table, y})) {
     const Workspace::Scope scope(ctx.workspace());
-    return cuda::EmbedRows(table, Within(ctx, ids), y, ctx.stream());
+    return ctx.Queue(cuda::EmbedRows, table, Within(ctx, ids), y);
   }
   const char* rows = static_cast<const char*>(table.raw());
   const int64_t row_bytes = table.stride0() * static_cast<int64_t>(SizeOf(table.dtype()));

@@ -109,32 +109,32 @@ class LinearImpl {
     if (activation == Activation::kSiluMul) {
       const TensorView gate_up = ctx.workspace().Allocate(x.dtype(), {x.dim(0), weight.n_});
       RunOnGpu(ctx, x, weight, gate_up, {});
-      return cuda::SiluMul(gate_up, y, ctx.stream());
+      return ctx.Queue(cuda::SiluMul, gate_up, y);
     }
     if (activation == Activation::kGeluErf || activation == Activation::kQuickGelu) {
       const TensorView before = ctx.workspace().Allocate(DType::kF32, y.shape());
       RunOnGpu(ctx, x, weight, before, {});
-      return cuda::Activate(
-          activation == Activation::kGeluErf ? cuda::Gelu::kErf : cuda::Gelu::kQuick,
-          static_cast<const float*>(before.raw()), y.shape().NumElements(), y.raw(), y.dtype(),
-          ctx.stream());
+      return ctx.Queue(cuda::Activate,
+                       activation == Activation::kGeluErf ? cuda::Gelu::kErf : cuda::Gelu::kQuick,
+                       static_cast<const float*>(before.raw()), y.shape().NumElements(), y.raw(),
+                       y.dtype());
     }
     const Tensor& bias = y.dtype() == DType::kBF16 ? weight.rounded_bias_ : weight.bias_;
     const TensorView scratch = ctx.workspace().Allocate(
         DType::kU8, {static_cast<int64_t>(cuda::Products::kWorkspaceBytes)});
-    ctx.gpu_products().Run({.m = x.dim(0),
-                            .n = weight.n_,
-                            .k = weight.k_,
-                            .x = x.raw(),
-                            .x_stride = x.stride0(),
-                            .weight = weight.weight_.view.raw(),
-                            .dtype = weight.dtype_,
-                            .bias = bias.view().raw(),
-                            .y = y.raw(),
-                            .y_dtype = y.dtype(),
-                            .gelu_tanh = activation == Activation::kGeluTanh,
-                            .accumulate = options.accumulate},
-                           scratch.raw(), ctx.stream());
+    const cuda::ProductArgs args = {.m = x.dim(0),
+                                    .n = weight.n_,
+                                    .k = weight.k_,
+                                    .x = x.raw(),
+                                    .x_stride = x.stride0(),
+                                    .weight = weight.weight_.view.raw(),
+                                    .dtype = weight.dtype_,
+                                    .bias = bias.view().raw(),
+                                    .y = y.raw(),
+                                    .y_dtype = y.dtype(),
+                                    .gelu_tanh = activation == Activation::kGeluTanh,
+                                    .accumulate = options.accumulate};
+    ctx.Queue([&](cuda::Stream stream) { ctx.gpu_products().Run(args, scratch.raw(), stream); });
   }
 
  private:
@@ -150,7 +150,8 @@ class LinearImpl {
     to.weight_ = {*weight, weight, nullptr};
     if (bias.empty()) return;
     to.bias_ = Placed(bias.view(), Device::kCuda);
-    if (to.dtype_ == DType::kBF16) to.rounded_bias_ = Placed(ConvertTo(bias, DType::kBF16), Device::kCuda);
+    if (to.dtype_ == DType::kBF16)
+      to.rounded_bias_ = Placed(ConvertTo(bias, DType::kBF16), Device::kCuda);
   }
 
   // PackRows pads inputs; this pads the outputs of the last block.

@@ -48,19 +48,19 @@ void LayerNorm(ExecContext& ctx, ConstTensorView x, ConstTensorView weight, Cons
   CheckVector("layer_norm", "weight", weight, x.dim(1));
   CheckVector("layer_norm", "bias", bias, x.dim(1));
   if (OnGpu("layer_norm", ctx, {x, weight, bias, y, more})) {
-    return cuda::LayerNorm({.x = static_cast<const float*>(x.raw()),
-                            .more = static_cast<const float*>(more.raw()),
-                            .weight = static_cast<const float*>(weight.raw()),
-                            .bias = static_cast<const float*>(bias.raw()),
-                            .y = y.raw(),
-                            .y_dtype = y.dtype(),
-                            .m = x.dim(0),
-                            .d = x.dim(1),
-                            .x_stride = x.stride0(),
-                            .more_stride = more.stride0(),
-                            .y_stride = y.stride0(),
-                            .eps = eps},
-                           ctx.stream());
+    return ctx.Queue(cuda::LayerNorm,
+                     cuda::LayerNormArgs{.x = static_cast<const float*>(x.raw()),
+                                         .more = static_cast<const float*>(more.raw()),
+                                         .weight = static_cast<const float*>(weight.raw()),
+                                         .bias = static_cast<const float*>(bias.raw()),
+                                         .y = y.raw(),
+                                         .y_dtype = y.dtype(),
+                                         .m = x.dim(0),
+                                         .d = x.dim(1),
+                                         .x_stride = x.stride0(),
+                                         .more_stride = more.stride0(),
+                                         .y_stride = y.stride0(),
+                                         .eps = eps});
   }
   Run(ctx, {.x = x,
             .more = more,
@@ -75,16 +75,16 @@ void RmsNorm(ExecContext& ctx, ConstTensorView x, ConstTensorView weight, float 
   CheckRows("rms_norm", x, y);
   CheckVector("rms_norm", "weight", weight, x.dim(1));
   if (OnGpu("rms_norm", ctx, {x, weight, y})) {
-    return cuda::RmsNorm({.x = static_cast<const float*>(x.raw()),
-                          .weight = static_cast<const float*>(weight.raw()),
-                          .y = y.raw(),
-                          .y_dtype = y.dtype(),
-                          .m = x.dim(0),
-                          .d = x.dim(1),
-                          .x_stride = x.stride0(),
-                          .y_stride = y.stride0(),
-                          .eps = eps},
-                         ctx.stream());
+    return ctx.Queue(cuda::RmsNorm,
+                     cuda::RmsNormArgs{.x = static_cast<const float*>(x.raw()),
+                                       .weight = static_cast<const float*>(weight.raw()),
+                                       .y = y.raw(),
+                                       .y_dtype = y.dtype(),
+                                       .m = x.dim(0),
+                                       .d = x.dim(1),
+                                       .x_stride = x.stride0(),
+                                       .y_stride = y.stride0(),
+                                       .eps = eps});
   }
   Run(ctx, {.x = x, .weight = weight.data<float>(), .eps = eps, .y = y});
 }

@@ -29,7 +29,7 @@ void Rope(ExecContext& ctx, TensorView x, int head_dim, std::span<const int32_t>
   }
   if (OnGpu("rope", ctx, {x, inv_freq})) {
     const Workspace::Scope scope(ctx.workspace());
-    return cuda::Rope(x, head_dim, Within(ctx, positions), inv_freq, ctx.stream());
+    return ctx.Queue(cuda::Rope, x, head_dim, Within(ctx, positions), inv_freq);
   }
   if (ctx.reference_kernels()) {
     RopeReference(x, head_dim, positions, inv_freq.data<float>());

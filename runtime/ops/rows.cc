@@ -110,7 +110,7 @@ void Convert(ExecContext& ctx, ConstTensorView x, TensorView y) {
   CheckMatrix("convert", "x", x);
   CheckMatrix("convert", "y", y);
   CheckSame("convert", "y", y, x.shape(), y.dtype());
-  if (OnGpu("convert", ctx, {x, y})) return cuda::Convert(x, y, ctx.stream());
+  if (OnGpu("convert", ctx, {x, y})) return ctx.Queue(cuda::Convert, x, y);
   ParallelFor(ctx, x.dim(0), Grain(x), [&](int64_t begin, int64_t end) {
     ConvertInto(x.Slice(begin, end), y.Slice(begin, end));
   });
@@ -121,7 +121,7 @@ void GatherRows(ExecContext& ctx, ConstTensorView x, std::span<const int32_t> in
   CheckIndices("gather_rows", x, y, indices, groups);
   if (OnGpu("gather_rows", ctx, {x, y})) {
     const Workspace::Scope scope(ctx.workspace());
-    return cuda::GatherRows(x, ListOf(ctx, indices, groups), y, ctx.stream());
+    return ctx.Queue(cuda::GatherRows, x, ListOf(ctx, indices, groups), y);
   }
   const size_t bytes = x.dim(1) * SizeOf(x.dtype());
   ForIndices(ctx, x, indices, groups,
@@ -133,7 +133,7 @@ void ScatterRows(ExecContext& ctx, ConstTensorView x, std::span<const int32_t> i
   CheckIndices("scatter_rows", y, x, indices, groups);
   if (OnGpu("scatter_rows", ctx, {x, y})) {
     const Workspace::Scope scope(ctx.workspace());
-    return cuda::ScatterRows(x, ListOf(ctx, indices, groups), y, ctx.stream());
+    return ctx.Queue(cuda::ScatterRows, x, ListOf(ctx, indices, groups), y);
   }
   const size_t bytes = x.dim(1) * SizeOf(x.dtype());
   ForIndices(ctx, y, indices, groups,
@@ -144,7 +144,9 @@ void Subtract(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView
   CheckMatrix("subtract", "y", y);
   CheckSame("subtract", "a", a, y.shape(), DType::kF32);
   CheckSame("subtract", "b", b, y.shape(), DType::kF32);
-  if (OnGpu("subtract", ctx, {a, b, y})) return cuda::AddRows(a, -1, b, y, {}, {}, ctx.stream());
+  if (OnGpu("subtract", ctx, {a, b, y})) {
+    return ctx.Queue(cuda::AddRows, a, -1.0f, b, y, cuda::RowList(), cuda::Listed());
+  }
   ParallelFor(ctx, y.dim(0), Grain(a),
               [&](int64_t begin, int64_t end) { SubtractRange(ctx, a, b, y, begin, end); });
 }
@@ -156,8 +158,8 @@ void SubtractListed(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
   CheckSame("subtract_listed", "y", y, b.shape(), DType::kF32);
   if (OnGpu("subtract_listed", ctx, {a, b, y})) {
     const Workspace::Scope scope(ctx.workspace());
-    return cuda::AddRows(a, -1, b, y, ListOf(ctx, indices, 1), {.b = true, .y = true},
-                         ctx.stream());
+    return ctx.Queue(cuda::AddRows, a, -1.0f, b, y, ListOf(ctx, indices, 1),
+                     cuda::Listed{.b = true, .y = true});
   }
   ForIndices(ctx, y, indices, 1, [&](int64_t to, int64_t from) {
     SubtractRange(ctx, a.Slice(from, from + 1), b.Slice(to, to + 1), y.Slice(to, to + 1), 0, 1);
@@ -171,7 +173,8 @@ void AddListed(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
   CheckSame("add_listed", "b", b, a.shape(), DType::kF32);
   if (OnGpu("add_listed", ctx, {a, b, y})) {
     const Workspace::Scope scope(ctx.workspace());
-    return cuda::AddRows(a, 1, b, y, ListOf(ctx, indices, 1), {.a = true, .b = true}, ctx.stream());
+    return ctx.Queue(cuda::AddRows, a, 1.0f, b, y, ListOf(ctx, indices, 1),
+                     cuda::Listed{.a = true, .b = true});
   }
   ForIndices(ctx, a, indices, 1, [&](int64_t from, int64_t to) {
     AddRange(ctx, a.Slice(from, from + 1), b.Slice(from, from + 1), y.Slice(to, to + 1), 0, 1);
@@ -182,7 +185,9 @@ void Add(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorView y) {
   CheckMatrix("add", "b", b);
   CheckSame("add", "a", a, b.shape(), DType::kF32);
   CheckSame("add", "y", y, b.shape(), DType::kF32);
-  if (OnGpu("add", ctx, {a, b, y})) return cuda::AddRows(a, 1, b, y, {}, {}, ctx.stream());
+  if (OnGpu("add", ctx, {a, b, y})) {
+    return ctx.Queue(cuda::AddRows, a, 1.0f, b, y, cuda::RowList(), cuda::Listed());
+  }
   ParallelFor(ctx, y.dim(0), Grain(y),
               [&](int64_t begin, int64_t end) { AddRange(ctx, a, b, y, begin, end); });
 }

@@ -39,7 +39,7 @@ void RowCosines(ExecContext& ctx, ConstTensorView a, ConstTensorView b, TensorVi
       Transfer(ctx, ConstTensorView(center.data(), DType::kF32, shape), there);
       middle = static_cast<const float*>(there.raw());
     }
-    return cuda::RowCosines(a, b, middle, cosines, ctx.stream());
+    return ctx.Queue(cuda::RowCosines, a, b, middle, cosines);
   }
   if (ctx.reference_kernels()) {
     cpu::RowCosinesReference(a, b, cosines, center);
@@ -64,8 +64,8 @@ void MeanRow(ExecContext& ctx, ConstTensorView x, std::span<float> mean) {
     const TensorView wide = ctx.workspace().Allocate(DType::kF32, x.shape());
     const TensorView there = ctx.workspace().Allocate(DType::kF32, shape);
     Convert(ctx, x, wide);
-    cuda::MeanOfRows(static_cast<const float*>(wide.raw()), 1, x.dim(0), x.dim(1),
-                     static_cast<float*>(there.raw()), ctx.stream());
+    ctx.Queue(cuda::MeanOfRows, static_cast<const float*>(wide.raw()), 1, x.dim(0), x.dim(1),
+              static_cast<float*>(there.raw()));
     return Transfer(ctx, there, TensorView(mean.data(), DType::kF32, shape));
   }
   if (ctx.reference_kernels()) {

@@ -74,11 +74,23 @@ VisualTokens SiglipEncoder::Encode(ExecContext& ctx, ConstTensorView pixels,
   CheckPixels(pixels, count, config_.image_size);
   TraceScope trace(&ctx.tracer(), "encode", count);
   const int64_t per_frame = tokens_per_frame();
-  VisualTokens tokens = GridTokens(frames, pool_.out_rows(), pool_.out_cols(), config_.output_size, ctx.device());
+  VisualTokens tokens =
+      GridTokens(frames, pool_.out_rows(), pool_.out_cols(), config_.output_size, ctx.device());
   double flops = 0;
   ForBatches(count, layers_.rows(), hooks.probe != nullptr, [&](int64_t begin, int64_t end) {
-    flops += EncodeBatch(ctx, pixels.Slice(begin, end),
-                         tokens.features.view().Slice(begin * per_frame, end * per_frame), hooks);
+    const TensorView to = tokens.features.view().Slice(begin * per_frame, end * per_frame);
+    const ConstTensorView some = pixels.Slice(begin, end);
+    if (ctx.device() == Device::kCpu || hooks.reuse || hooks.merge || hooks.probe) {
+      flops += EncodeBatch(ctx, some, to, hooks);
+      return;
+    }
+    // Results go where they lie each time, so that the step recurs.
+    const Workspace::Scope scope(ctx.workspace());
+    const TensorView same = ctx.workspace().Allocate(DType::kF32, to.shape());
+    ctx.Recurring("encode " + std::to_string(end - begin),
+                  [&] { EncodeBatch(ctx, some, same, hooks); });
+    flops += static_cast<double>(end - begin) * FlopsPerFrame();
+    CopyRows(ctx, same, to);
   });
   trace.AddWork(flops, static_cast<double>(pixels.SizeBytes() + tokens.features.SizeBytes()));
   return tokens;

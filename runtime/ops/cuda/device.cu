@@ -22,7 +22,8 @@ Function* Driver(const char* name) {
   cudaDriverEntryPointQueryResult found;
   Check(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found), name);
   if (found != cudaDriverEntryPointSuccess) {
-    throw Error(std::string("[cuda] the driver has no ") + name + "; it must be of CUDA 12 or newer");
+    throw Error(std::string("[cuda] the driver has no ") + name +
+                "; it must be of CUDA 12 or newer");
   }
   return reinterpret_cast<Function*>(function);
 }
@@ -121,11 +122,14 @@ std::string DeviceName() {
 }
 
 int ComputeCapability() {
-  int major = 0, minor = 0;
-  if (DeviceCount() == 0) return 0;
-  Check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "asking the device");
-  Check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "asking the device");
-  return 10 * major + minor;
+  static const int capability = [] {
+    int major = 0, minor = 0;
+    if (DeviceCount() == 0) return 0;
+    Check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "asking");
+    Check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "asking");
+    return 10 * major + minor;
+  }();
+  return capability;
 }
 
 void Synchronize(Stream stream) { Check(cudaStreamSynchronize(stream), "waiting for a stream"); }

@@ -9,6 +9,7 @@
 #include "runtime/ops/cuda/linear.h"
 #include "runtime/ops/cuda/norm.h"
 #include "runtime/ops/cuda/pictures.h"
+#include "runtime/ops/cuda/recorder.h"
 #include "runtime/ops/cuda/rope.h"
 #include "runtime/ops/cuda/rows.h"
 #include "runtime/ops/cuda/select.h"
@@ -32,6 +33,12 @@ GrowingMemory::GrowingMemory(size_t) { Refuse(); }
 GrowingMemory::~GrowingMemory() = default;
 bool GrowingMemory::GrowTo(size_t) { Refuse(); }
 void CopyNow(void*, const void*, size_t) { Refuse(); }
+struct Recorder::State {};
+Recorder::Recorder(Stream stream) : stream_(stream) { Refuse(); }
+Recorder::~Recorder() = default;
+void Recorder::Run(const std::string&, const std::function<void()>&) { Refuse(); }
+void Recorder::Note(uint64_t) { Refuse(); }
+const int32_t* Recorder::Numbers(std::span<const int32_t>) { Refuse(); }
 void* Allocate(size_t) { Refuse(); }
 void Free(void*) noexcept {}
 void CopyRows(void*, size_t, const void*, size_t, size_t, size_t, Stream) { Refuse(); }

@@ -1,0 +1,185 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <utility>
+
+#include "runtime/error.h"
+#include "runtime/ops/cuda/recorder.h"
+
+namespace sluice::cuda {
+namespace {
+
+constexpr size_t kFirstNumbers = size_t{1} << 16;
+constexpr uint64_t kSeed = 0xcbf29ce484222325u;
+// A step whose ops differ this often is not worth capturing.
+constexpr int kMostMisses = 16;
+
+void Check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw Error(std::string("[cuda graph] ") + what + " failed: " + cudaGetErrorString(error));
+  }
+}
+
+}  // namespace
+
+struct Recorder::Recording {
+  bool seen = false;
+  int misses = 0;
+  uint64_t hash = 0;
+  cudaGraphExec_t graph = nullptr;
+  // The step's numbers: written on the host, copied in front of each launch.
+  int32_t* host = nullptr;
+  int32_t* device = nullptr;
+  size_t capacity = 0, used = 0;
+  cudaEvent_t copied = nullptr;  // when `host` may be written again
+
+  Recording() = default;
+  Recording(const Recording&) = delete;
+  Recording& operator=(const Recording&) = delete;
+  ~Recording() {
+    Forget();
+    if (copied) cudaEventDestroy(copied);
+    cudaFreeHost(host);
+    cudaFree(device);
+  }
+  void Forget() {
+    if (graph) cudaGraphExecDestroy(graph);
+    graph = nullptr;
+  }
+  void MakeRoom(size_t numbers) {
+    if (numbers <= capacity) return;
+    cudaFreeHost(host);
+    cudaFree(device);
+    host = device = nullptr;
+    capacity = 0;
+    Check(cudaMallocHost(&host, numbers * sizeof(int32_t)), "allocating host memory");
+    Check(cudaMalloc(&device, numbers * sizeof(int32_t)), "allocating device memory");
+    if (!copied)
+      Check(cudaEventCreateWithFlags(&copied, cudaEventDisableTiming), "making an event");
+    capacity = numbers;
+  }
+};
+
+struct Recorder::State {
+  std::map<std::string, Recording> recordings;
+  // Of the step that runs.
+  Recording* current = nullptr;
+  uint64_t hash = kSeed;
+  size_t used = 0;
+};
+
+// While a step runs; ends it however it goes.
+class Recorder::Running {
+ public:
+  Running(Recorder& recorder, Recording& recording, Mode mode) : recorder_(recorder) {
+    recorder.mode_ = mode;
+    recorder.state_->current = &recording;
+    recorder.state_->hash = kSeed;
+    recorder.state_->used = 0;
+  }
+  ~Running() {
+    recorder_.mode_ = Mode::kDirect;
+    recorder_.state_->current = nullptr;
+  }
+  Running(const Running&) = delete;
+  Running& operator=(const Running&) = delete;
+
+ private:
+  Recorder& recorder_;
+};
+
+Recorder::Recorder(Stream stream) : stream_(stream), state_(std::make_unique<State>()) {}
+
+Recorder::~Recorder() { cudaStreamSynchronize(stream_); }
+
+void Recorder::Note(uint64_t value) {
+  state_->hash = (state_->hash ^ value) * 0x9E3779B97F4A7C15u;
+  state_->hash ^= state_->hash >> 32;
+}
+
+const int32_t* Recorder::Numbers(std::span<const int32_t> numbers) {
+  Recording& recording = *state_->current;
+  const size_t at = state_->used;
+  state_->used += (numbers.size() + 3) / 4 * 4;
+  Note(numbers.size());
+  // Beyond the room nothing will be launched: Run makes more and begins again.
+  if (state_->used > recording.capacity) return recording.device;
+  std::memcpy(recording.host + at, numbers.data(), numbers.size_bytes());
+  return recording.device + at;
+}
+
+void Recorder::Run(const std::string& key, const std::function<void()>& step) {
+  if (active()) return step();  // a part of a step
+  Recording& recording = state_->recordings[key];
+  if (recording.graph && Replay(recording, step)) {
+    ++counts_.replayed;
+    return;
+  }
+  if (!std::exchange(recording.seen, true) || recording.misses > kMostMisses) {
+    ++counts_.direct;
+    return step();
+  }
+  ++counts_.captured;
+  Capture(recording, step);
+}
+
+bool Recorder::Replay(Recording& recording, const std::function<void()>& step) {
+  Check(cudaEventSynchronize(recording.copied), "waiting for a copy");
+  {
+    const Running running(*this, recording, Mode::kReplaying);
+    step();
+  }
+  if (state_->hash != recording.hash || state_->used != recording.used) {
+    ++recording.misses;
+    recording.Forget();
+    return false;
+  }
+  Launch(recording);
+  return true;
+}
+
+void Recorder::Capture(Recording& recording, const std::function<void()>& step) {
+  recording.MakeRoom(kFirstNumbers);
+  for (;;) {
+    Check(cudaEventSynchronize(recording.copied), "waiting for a copy");
+    cudaGraph_t graph = nullptr;
+    {
+      const Running running(*this, recording, Mode::kCapturing);
+      Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed), "beginning a capture");
+      try {
+        step();
+      } catch (...) {
+        cudaStreamEndCapture(stream_, &graph);
+        if (graph) cudaGraphDestroy(graph);
+        cudaGetLastError();
+        throw;
+      }
+      Check(cudaStreamEndCapture(stream_, &graph), "ending a capture");
+    }
+    if (state_->used > recording.capacity) {
+      cudaGraphDestroy(graph);
+      recording.MakeRoom(2 * state_->used);
+      continue;
+    }
+    const cudaError_t error = cudaGraphInstantiate(&recording.graph, graph, 0);
+    cudaGraphDestroy(graph);
+    Check(error, "making a graph");
+    recording.hash = state_->hash;
+    recording.used = state_->used;
+    return Launch(recording);
+  }
+}
+
+void Recorder::Launch(Recording& recording) {
+  if (recording.used > 0) {
+    Check(cudaMemcpyAsync(recording.device, recording.host, recording.used * sizeof(int32_t),
+                          cudaMemcpyHostToDevice, stream_),
+          "copying a step's numbers");
+    Check(cudaEventRecord(recording.copied, stream_), "marking a copy");
+  }
+  Check(cudaGraphLaunch(recording.graph, stream_), "launching a graph");
+}
+
+}  // namespace sluice::cuda
