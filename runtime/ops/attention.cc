@@ -324,7 +324,7 @@ void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment,
                                 .scale = scale,
                                 .causal = true});
   }
-  std::vector<int32_t> table;
+  std::vector<int32_t> table = {static_cast<int32_t>(seen)};
   AppendBlocks(kv, 0, seen, table);
   cuda::PlainAttentionArgs args;
   args.q = q.raw();
@@ -336,7 +336,6 @@ void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment,
   args.dtype = kv.dtype;
   args.scale = scale;
   args.q_len = segment.rows;
-  args.kv_len = seen;
   args.base = kv.base;
   args.table = Within(ctx, table);
   ctx.Queue(cuda::PlainAttention, args);

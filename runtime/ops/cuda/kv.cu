@@ -66,9 +66,23 @@ __global__ void GatherKvKernel(Blocks<T> blocks, const int32_t* from, const int3
 }
 
 template <bool kStore>
-void MoveKv(const KvBlocks& kv, const int32_t* where, const KvRows& rows, Stream stream) {
-  const int64_t elements = rows.count * kv.kv_heads * kv.head_dim;
+void MoveKv(KvBlocks kv, const int32_t* where, KvRows rows, Stream stream) {
+  int64_t elements = rows.count * kv.kv_heads * kv.head_dim;
   if (elements == 0) return;
+  // 16 bytes at once where everything lies at multiples of them: heads are then counted in pieces.
+  const int piece = 16 / static_cast<int>(SizeOf(kv.dtype));
+  const auto fits = [&](const void* p, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % piece == 0;
+  };
+  if (kv.head_dim % piece == 0 && fits(rows.keys, rows.keys_stride) &&
+      fits(rows.values, rows.values_stride)) {
+    elements /= piece;
+    MoveKvKernel<kStore><<<BlocksFor(elements), kThreads, 0, stream>>>(
+        BlocksOf<uint4>(kv.base, kv.kv_heads, kv.head_dim / piece), where,
+        static_cast<uint4*>(rows.keys), static_cast<uint4*>(rows.values), rows.keys_stride / piece,
+        rows.values_stride / piece, rows.count);
+    return CheckLaunch("move keys and values");
+  }
   WithType(kv.dtype, [&](auto element) {
     using T = decltype(element);
     MoveKvKernel<kStore><<<BlocksFor(elements), kThreads, 0, stream>>>(
@@ -79,7 +93,8 @@ void MoveKv(const KvBlocks& kv, const int32_t* where, const KvRows& rows, Stream
 }
 
 __device__ inline float WarpSum(float x) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
 }
 
@@ -97,7 +112,7 @@ __global__ void PlainAttentionKernel(PlainAttentionArgs a, Blocks<T> blocks) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, size = a.head_dim;
   const bool paged = a.base != nullptr;
   const int64_t sequence = paged ? 0 : query / a.q_len;
-  const int64_t seen = paged ? a.kv_len - a.q_len + query + 1 : a.kv_len;
+  const int64_t seen = paged ? a.table[0] - a.q_len + query + 1 : a.kv_len;
   const T* const q = static_cast<const T*>(a.q) + query * a.q_stride + int64_t{head} * size;
   float wanted[kPer], sum[kPer];
   for (int i = 0; i < kPer; ++i) {
@@ -109,7 +124,7 @@ __global__ void PlainAttentionKernel(PlainAttentionArgs a, Blocks<T> blocks) {
   for (int64_t t = warp; t < seen; t += kPlainWarps) {
     const T *key, *value;
     if (paged) {
-      key = blocks.Key(a.table, t, kv_head);
+      key = blocks.Key(a.table + 1, t, kv_head);
       value = key + blocks.ValuesBehindKeys();
     } else {
       const int64_t row = sequence * a.kv_len + t;
@@ -147,8 +162,7 @@ __global__ void PlainAttentionKernel(PlainAttentionArgs a, Blocks<T> blocks) {
     share[w] = expf(mosts[w] - largest);
     all += share[w] * totals[w];
   }
-  T* const out =
-      static_cast<T*>(a.out) + (query * a.heads + head) * static_cast<int64_t>(size);
+  T* const out = static_cast<T*>(a.out) + (query * a.heads + head) * static_cast<int64_t>(size);
   for (int i = 0; i < kPer; ++i) {
     const int d = lane + kWarp * i;
     float value = 0;
@@ -157,10 +171,11 @@ __global__ void PlainAttentionKernel(PlainAttentionArgs a, Blocks<T> blocks) {
   }
 }
 
-// Decoding: a block of 4 warps takes one sequence, kv head and part of the keys, for all query heads
-// of the group, so that keys and values are read once. Lanes of a warp form teams of D / 8, a team
-// takes a key: each lane 8 channels, one load of 16 bytes of the key and one of the value. Each
-// team keeps maxima and sums of its own; they are joined in shared memory, parts in a second kernel.
+// Decoding: a block of 4 warps takes one sequence, kv head and part of the keys, for all query
+// heads of the group, so that keys and values are read once. Lanes of a warp form teams of D / 8, a
+// team takes a key: each lane 8 channels, one load of 16 bytes of the key and one of the value.
+// Each team keeps maxima and sums of its own; they are joined in shared memory, parts in a second
+// kernel.
 constexpr int kDecodeWarps = 4;
 constexpr int kMostGroup = 8;
 constexpr int kLaneChannels = 8;
@@ -277,22 +292,35 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp)
   }
 }
 
-// Joins the parts of one sequence and head: a block of D threads, one channel each.
+// Joins the parts of one sequence and head, of which there are at most kJoinThreads. A thread first
+// takes a part's maximum; then groups of D threads, one a channel, each take every so manieth part.
+constexpr int kJoinThreads = 256;
 template <int kHeadDim>
 __global__ void JoinPartsKernel(const float* partial, int parts, __nv_bfloat16* out) {
+  constexpr int kPitch = kHeadDim + 2, kGroups = kJoinThreads / kHeadDim;
+  __shared__ float shares[kJoinThreads], sums[kGroups][kHeadDim], totals[kGroups];
   const int64_t row = blockIdx.x;
-  const float* from = partial + row * parts * (kHeadDim + 2);
-  float largest = -INFINITY;
-  for (int p = 0; p < parts; ++p) largest = fmaxf(largest, from[p * (kHeadDim + 2) + kHeadDim + 1]);
+  const float* const from = partial + row * parts * kPitch;
+  const int thread = threadIdx.x, group = thread / kHeadDim, channel = thread % kHeadDim;
+  const float most = thread < parts ? from[thread * kPitch + kHeadDim + 1] : -INFINITY;
+  const float largest = BlockMax(most);
+  shares[thread] = exp2f(most - largest);  // 0 where there are no keys: one part has some
+  __syncthreads();
   float sum = 0, total = 0;
-  for (int p = 0; p < parts; ++p) {
-    const float* part = from + p * (kHeadDim + 2);
-    if (part[kHeadDim + 1] == -INFINITY) continue;  // no keys
-    const float share = exp2f(part[kHeadDim + 1] - largest);
-    sum += share * part[threadIdx.x];
-    total += share * part[kHeadDim];
+#pragma unroll 8
+  for (int p = group; p < parts; p += kGroups) {
+    sum += shares[p] * from[p * kPitch + channel];
+    total += shares[p] * from[p * kPitch + kHeadDim];
   }
-  out[row * kHeadDim + threadIdx.x] = __float2bfloat16_rn(sum / total);
+  sums[group][channel] = sum;
+  if (channel == 0) totals[group] = total;
+  __syncthreads();
+  if (group > 0) return;
+  for (int g = 1; g < kGroups; ++g) {
+    sum += sums[g][channel];
+    total += totals[g];
+  }
+  out[row * kHeadDim + channel] = __float2bfloat16_rn(sum / total);
 }
 
 template <int kHeadDim, int kGroup>
@@ -302,7 +330,7 @@ void LaunchDecode(const DecodeAttentionArgs& a, float* partial, Stream stream) {
   DecodeKernel<kHeadDim, kGroup><<<grid, kDecodeWarps * kWarp, 0, stream>>>(
       a, BlocksOf<__nv_bfloat16>(a.base, a.kv_heads, a.head_dim), parts, partial);
   JoinPartsKernel<kHeadDim>
-      <<<static_cast<unsigned>(a.sequences * a.heads), kHeadDim, 0, stream>>>(
+      <<<static_cast<unsigned>(a.sequences * a.heads), kJoinThreads, 0, stream>>>(
           partial, parts, static_cast<__nv_bfloat16*>(a.out));
 }
 
@@ -338,11 +366,10 @@ __global__ void KeyScoresKernel(KeyScoreArgs a, Blocks<T> blocks) {
     const int head = static_cast<int>(row % a.heads), kv_head = head / (a.heads / a.kv_heads);
     const int64_t sequence = query / a.queries;
     const T* const q = static_cast<const T*>(a.q) + query * a.q_stride + int64_t{head} * a.head_dim;
-    const T* const k = i < a.row_count
-                           ? blocks.Key(a.table, a.rows[i], kv_head)
-                           : static_cast<const T*>(a.k) +
-                                 (sequence * a.keys + i - a.row_count) * a.k_stride +
-                                 int64_t{kv_head} * a.head_dim;
+    const T* const k = i < a.row_count ? blocks.Key(a.table, a.rows[i], kv_head)
+                                       : static_cast<const T*>(a.k) +
+                                             (sequence * a.keys + i - a.row_count) * a.k_stride +
+                                             int64_t{kv_head} * a.head_dim;
     float dot = 0;
     for (int d = 0; d < a.head_dim; ++d) dot += ToFloat(q[d]) * ToFloat(k[d]);
     a.scores[at] = dot * a.scale + (a.key_bias ? a.key_bias[sequence * a.keys + i] : 0);
@@ -386,8 +413,7 @@ void GatherKv(const KvBlocks& kv, const int32_t* from, const int32_t* rows, int6
 
 void PlainAttention(const PlainAttentionArgs& a, Stream stream) {
   if (a.head_dim < 1 || a.head_dim > 256) {
-    throw Error("[cuda attention] head_dim must be at most 256, got " +
-                std::to_string(a.head_dim));
+    throw Error("[cuda attention] head_dim must be at most 256, got " + std::to_string(a.head_dim));
   }
   const int64_t queries = a.base ? a.q_len : a.batch * a.q_len;
   if (queries == 0) return;

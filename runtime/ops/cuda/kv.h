@@ -47,8 +47,8 @@ struct PlainAttentionArgs {
   const void* v = nullptr;
   int64_t k_stride = 0, v_stride = 0, batch = 0, q_len = 0, kv_len = 0;
   const float* key_bias = nullptr;  // [batch * kv_len] or null
-  // Blocks instead, where `base` is set: one sequence of q_len queries, the last of kv_len
-  // positions; table: its blocks.
+  // Blocks instead, where `base` is set: one sequence of q_len queries, the last of so many
+  // positions. table: {how many positions, blocks...}.
   const void* base = nullptr;
   const int32_t* table = nullptr;
 };
