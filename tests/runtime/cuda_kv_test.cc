@@ -139,10 +139,22 @@ TEST_F(CudaKvTest, CausalAttentionEqualsTheReference) {
     int64_t begin, queries;
   };
   // Plain, decoding and matrix kernels; one key, ends of blocks, several parts.
-  const Case cases[] = {{1, 1, 8, 0, 1},     {2, 3, 40, 5, 7},     {1, 5, 64, 0, 1},
-                        {1, 5, 64, 63, 1},   {2, 7, 64, 64, 1},    {2, 7, 64, 1500, 1},
-                        {1, 4, 128, 777, 1}, {1, 8, 128, 127, 1},  {2, 7, 64, 0, 49},
-                        {2, 7, 64, 301, 50}, {1, 7, 128, 200, 17}, {1, 2, 200, 70, 3}};
+  const Case cases[] = {{1, 1, 8, 0, 1},
+                        {2, 3, 40, 5, 7},
+                        {1, 5, 64, 0, 1},
+                        {1, 5, 64, 63, 1},
+                        {2, 7, 64, 64, 1},
+                        {2, 7, 64, 1500, 1},
+                        {1, 4, 128, 777, 1},
+                        {1, 8, 128, 127, 1},
+                        {2, 7, 64, 0, 49},
+                        {2, 7, 64, 301, 50},
+                        {1, 7, 128, 200, 17},
+                        {1, 2, 200, 70, 3},
+                        // Cut into parts of the keys, of which some queries see none.
+                        {2, 7, 64, 1500, 50},
+                        {1, 4, 128, 1100, 196},
+                        {1, 1, 64, 0, 1030}};
   for (const Case& c : cases) {
     for (const DType dtype : kTypes) {
       const int heads = c.kv_heads * c.group;

@@ -1,5 +1,6 @@
 #include "runtime/ops/cuda/attention.h"
 
+#include <algorithm>
 #include <limits>
 #include <string>
 
@@ -88,8 +89,22 @@ AttentionPrecision FastestAttention(const AttentionArgs& args) {
                                                  : AttentionPrecision::kBF16;
 }
 
+int KeyParts(const AttentionArgs& args) {
+  constexpr int64_t kProcessors = 132;     // of an H100 or H200
+  constexpr int64_t kLeastKeys = 4 * 128;  // of a part, or joining costs more than waiting
+  if (!args.causal || args.precision != AttentionPrecision::kBF16) return 1;
+  const int64_t rows = args.head_dim <= 80 ? 192 : 128;  // of a tile of queries
+  const int64_t tiles = (args.q_len + rows - 1) / rows * args.heads * args.batch;
+  return static_cast<int>(
+      std::max<int64_t>(1, std::min(kProcessors / tiles, args.kv_len / kLeastKeys)));
+}
+
 size_t AttentionWorkspaceBytes(const AttentionArgs& args) {
-  return args.precision == AttentionPrecision::kInt8Fp8 ? LayOutQuantizedKv(args).bytes : kAlign;
+  if (args.precision == AttentionPrecision::kInt8Fp8) return LayOutQuantizedKv(args).bytes;
+  // A counter; of each part, query and head the values, their maximum and sum in f32.
+  const int parts = KeyParts(args);
+  const int64_t rows = args.batch * args.q_len * args.heads;
+  return kAlign + (parts > 1 ? parts * rows * (args.head_dim + 2) * sizeof(float) : 0);
 }
 
 }  // namespace sluice::cuda

@@ -79,12 +79,14 @@ struct Rows {
     const bool grown =
         __any_sync(0xffffffffu, fmaxf(new0 - max0, new1 - max1) * scale_log2 > kSlack);
     if (grown) {
-      keep0 = Exp2((max0 - new0) * scale_log2);
-      keep1 = Exp2((max1 - new1) * scale_log2);
+      // Where nothing has been seen yet, nothing was summed.
+      keep0 = new0 == -INFINITY ? 1 : Exp2((max0 - new0) * scale_log2);
+      keep1 = new1 == -INFINITY ? 1 : Exp2((max1 - new1) * scale_log2);
       max0 = new0;
       max1 = new1;
     }
-    const float base0 = max0 * scale_log2, base1 = max1 * scale_log2;
+    const float base0 = max0 == -INFINITY ? 0 : max0 * scale_log2;
+    const float base1 = max1 == -INFINITY ? 0 : max1 * scale_log2;
     float add0 = 0, add1 = 0;
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
@@ -104,7 +106,19 @@ struct Rows {
 };
 #endif
 
-template <int kHeadDim, bool kCausal>
+// The tiles of keys of a piece of work: all that its queries see, or a part of them.
+struct Tiles {
+  int begin, end;
+};
+template <bool kSplit>
+__device__ inline Tiles TilesOf(const AttentionShape& shape, int keys, int tile_keys, int index) {
+  const int all = (keys + tile_keys - 1) / tile_keys;
+  if constexpr (!kSplit) return {0, all};
+  const int each = (all + shape.parts - 1) / shape.parts, begin = index % shape.parts * each;
+  return {min(begin, all), min(begin + each, all)};
+}
+
+template <int kHeadDim, bool kCausal, bool kSplit>
 __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
     FlashKernel(const __grid_constant__ CUtensorMap q_map,
                 const __grid_constant__ CUtensorMap k_map,
@@ -147,14 +161,14 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
       PrefetchMap(q_map);
       PrefetchMap(k_map);
       PrefetchMap(v_map);
-      const int pieces = shape.q_tiles * shape.all_heads;
+      const int pieces = shape.q_tiles * shape.all_heads * (kSplit ? shape.parts : 1);
       Ring<kStages> ring;
       Ring<C::kQueryStages> queries;
       for (int next = blockIdx.x;; next += gridDim.x, queries.Next()) {
         // Tiles of a causal problem take different times, so the next free block takes the next.
         const int index = kCausal ? static_cast<int>(atomicAdd(shape.counter, 1u)) : next;
         const bool none = index >= pieces;
-        const Work work = WorkOf<C::kRows>(shape, none ? 0 : index);
+        const Work work = WorkOf<C::kRows>(shape, none ? 0 : kSplit ? index / shape.parts : index);
         for (int g = 0; g < kGroups; ++g) {
           const int slot = queries.stage * kGroups + g;
           Wait(q_empty + 8 * slot, queries.parity ^ 1);
@@ -172,7 +186,9 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
         }
         if (none) break;
         const int keys = VisibleKeys<kCausal>(shape, work.first_row, C::kRows);
-        for (int key = 0; key < keys; key += kKeys, ring.Next()) {
+        const Tiles tiles = TilesOf<kSplit>(shape, keys, kKeys, index);
+        for (int tile = tiles.begin; tile < tiles.end; ++tile, ring.Next()) {
+          const int key = tile * kKeys;
           const uint32_t at = ring.stage * C::kKeyBytes;
           Wait(k_empty + 8 * ring.stage, ring.parity ^ 1);
           ArriveExpecting(k_full + 8 * ring.stage, C::kKeyBytes);
@@ -229,10 +245,10 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
       Wait(q_full + 8 * slot, queries.parity);
       const int index = barriers.work[slot];
       if (index < 0) break;
-      const Work work = WorkOf<C::kRows>(shape, index);
+      const Work work = WorkOf<C::kRows>(shape, kSplit ? index / shape.parts : index);
       const int first_row = work.first_row + g * kMmaRows;
       const int keys = VisibleKeys<kCausal>(shape, work.first_row, C::kRows);
-      const int tiles = (keys + kKeys - 1) / kKeys;
+      const auto [first, tiles] = TilesOf<kSplit>(shape, keys, kKeys, index);
       const int row0 = first_row + thread / 32 * 16 + lane / 4, row1 = row0 + 8;
       const int offset = shape.kv_len - shape.q_len;
       const int limit0 = kCausal ? min(shape.kv_len, row0 + offset + 1) : shape.kv_len;
@@ -240,6 +256,25 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
       // Tiles up to here are seen whole by all rows of the warpgroup.
       const int whole =
           (kCausal ? min(shape.kv_len, first_row + offset + 1) : shape.kv_len) / kKeys;
+
+      // Of a part: where its rows' results go.
+      float *partial0 = nullptr, *partial1 = nullptr;
+      if constexpr (kSplit) {
+        const int64_t row =
+            (int64_t{index % shape.parts} * (shape.all_heads / shape.heads) + work.batch) *
+                shape.q_len +
+            row0;
+        partial0 = shape.partial + (row * shape.heads + work.head) * (kHeadDim + 2);
+        partial1 = partial0 + int64_t{8} * shape.heads * (kHeadDim + 2);
+        if (first >= tiles) {
+          if (lane == 0) Arrive(q_empty + 8 * slot);
+          if (lane % 4 == 0) {
+            if (row0 < shape.q_len) partial0[kHeadDim] = -INFINITY;
+            if (row1 < shape.q_len) partial1[kHeadDim] = -INFINITY;
+          }
+          continue;
+        }
+      }
 
       float s[kKeys / 2], o[C::kColumns / 2], keep0, keep1;
       uint32_t p[kKeys / 4];
@@ -252,18 +287,18 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
       MmaWait<0>();
       if (lane == 0) Arrive(k_empty + 8 * k_ring.stage);
       k_ring.Next();
-      if (whole < 1) Mask(s, 0, limit0, limit1);
+      if (whole <= first) Mask(s, first * kKeys, limit0, limit1);
       rows.Update(s, shape.scale_log2, keep0, keep1);
       pack(s, p);
 
-      for (int tile = 1; tile < tiles; ++tile) {
+      for (int tile = first + 1; tile < tiles; ++tile) {
         Wait(k_full + 8 * k_ring.stage, k_ring.parity);
         NamedSync(my_turn, 2 * kWarpgroup);
         MmaFence();
         start_scores(s, q_at, k_ring.stage);
         MmaCommit();
         Wait(v_full + 8 * v_ring.stage, v_ring.parity);
-        start_values(o, p, v_ring.stage, tile > 1);
+        start_values(o, p, v_ring.stage, tile > first + 1);
         MmaCommit();
         NamedArrive(next_turn, 2 * kWarpgroup);
         MmaWait<1>();
@@ -288,7 +323,7 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
       if (lane == 0) Arrive(q_empty + 8 * slot);
       Wait(v_full + 8 * v_ring.stage, v_ring.parity);
       MmaFence();
-      start_values(o, p, v_ring.stage, tiles > 1);
+      start_values(o, p, v_ring.stage, tiles > first + 1);
       MmaCommit();
       MmaWait<0>();
       if (lane == 0) Arrive(v_empty + 8 * v_ring.stage);
@@ -305,6 +340,25 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
         sum0 = QuadSum(rows.sum0);
         sum1 = QuadSum(rows.sum1);
       }
+      if constexpr (kSplit) {
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 8; ++i) {
+          const int column = 8 * i + 2 * (lane % 4);
+          if (row0 < shape.q_len) {
+            *reinterpret_cast<float2*>(partial0 + column) = make_float2(o[4 * i], o[4 * i + 1]);
+          }
+          if (row1 < shape.q_len) {
+            *reinterpret_cast<float2*>(partial1 + column) = make_float2(o[4 * i + 2], o[4 * i + 3]);
+          }
+        }
+        if (lane % 4 == 0) {
+          const float2 end0 = make_float2(rows.max0 * shape.scale_log2, sum0);
+          const float2 end1 = make_float2(rows.max1 * shape.scale_log2, sum1);
+          if (row0 < shape.q_len) *reinterpret_cast<float2*>(partial0 + kHeadDim) = end0;
+          if (row1 < shape.q_len) *reinterpret_cast<float2*>(partial1 + kHeadDim) = end1;
+        }
+        continue;
+      }
       StoreRows<kHeadDim>(o, 1 / sum0, 1 / sum1, out, out + 8 * shape.out_stride,
                           row0 < shape.q_len, row1 < shape.q_len);
     }
@@ -314,10 +368,33 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
 #endif
 }
 
+// Joins the parts of one query and head: a thread takes a channel. Reads all partial results once.
+template <int kHeadDim>
+__global__ void JoinKernel(const AttentionShape shape, int64_t rows) {
+  constexpr int kPitch = kHeadDim + 2;
+  const int64_t row = blockIdx.x * int64_t{blockDim.y} + threadIdx.y;
+  if (row >= rows) return;
+  const float* const from = shape.partial + row * kPitch;
+  const int64_t part = rows * kPitch;
+  float most = -INFINITY, sum = 0, total = 0;
+  for (int p = 0; p < shape.parts; ++p) most = fmaxf(most, from[p * part + kHeadDim]);
+  for (int p = 0; p < shape.parts; ++p) {
+    const float at = from[p * part + kHeadDim];
+    if (at == -INFINITY) continue;  // no key of the part is seen, and nothing was written
+    const float share = Exp2(at - most);
+    sum += share * from[p * part + threadIdx.x];
+    total += share * from[p * part + kHeadDim + 1];
+  }
+  shape.out[row / shape.heads * shape.out_stride + row % shape.heads * kHeadDim + threadIdx.x] =
+      __float2bfloat16_rn(sum / total);
+}
+
 template <int kHeadDim>
 void Launch(const AttentionArgs& args, unsigned* counter, cudaStream_t stream) {
   using C = Config<kHeadDim>;
-  const AttentionShape shape = ShapeOf(args, C::kRows, 4 * kHeadDim, counter);
+  AttentionShape shape = ShapeOf(args, C::kRows, 4 * kHeadDim, counter);
+  shape.parts = KeyParts(args);
+  shape.partial = reinterpret_cast<float*>(counter) + 64;  // behind 256 bytes
   const CUtensorMap q =
       MapHeads(args.q, args.batch, args.q_len, args.heads, kHeadDim, args.q_stride, kMmaRows);
   const CUtensorMap k =
@@ -325,9 +402,18 @@ void Launch(const AttentionArgs& args, unsigned* counter, cudaStream_t stream) {
   const CUtensorMap v =
       MapHeads(args.v, args.batch, args.kv_len, args.kv_heads, kHeadDim, args.v_stride, C::kKeys);
   if (args.causal) CheckLaunch(cudaMemsetAsync(counter, 0, sizeof(unsigned), stream));
-  LaunchPersistent(args.causal ? FlashKernel<kHeadDim, true> : FlashKernel<kHeadDim, false>,
-                   C::kThreads, C::kSharedBytes, shape.q_tiles * shape.all_heads, stream, q, k, v,
-                   shape);
+  if (shape.parts > 1) {
+    LaunchPersistent(FlashKernel<kHeadDim, true, true>, C::kThreads, C::kSharedBytes,
+                     shape.q_tiles * shape.all_heads * shape.parts, stream, q, k, v, shape);
+    constexpr int kRowsAtOnce = 4;
+    const int64_t rows = args.batch * args.q_len * args.heads;
+    JoinKernel<kHeadDim><<<static_cast<unsigned>((rows + kRowsAtOnce - 1) / kRowsAtOnce),
+                           dim3(kHeadDim, kRowsAtOnce), 0, stream>>>(shape, rows);
+    return CheckLaunch(cudaGetLastError());
+  }
+  LaunchPersistent(
+      args.causal ? FlashKernel<kHeadDim, true, false> : FlashKernel<kHeadDim, false, false>,
+      C::kThreads, C::kSharedBytes, shape.q_tiles * shape.all_heads, stream, q, k, v, shape);
 }
 
 }  // namespace

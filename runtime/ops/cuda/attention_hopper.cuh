@@ -31,6 +31,8 @@ struct AttentionShape {
   int all_heads = 0;         // batch * heads
   int section = 1;           // heads whose keys and values stay in the second-level cache together
   float scale_log2 = 0;      // of scores, in powers of two
+  int parts = 1;             // of the keys, each a piece of work
+  float* partial = nullptr;  // [parts, batch * q_len, heads, head_dim + 2]
   unsigned* counter = nullptr;  // pieces of work handed out so far
   __nv_bfloat16* out = nullptr;
   int64_t out_stride = 0;
