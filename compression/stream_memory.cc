@@ -105,9 +105,8 @@ void StreamMemory::Arrived(ExecContext& ctx, const KvCache& cache, const VisualT
     LoadKv(ctx, cache.layer(layer), first - cache.gone(), keys, values);
     Convert(ctx, keys, wide);
     Rope(ctx, wide, geometry_.head_dim, back, frequencies_);
-    const Tensor on_host = geometry_.device == Device::kCpu
-                               ? Tensor()
-                               : TransferTo(ctx, wide, Device::kCpu);
+    const Tensor on_host =
+        geometry_.device == Device::kCpu ? Tensor() : TransferTo(ctx, wide, Device::kCpu);
     const ConstTensorView turned = on_host.empty() ? ConstTensorView(wide) : on_host;
     for (Block& block : fresh) {
       float* mean = block.index.data() + layer * width();
@@ -269,8 +268,7 @@ void StreamMemory::Load(ExecContext& ctx, const KvCache& cache, const Block& blo
 }
 
 // The same of a block that was off-loaded, into host memory.
-void StreamMemory::Fetch(const Block& block, int layer, TensorView keys,
-                         TensorView values) const {
+void StreamMemory::Fetch(const Block& block, int layer, TensorView keys, TensorView values) const {
   const int64_t size = LayerBytes(block);
   if (!options_.int8) {
     const size_t half = size / 2;

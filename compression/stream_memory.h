@@ -62,8 +62,8 @@ class StreamMemory {
     int64_t host_bytes = 0, disk_bytes = 0, index_bytes = 0;
   };
 
-  // frequencies: Decoder::rotary_frequencies(), which outlive the memory. pinned: tokens of the prompt's beginning,
-  // which never leave. Throws InputError on options out of range.
+  // frequencies: Decoder::rotary_frequencies(), which outlive the memory. pinned: tokens of the
+  // prompt's beginning, which never leave. Throws InputError on options out of range.
   StreamMemory(const MemoryOptions& options, const KvGeometry& geometry,
                ConstTensorView frequencies, int64_t pinned);
 

@@ -19,13 +19,13 @@ namespace sluice {
 // Sees intermediate results by name, each whole; for tests and tools. "layer.3.query" and
 // "layer.3.key" (after the rotation, in the compute dtype, rows strided), "layer.3" [rows, E] f32,
 // and of the rows whose logits are asked for "norm" [rows, E] f32 and "logits" [rows, V] f32 (the
-// latter one sequence a call, or all together). All of them in host memory. With a probe, a step is a single chunk, whatever
-// scratch memory that takes.
+// latter one sequence a call, or all together). All of them in host memory. With a probe, a step is
+// a single chunk, whatever scratch memory that takes.
 using DecoderProbe = std::function<void(std::string_view name, ConstTensorView value)>;
 
 // One sequence's part of a step.
 struct SequenceStep {
-  KvCache* cache = nullptr;    // positions continue at cache->length()
+  KvCache* cache = nullptr;  // positions continue at cache->length()
   // [S, E] f32: token embeddings and visual tokens, in order; on the host or where the model runs.
   ConstTensorView embeddings;
   // Where the model runs: [1, V] f32 for the last position, [S, V] for all, or empty for none.

@@ -125,7 +125,8 @@ bool Generation::TakeToken(int32_t id) {
 // The step has written the logits.
 void Generation::Take(ExecContext& ctx) {
   try {
-    if (result_.ids.empty()) next_ = Tensor(DType::kF32, {1, vlm_.decoder().hidden_size()}, next_.device());
+    if (result_.ids.empty())
+      next_ = Tensor(DType::kF32, {1, vlm_.decoder().hidden_size()}, next_.device());
     policy_ = nullptr;
     recall_ = nullptr;
     finished_ = !TakeToken(sampler_.Sample(ctx, logits_, context_));

@@ -58,8 +58,8 @@ class Vlm {
   virtual const VisionEncoder& encoder() const = 0;
   virtual const Decoder& decoder() const = 0;
   virtual const GenerationDefaults& generation_defaults() const = 0;
-  // The row that follows the last frame of a video, [E] f32 in host memory (`image_newline`); empty for families
-  // that put none there.
+  // The row that follows the last frame of a video, [E] f32 in host memory (`image_newline`); empty
+  // for families that put none there.
   virtual ConstTensorView newline_row() const = 0;
 };
 

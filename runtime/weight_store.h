@@ -24,15 +24,15 @@ class WeightStore {
               DType compute_type, Device device = Device::kCpu);
 
   bool Has(const std::string& name) const;
-  // A copy in f32 in host memory (norm weights, biases, position tables: small things). Throws InputError naming
-  // file, tensor, expected and found shape or dtype; likewise below.
+  // A copy in f32 in host memory (norm weights, biases, position tables: small things). Throws
+  // InputError naming file, tensor, expected and found shape or dtype; likewise below.
   Tensor TakeF32(const std::string& name, const Shape& expected);
   // The same where the model runs.
   Tensor TakePlaced(const std::string& name, const Shape& expected);
-  // In host memory and the compute dtype; the mapped pages themselves where the dtype already matches (and the data
-  // is aligned to it). A rank-2 `expected` also fits a tensor of higher rank whose later axes
-  // multiply to expected[1]: a convolution [N, C, P, P] is [N, C * P * P].
-  // The store's Checkpoint files stay open for as long as the returned Matrix lives.
+  // In host memory and the compute dtype; the mapped pages themselves where the dtype already
+  // matches (and the data is aligned to it). A rank-2 `expected` also fits a tensor of higher rank
+  // whose later axes multiply to expected[1]: a convolution [N, C, P, P] is [N, C * P * P]. The
+  // store's Checkpoint files stay open for as long as the returned Matrix lives.
   SharedMatrix TakeMatrix(const std::string& name, const Shape& expected);
   // Where the model runs: a projection `name.weight` [N, K] and, if `with_bias`, `name.bias` [N].
   LinearWeight TakeLinear(const std::string& name, int64_t n, int64_t k, bool with_bias,

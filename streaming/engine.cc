@@ -157,7 +157,8 @@ std::unique_ptr<Session> Engine::NewSession(const SessionOptions& options) const
 }
 
 std::unique_ptr<ExecContext> Engine::NewContext() const {
-  return std::make_unique<ExecContext>(ExecOptions{.num_threads = num_threads_, .device = vlm_->info().device});
+  return std::make_unique<ExecContext>(
+      ExecOptions{.num_threads = num_threads_, .device = vlm_->info().device});
 }
 
 RunResult Run(ExecContext& ctx, Session& session, Source& source,

@@ -72,11 +72,12 @@ VisualTokens Encode(ExecContext& ctx, const VisionEncoder& encoder,
 // `count` of an encoder's tokens from `begin` on.
 VisualTokens Part(ExecContext& ctx, const VisualTokens& all, int64_t begin, int64_t count) {
   const auto first = all.origins.begin() + begin;
-  return {.features = TransferTo(ctx, all.features.view().Slice(begin, begin + count), ctx.device()),
-          .origins = {first, first + count},
-          .grid_rows = all.grid_rows,
-          .grid_cols = all.grid_cols,
-          .scores = {}};
+  return {
+      .features = TransferTo(ctx, all.features.view().Slice(begin, begin + count), ctx.device()),
+      .origins = {first, first + count},
+      .grid_rows = all.grid_rows,
+      .grid_cols = all.grid_cols,
+      .scores = {}};
 }
 
 // The tokens of all taken frames: encoded together, but for sessions that have a hand in the tower.

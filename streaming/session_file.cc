@@ -9,8 +9,8 @@
 
 #include "runtime/archive.h"
 #include "runtime/error.h"
-#include "runtime/transfer.h"
 #include "runtime/ops/attention.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {

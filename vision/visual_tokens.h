@@ -42,8 +42,8 @@ struct VisualTokens {
 VisualTokens GridTokens(std::span<const FramePtr> frames, int rows, int cols, int64_t width,
                         Device device);
 
-// Those of all batches, in their order, on the device of the first. Scores are kept if every batch with a token has them. At
-// least one batch.
+// Those of all batches, in their order, on the device of the first. Scores are kept if every batch
+// with a token has them. At least one batch.
 VisualTokens Joined(ExecContext& ctx, std::span<const VisualTokens> batches);
 
 }  // namespace sluice

@@ -22,9 +22,9 @@ using Json = nlohmann::ordered_json;
 
 // Which checkpoint, and how to compute with it.
 struct ModelFlags {
-  std::string model;  // empty: the bundled one
-  std::string dtype;  // empty: the machine's best
-  int threads = 0;    // 0: physical cores
+  std::string model;   // empty: the bundled one
+  std::string dtype;   // empty: the machine's best
+  int threads = 0;     // 0: physical cores
   std::string device;  // "cpu", "cuda"; empty: a GPU if there is one
 };
 void AddModelFlags(CLI::App& command, ModelFlags& flags);

@@ -64,11 +64,15 @@ Json FastPaths(const Vlm& vlm, const CpuInfo& cpu) {
       return Name(ChooseGpuAttention(capability, queries, heads, kv.kv_heads, kv.head_dim, dtype,
                                      /*causal=*/true, /*biased=*/false));
     };
-    return {{"encode_linear", "cublasLt"},  {"encode_attention", Name(ChooseGpuAttention(
-                capability, vlm.encoder().patches_per_frame(), 1, 1, vlm.encoder().head_dim(), dtype,
-                /*causal=*/false, /*biased=*/false))},
-            {"prefill_linear", "cublasLt"}, {"prefill_attention", causal(2)},
-            {"decode_linear", "cublasLt"},  {"decode_attention", causal(1)}};
+    return {
+        {"encode_linear", "cublasLt"},
+        {"encode_attention", Name(ChooseGpuAttention(capability, vlm.encoder().patches_per_frame(),
+                                                     1, 1, vlm.encoder().head_dim(), dtype,
+                                                     /*causal=*/false, /*biased=*/false))},
+        {"prefill_linear", "cublasLt"},
+        {"prefill_attention", causal(2)},
+        {"decode_linear", "cublasLt"},
+        {"decode_attention", causal(1)}};
   }
   const int64_t width = vlm.decoder().hidden_size();
   const int64_t patches = vlm.encoder().patches_per_frame();

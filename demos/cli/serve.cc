@@ -40,8 +40,11 @@ void Serve(const ServerConfig& config) {
 
   EngineOptions engine_options;
   engine_options.kv_budget_bytes = config.kv_mb << 20;
-  const auto engine = std::make_shared<const Engine>(OpenEngine(
-      {.model = config.model, .dtype = config.dtype, .threads = config.threads, .device = config.device}, engine_options));
+  const auto engine = std::make_shared<const Engine>(OpenEngine({.model = config.model,
+                                                                 .dtype = config.dtype,
+                                                                 .threads = config.threads,
+                                                                 .device = config.device},
+                                                                engine_options));
   const SystemClock clock;
   Metrics metrics;
   Scheduler scheduler(engine, config.scheduler, clock, metrics);
@@ -81,8 +84,7 @@ void AddServe(CLI::App& app) {
   command->add_option("--dtype", config->dtype,
                       "Compute in f32 or bf16 (default: the machine's best)");
   command->add_option("--threads", config->threads, "Threads (default: physical cores)");
-  command->add_option("--device", config->device,
-                      "cpu or cuda (default: a GPU if there is one)");
+  command->add_option("--device", config->device, "cpu or cuda (default: a GPU if there is one)");
   for (const Setting& setting : SettingsOf(*config)) {
     std::string flag = "--" + setting.name;
     std::replace(flag.begin(), flag.end(), '_', '-');

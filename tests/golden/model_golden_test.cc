@@ -209,8 +209,8 @@ TEST_P(ModelGoldenTest, GreedyTokensEqualTheReference) {
   const std::vector<int32_t>& stops = vlm_->generation_defaults().stop_ids;
   if (!expected.empty() && std::find(stops.begin(), stops.end(), expected.back()) != stops.end())
     expected.pop_back();
-  const Generated generated =
-      Generate(ctx, *vlm_, cache, TransferTo(ctx, prompt, ctx.device()), GoldenIds("input_ids"), options, nullptr);
+  const Generated generated = Generate(ctx, *vlm_, cache, TransferTo(ctx, prompt, ctx.device()),
+                                       GoldenIds("input_ids"), options, nullptr);
   EXPECT_EQ(generated.ids, expected);
 }
 

@@ -47,8 +47,8 @@ void Attention(const AttentionArgs& args, void* workspace, size_t workspace_byte
 // on an H100: short or narrow problems do not earn back the cost of quantising.
 AttentionPrecision FastestAttention(const AttentionArgs& args);
 
-// Into how many parts the exact path cuts the keys of a causal problem whose tiles of queries are too
-// few for the device; each part's results are joined in a second kernel. A pure function.
+// Into how many parts the exact path cuts the keys of a causal problem whose tiles of queries are
+// too few for the device; each part's results are joined in a second kernel. A pure function.
 int KeyParts(const AttentionArgs& args);
 
 // Where the quantised path keeps its operands in the workspace: offsets in bytes. Tiles hold

@@ -38,7 +38,7 @@ void GatherKv(const KvBlocks& kv, const int32_t* from, const int32_t* rows, int6
 struct PlainAttentionArgs {
   const void* q = nullptr;  // [sum of queries, heads * D], rows q_stride elements apart
   int64_t q_stride = 0;
-  void* out = nullptr;  // [sum of queries, heads * D] contiguous
+  void* out = nullptr;                        // [sum of queries, heads * D] contiguous
   int heads = 0, kv_heads = 0, head_dim = 0;  // head_dim <= 256
   DType dtype = DType::kF32;
   float scale = 0;

@@ -82,9 +82,9 @@ void GatherPatches(ConstTensorView pixels, int64_t patch, int64_t before, Tensor
 void RepeatRows(ConstTensorView x, TensorView y, Stream stream) {
   const int64_t all = y.shape().NumElements();
   if (all == 0) return;
-  RepeatRowsKernel<<<BlocksFor(all), kThreads, 0, stream>>>(
-      static_cast<const float*>(x.raw()), x.shape().NumElements(), static_cast<float*>(y.raw()),
-      all);
+  RepeatRowsKernel<<<BlocksFor(all), kThreads, 0, stream>>>(static_cast<const float*>(x.raw()),
+                                                            x.shape().NumElements(),
+                                                            static_cast<float*>(y.raw()), all);
   CheckLaunch("repeat rows");
 }
 
