@@ -10,6 +10,7 @@
 #include "runtime/ops/cpu/weight_memory.h"
 #include "runtime/ops/cuda/activation.h"
 #include "runtime/ops/cuda/linear.h"
+#include "runtime/ops/cuda/linear_few.h"
 #include "runtime/transfer.h"
 
 namespace sluice {
@@ -106,7 +107,26 @@ class LinearImpl {
   static void RunOnGpu(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight,
                        TensorView y, const LinearOptions& options) {
     const Activation activation = options.activation;
-    if (activation == Activation::kSiluMul) {
+    const bool paired = activation == Activation::kSiluMul;
+    if ((paired || activation == Activation::kNone) &&
+        cuda::TakesFewRows(x.dim(0), weight.k_, x.stride0(), weight.dtype_) &&
+        reinterpret_cast<uintptr_t>(x.raw()) % 16 == 0 &&
+        reinterpret_cast<uintptr_t>(weight.weight_.view.raw()) % 16 == 0) {
+      return ctx.Queue(
+          cuda::FewRows,
+          cuda::FewRowsArgs{.m = x.dim(0),
+                            .n = weight.n_,
+                            .k = weight.k_,
+                            .x = x.raw(),
+                            .x_stride = x.stride0(),
+                            .weight = weight.weight_.view.raw(),
+                            .bias = static_cast<const float*>(weight.bias_.view().raw()),
+                            .y = y.raw(),
+                            .y_dtype = y.dtype(),
+                            .accumulate = options.accumulate,
+                            .silu_mul = paired});
+    }
+    if (paired) {
       const TensorView gate_up = ctx.workspace().Allocate(x.dtype(), {x.dim(0), weight.n_});
       RunOnGpu(ctx, x, weight, gate_up, {});
       return ctx.Queue(cuda::SiluMul, gate_up, y);

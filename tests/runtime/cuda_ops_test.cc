@@ -145,8 +145,9 @@ TEST_F(CudaOpsTest, ProductsEqualTheReference) {
     int64_t m, n, k;
   };
   // One row and many, odd sizes, sizes of real models; N even for gate and up.
-  const Size sizes[] = {{1, 896, 896},  {3, 38, 37},   {49, 320, 320}, {196, 304, 1152},
-                        {8, 1728, 896}, {5, 64, 4864}, {64, 128, 72},  {17, 2, 1}};
+  const Size sizes[] = {{1, 896, 896},  {3, 38, 37},    {49, 320, 320}, {196, 304, 1152},
+                        {8, 1728, 896}, {5, 64, 4864},  {64, 128, 72},  {17, 2, 1},
+                        {2, 40, 896},   {4, 1728, 320}, {3, 130, 4864}};
   for (const auto& [m, n, k] : sizes) {
     for (const DType dtype : kTypes) {
       for (const bool biased : {false, true}) {

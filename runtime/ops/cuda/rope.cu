@@ -1,11 +1,13 @@
-// A thread takes one angle of one row and turns that pair of every head by it: sine and cosine, the
-// expensive part, are computed once for all heads.
+// A thread takes one angle of one row and turns that pair of some heads by it: sine and cosine, the
+// expensive part, are computed once for kHeadsAtOnce heads. More would leave a GPU without work.
 #include "runtime/ops/cuda/launch.cuh"
 #include "runtime/ops/cuda/rope.h"
 #include "runtime/ops/rope.h"
 
 namespace sluice::cuda {
 namespace {
+
+constexpr int kHeadsAtOnce = 2;
 
 template <typename T>
 __global__ void RopeKernel(T* x, int64_t stride, int64_t rows, int heads, int head_dim,
@@ -24,8 +26,9 @@ __global__ void RopeKernel(T* x, int64_t stride, int64_t rows, int heads, int he
     sine = static_cast<float>(s);
     cosine = static_cast<float>(c);
   }
-  T* pair = x + row * stride + i;
-  for (int head = 0; head < heads; ++head, pair += head_dim) {
+  const int first = blockIdx.y * kHeadsAtOnce, end = min(heads, first + kHeadsAtOnce);
+  T* pair = x + row * stride + int64_t{first} * head_dim + i;
+  for (int head = first; head < end; ++head, pair += head_dim) {
     const float a = ToFloat(pair[0]), b = ToFloat(pair[half]);
     pair[0] = FromFloat<T>(a * cosine - b * sine);
     pair[half] = FromFloat<T>(b * cosine + a * sine);
@@ -41,9 +44,11 @@ void Rope(TensorView x, int head_dim, const int32_t* positions, ConstTensorView 
   const auto blocks = static_cast<unsigned>((angles + kThreads - 1) / kThreads);
   WithType(x.dtype(), [&](auto element) {
     using T = decltype(element);
-    RopeKernel<<<blocks, kThreads, 0, stream>>>(
-        static_cast<T*>(x.raw()), x.stride0(), x.dim(0), static_cast<int>(x.dim(1) / head_dim),
-        head_dim, positions, static_cast<const float*>(inv_freq.raw()));
+    const int heads = static_cast<int>(x.dim(1) / head_dim);
+    const dim3 grid(blocks, (heads + kHeadsAtOnce - 1) / kHeadsAtOnce);
+    RopeKernel<<<grid, kThreads, 0, stream>>>(static_cast<T*>(x.raw()), x.stride0(), x.dim(0),
+                                              heads, head_dim, positions,
+                                              static_cast<const float*>(inv_freq.raw()));
   });
   CheckLaunch("rope");
 }

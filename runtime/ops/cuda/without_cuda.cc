@@ -7,6 +7,7 @@
 #include "runtime/ops/cuda/device.h"
 #include "runtime/ops/cuda/kv.h"
 #include "runtime/ops/cuda/linear.h"
+#include "runtime/ops/cuda/linear_few.h"
 #include "runtime/ops/cuda/norm.h"
 #include "runtime/ops/cuda/pictures.h"
 #include "runtime/ops/cuda/recorder.h"
@@ -58,6 +59,8 @@ void AddRows(ConstTensorView, float, ConstTensorView, TensorView, const RowList&
   Refuse();
 }
 void Attention(const AttentionArgs&, void*, size_t, Stream) { Refuse(); }
+bool TakesFewRows(int64_t, int64_t, int64_t, DType) { return false; }
+void FewRows(const FewRowsArgs&, Stream) { Refuse(); }
 void Convert(ConstTensorView, TensorView, Stream) { Refuse(); }
 void EmbedRows(ConstTensorView, const int32_t*, TensorView, Stream) { Refuse(); }
 void StoreKv(const KvBlocks&, const int32_t*, const KvRows&, Stream) { Refuse(); }
