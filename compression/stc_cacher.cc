@@ -4,6 +4,7 @@
 #include <numeric>
 #include <span>
 #include <string>
+#include <utility>
 
 #include "runtime/error.h"
 #include "runtime/ops/similarity.h"
@@ -78,6 +79,12 @@ std::vector<bool> StcCacher::ChooseWhole(ExecContext& ctx, int layers,
                                          std::span<const ConstTensorView> first_keys) {
   const auto frames = static_cast<int64_t>(first_keys.size());
   references_.resize(layers);
+  // What a saved stream brought lies in host memory.
+  for (LayerReference& reference : references_) {
+    for (Tensor* part : {&reference.keys, &reference.values, &reference.update}) {
+      *part = Placed(std::move(*part), ctx.device());
+    }
+  }
   first_choice_.assign(frames, {});
   std::vector<bool> whole = Schedule(frames);
   int64_t latest = -1;  // whole frame of this batch

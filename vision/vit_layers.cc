@@ -216,14 +216,6 @@ double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView h
     return ReuseRoom{narrow.Slice(2 * begin, 2 * end), keys.Slice(begin, end)};
   };
 
-  // What a saved stream brought lies in host memory.
-  for (size_t l = 0; l < layers_.size(); ++l) {
-    LayerReference& kept = reuse.reference(static_cast<int>(l));
-    for (Tensor* part : {&kept.keys, &kept.values, &kept.update}) {
-      if (part->device() != ctx.device()) *part = Placed(std::move(*part), ctx.device());
-    }
-  }
-
   // The schedule nearly always holds, so the first layer's keys, which tell for sure, are made in
   // its order.
   std::vector<bool> whole = reuse.Schedule(frames);
