@@ -9,8 +9,11 @@ cd "$(dirname "$0")/.."
 
 out=${1:?usage: scripts/bundle.sh OUT [BUILD]}
 build=${2:-build/cuda}
-[[ -x $build/bin/sluice ]] || { echo "[bundle] $build/bin/sluice is missing: build it first" >&2; exit 2; }
-mkdir -p "$out/bin" "$out/lib" "$out/share/sluice"
+if [[ ! -x $build/bin/sluice ]]; then
+  echo "[bundle] $build/bin/sluice is missing: build it first" >&2
+  exit 2
+fi
+mkdir -p "$out/bin" "$out/lib"
 
 for program in "$build"/bin/*; do
   [[ -f $program && -x $program ]] || continue
@@ -22,11 +25,9 @@ for program in "$out"/bin/*; do ldd "$program"; done |
   awk '/=> \// {print $3} /^\t\/.*ld-linux/ {print $1}' | sort -u |
   grep -vE '/lib(cublas|cublasLt|cudart|cuda|nvrtc)\.so' |
   while read -r library; do cp -L "$library" "$out/lib/"; done
-cp -r models/sluice-mini "$out/share/sluice/sluice-mini.tmp"
 mkdir -p "$out/share/sluice/models" "$out/share/sluice/demos"
-rm -rf "$out/share/sluice/models/sluice-mini"
-mv "$out/share/sluice/sluice-mini.tmp" "$out/share/sluice/models/sluice-mini"
-cp -r demos/clips "$out/share/sluice/demos/"
+cp -rT models/sluice-mini "$out/share/sluice/models/sluice-mini"
+cp -rT demos/clips "$out/share/sluice/demos/clips"
 
 cat > "$out/run" <<'RUN'
 #!/bin/sh
