@@ -77,7 +77,17 @@ bool OnGpu(const char* op, const ExecContext& ctx, std::initializer_list<ConstTe
     throw Error(std::string("[") + op + "] expected tensors on the " + Name(ctx.device()) +
                 ", got " + tensor.shape().ToString() + " on the " + Name(tensor.device()));
   }
-  return ctx.device() == Device::kCuda;
+  if (ctx.device() != Device::kCuda) return false;
+  if (cuda::Recorder& recorder = *ctx.recorder(); recorder.active()) {
+    recorder.Note(reinterpret_cast<uintptr_t>(op));
+    for (const ConstTensorView& tensor : tensors) {
+      recorder.Note(reinterpret_cast<uintptr_t>(tensor.raw()));
+      recorder.Note(static_cast<uint64_t>(tensor.dtype()));
+      recorder.Note(static_cast<uint64_t>(tensor.stride0()));
+      for (int i = 0; i < tensor.shape().rank(); ++i) recorder.Note(tensor.dim(i));
+    }
+  }
+  return true;
 }
 
 }  // namespace sluice

@@ -217,7 +217,13 @@ void MeanRow(ExecContext& ctx, const T* q, int heads, float scale, const KvLayer
 // ---- on a GPU -------------------------------------------------------------------------------
 
 void CheckDevice(const char* op, const ExecContext& ctx, const KvLayerView& kv) {
-  if (kv.device == ctx.device()) return;
+  if (kv.device == ctx.device()) {
+    // A step that recurs is the same only with the same pool.
+    if (ctx.recorder() && ctx.recorder()->active()) {
+      ctx.recorder()->Note(reinterpret_cast<uintptr_t>(kv.base));
+    }
+    return;
+  }
   throw Error(std::string("[") + op + "] expected a cache on the " + Name(ctx.device()) +
               ", got one on the " + Name(kv.device));
 }
@@ -299,8 +305,14 @@ void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment,
   const Workspace::Scope scope(ctx.workspace());
   const KvLayerView& kv = segment.kv;
   const int64_t seen = segment.begin + segment.rows;
-  if (ChooseGpuAttention(cuda::ComputeCapability(), segment.rows, heads, kv.kv_heads, kv.head_dim,
-                         kv.dtype, /*causal=*/true, /*biased=*/false) == GpuAttention::kFlash) {
+  const GpuAttention kernel =
+      ChooseGpuAttention(cuda::ComputeCapability(), segment.rows, heads, kv.kv_heads, kv.head_dim,
+                         kv.dtype, /*causal=*/true, /*biased=*/false);
+  if (kernel == GpuAttention::kDecode) {
+    const KvSegment alone{.row = 0, .rows = 1, .begin = segment.begin, .kv = kv};
+    return DecodeOnGpu(ctx, q, {&alone, 1}, heads, scale, out);
+  }
+  if (kernel == GpuAttention::kFlash) {
     // The copy engine of the kernel wants tokens at equal distances. Copying costs as much as
     // reading the keys and values twice more.
     const Shape shape{seen, int64_t{kv.kv_heads} * kv.head_dim};
