@@ -1,7 +1,9 @@
 #include "runtime/transfer.h"
 
 #include <cstring>
+#include <functional>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "runtime/error.h"
@@ -79,7 +81,7 @@ bool OnGpu(const char* op, const ExecContext& ctx, std::initializer_list<ConstTe
   }
   if (ctx.device() != Device::kCuda) return false;
   if (cuda::Recorder& recorder = *ctx.recorder(); recorder.active()) {
-    recorder.Note(reinterpret_cast<uintptr_t>(op));
+    recorder.Note(std::hash<std::string_view>()(op));  // its place may be on the stack
     for (const ConstTensorView& tensor : tensors) {
       recorder.Note(reinterpret_cast<uintptr_t>(tensor.raw()));
       recorder.Note(static_cast<uint64_t>(tensor.dtype()));

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <map>
 #include <utility>
+#include <vector>
 
 #include "runtime/error.h"
 #include "runtime/ops/cuda/recorder.h"
@@ -13,8 +14,10 @@ namespace {
 
 constexpr size_t kFirstNumbers = size_t{1} << 16;
 constexpr uint64_t kSeed = 0xcbf29ce484222325u;
-// A step whose ops differ this often is not worth capturing.
-constexpr int kMostMisses = 16;
+constexpr size_t kMostGraphs = 8;  // of a step
+// A step is not worth capturing whose ops differ from all its graphs so often, or more often than
+// in one of four cases.
+constexpr int64_t kFreeCaptures = 32;
 
 void Check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
@@ -25,31 +28,37 @@ void Check(cudaError_t error, const char* what) {
 }  // namespace
 
 struct Recorder::Recording {
+  struct Graph {
+    uint64_t hash = 0;  // of what its ops work on
+    size_t used = 0;    // numbers
+    cudaGraphExec_t run = nullptr;
+  };
   bool seen = false;
-  int misses = 0;
-  uint64_t hash = 0;
-  cudaGraphExec_t graph = nullptr;
+  int64_t captured = 0, replayed = 0;
+  std::vector<Graph> graphs;  // the one used last comes last
   // The step's numbers: written on the host, copied in front of each launch.
   int32_t* host = nullptr;
   int32_t* device = nullptr;
-  size_t capacity = 0, used = 0;
+  size_t capacity = 0;
   cudaEvent_t copied = nullptr;  // when `host` may be written again
 
   Recording() = default;
   Recording(const Recording&) = delete;
   Recording& operator=(const Recording&) = delete;
   ~Recording() {
-    Forget();
+    ForgetAll();
     if (copied) cudaEventDestroy(copied);
     cudaFreeHost(host);
     cudaFree(device);
   }
-  void Forget() {
-    if (graph) cudaGraphExecDestroy(graph);
-    graph = nullptr;
+  bool IsWorthCapturing() const { return captured < kFreeCaptures + replayed / 4; }
+  void ForgetAll() {
+    for (const Graph& graph : graphs) cudaGraphExecDestroy(graph.run);
+    graphs.clear();
   }
   void MakeRoom(size_t numbers) {
     if (numbers <= capacity) return;
+    ForgetAll();  // their kernels read what is freed here
     cudaFreeHost(host);
     cudaFree(device);
     host = device = nullptr;
@@ -113,14 +122,16 @@ const int32_t* Recorder::Numbers(std::span<const int32_t> numbers) {
 void Recorder::Run(const std::string& key, const std::function<void()>& step) {
   if (active()) return step();  // a part of a step
   Recording& recording = state_->recordings[key];
-  if (recording.graph && Replay(recording, step)) {
+  if (!recording.graphs.empty() && Replay(recording, step)) {
+    ++recording.replayed;
     ++counts_.replayed;
     return;
   }
-  if (!std::exchange(recording.seen, true) || recording.misses > kMostMisses) {
+  if (!std::exchange(recording.seen, true) || !recording.IsWorthCapturing()) {
     ++counts_.direct;
     return step();
   }
+  ++recording.captured;
   ++counts_.captured;
   Capture(recording, step);
 }
@@ -131,12 +142,13 @@ bool Recorder::Replay(Recording& recording, const std::function<void()>& step) {
     const Running running(*this, recording, Mode::kReplaying);
     step();
   }
-  if (state_->hash != recording.hash || state_->used != recording.used) {
-    ++recording.misses;
-    recording.Forget();
-    return false;
-  }
-  Launch(recording);
+  const auto same = std::find_if(recording.graphs.begin(), recording.graphs.end(),
+                                 [&](const Recording::Graph& graph) {
+                                   return graph.hash == state_->hash && graph.used == state_->used;
+                                 });
+  if (same == recording.graphs.end()) return false;
+  std::rotate(same, same + 1, recording.graphs.end());
+  LaunchNewest(recording);
   return true;
 }
 
@@ -163,23 +175,28 @@ void Recorder::Capture(Recording& recording, const std::function<void()>& step) 
       recording.MakeRoom(2 * state_->used);
       continue;
     }
-    const cudaError_t error = cudaGraphInstantiate(&recording.graph, graph, 0);
+    Recording::Graph made{state_->hash, state_->used};
+    const cudaError_t error = cudaGraphInstantiate(&made.run, graph, 0);
     cudaGraphDestroy(graph);
     Check(error, "making a graph");
-    recording.hash = state_->hash;
-    recording.used = state_->used;
-    return Launch(recording);
+    if (recording.graphs.size() == kMostGraphs) {
+      cudaGraphExecDestroy(recording.graphs.front().run);
+      recording.graphs.erase(recording.graphs.begin());
+    }
+    recording.graphs.push_back(made);
+    return LaunchNewest(recording);
   }
 }
 
-void Recorder::Launch(Recording& recording) {
-  if (recording.used > 0) {
-    Check(cudaMemcpyAsync(recording.device, recording.host, recording.used * sizeof(int32_t),
+void Recorder::LaunchNewest(Recording& recording) {
+  const Recording::Graph& graph = recording.graphs.back();
+  if (graph.used > 0) {
+    Check(cudaMemcpyAsync(recording.device, recording.host, graph.used * sizeof(int32_t),
                           cudaMemcpyHostToDevice, stream_),
           "copying a step's numbers");
     Check(cudaEventRecord(recording.copied, stream_), "marking a copy");
   }
-  Check(cudaGraphLaunch(recording.graph, stream_), "launching a graph");
+  Check(cudaGraphLaunch(graph.run, stream_), "launching a graph");
 }
 
 }  // namespace sluice::cuda

@@ -3,9 +3,10 @@
 // A step is host code that queues kernels. The first time it runs as it is, the second time what it
 // queues is captured, from then on its host code runs without launching anything: it only notes
 // what each op would work on and writes the numbers that change (positions, tables of blocks) where
-// the graph's kernels read them. If all ops got the same tensors as when the graph was captured,
-// one launch replays it; else it is captured anew. So a step need not know that it is replayed, and
-// cannot replay something else by mistake.
+// the graph's kernels read them. If all ops got the same tensors as when a graph was captured, one
+// launch replays it; else another is captured beside it, and the few used last are kept: caches of
+// different lengths need different ones. So a step need not know that it is replayed, and cannot
+// replay something else by mistake.
 #ifndef SLUICE_RUNTIME_OPS_CUDA_RECORDER_H_
 #define SLUICE_RUNTIME_OPS_CUDA_RECORDER_H_
 
@@ -52,7 +53,7 @@ class Recorder {
   class Running;
   bool Replay(Recording& recording, const std::function<void()>& step);
   void Capture(Recording& recording, const std::function<void()>& step);
-  void Launch(Recording& recording);
+  void LaunchNewest(Recording& recording);
 
   const Stream stream_;
   Mode mode_ = Mode::kDirect;
