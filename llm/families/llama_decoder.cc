@@ -5,6 +5,7 @@
 #include <numeric>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -55,6 +56,19 @@ void KeepWanted(std::vector<Segment>& segments) {
     segment.row += dropped;
     segment.rows = segment.wanted;
   }
+}
+
+// Those of `segments` that have rows, as ops want them.
+std::vector<KvSegment> KvSegments(std::span<const Segment> segments, int layer) {
+  std::vector<KvSegment> result;
+  for (const Segment& segment : segments) {
+    if (segment.rows == 0) continue;
+    result.push_back({.row = segment.row,
+                      .rows = segment.rows,
+                      .begin = segment.CacheRow(layer),
+                      .kv = segment.step->cache->layer(layer)});
+  }
+  return result;
 }
 
 int64_t CountRows(std::span<const Segment> segments) {
@@ -195,9 +209,8 @@ class LlamaDecoder : public Decoder {
                TensorView y) const;
   void ProjectAround(ExecContext& ctx, int layer, ConstTensorView hidden, ConstTensorView keys,
                      TensorView qkv) const;
-  void Rotate(ExecContext& ctx, int layer, std::span<const Segment> segments, TensorView qkv) const;
-  void StoreKeysAndValues(ExecContext& ctx, int layer, std::span<const Segment> segments,
-                          ConstTensorView qkv) const;
+  void RotateAndStore(ExecContext& ctx, int layer, std::span<const Segment> segments,
+                      TensorView qkv) const;
   void Attend(ExecContext& ctx, int layer, std::span<const Segment> segments, ConstTensorView qkv,
               TensorView hidden) const;
   void RunMlp(ExecContext& ctx, const LlamaLayer& layer, TensorView hidden) const;
@@ -363,10 +376,24 @@ void LlamaDecoder::RunChunk(ExecContext& ctx, std::vector<Segment> segments,
     return segment.rows == 1 && segment.wanted == 1;
   });
   if (decodes && !probe && device_ != Device::kCpu) return RunDecoding(ctx, segments, hidden);
-  for (int i = 0; i < config_.num_layers; ++i) {
-    hidden = RunLayer(ctx, i, segments, hidden, {}, probe);
-    if (hidden.dim(0) == 0) return;
+  const auto run_layers = [&] {
+    std::vector<Segment> left = segments;
+    TensorView rows = hidden;
+    for (int i = 0; i < config_.num_layers && rows.dim(0) > 0; ++i) {
+      rows = RunLayer(ctx, i, left, rows, {}, probe);
+    }
+    return std::pair(std::move(left), rows);
+  };
+  const bool only_stores = std::all_of(segments.begin(), segments.end(),
+                                       [](const Segment& segment) { return segment.wanted == 0; });
+  if (only_stores && !probe) {
+    // Frames arrive in equal batches: on a GPU a step that recurs.
+    std::string sizes;
+    for (const Segment& segment : segments) sizes += " " + std::to_string(segment.rows);
+    return ctx.Recurring("prefill" + sizes, run_layers);
   }
+  std::tie(segments, hidden) = run_layers();
+  if (hidden.dim(0) == 0) return;
   if (probe) {
     KeepWanted(segments);
     hidden = Compact(ctx, segments, hidden);
@@ -595,10 +622,9 @@ TensorView LlamaDecoder::RunLayer(ExecContext& ctx, int layer, std::vector<Segme
   } else {
     ProjectAround(ctx, layer, hidden, keys, qkv);
   }
-  Rotate(ctx, layer, segments, qkv);
+  RotateAndStore(ctx, layer, segments, qkv);
   ShowOnHost(ctx, probe, name + ".query", qkv.Columns(0, q_width()));
   ShowOnHost(ctx, probe, name + ".key", qkv.Columns(q_width(), q_width() + kv_width()));
-  StoreKeysAndValues(ctx, layer, segments, qkv);
   if (!probe && layer + 1 == config_.num_layers) {
     // Once the last layer's keys and values are stored, only rows whose logits are read matter: a
     // prefill without logits saves most of that layer.
@@ -643,9 +669,9 @@ void LlamaDecoder::ProjectAround(ExecContext& ctx, int layer, ConstTensorView hi
   }
 }
 
-void LlamaDecoder::Rotate(ExecContext& ctx, int layer, std::span<const Segment> segments,
-                          TensorView qkv) const {
-  TraceScope trace(&ctx.tracer(), "decoder/rope", qkv.dim(0));
+void LlamaDecoder::RotateAndStore(ExecContext& ctx, int layer, std::span<const Segment> segments,
+                                  TensorView qkv) const {
+  TraceScope trace(&ctx.tracer(), "decoder/rotate_store", qkv.dim(0));
   std::vector<int32_t> positions;
   positions.reserve(qkv.dim(0));
   for (const Segment& segment : segments) {
@@ -654,20 +680,8 @@ void LlamaDecoder::Rotate(ExecContext& ctx, int layer, std::span<const Segment> 
       positions.push_back(segment.step->cache->PositionOf(layer, first + i));
     }
   }
-  // Query and key heads stand beside each other.
-  Rope(ctx, qkv.Columns(0, q_width() + kv_width()), config_.head_dim, positions, inv_freq_);
-}
-
-void LlamaDecoder::StoreKeysAndValues(ExecContext& ctx, int layer,
-                                      std::span<const Segment> segments,
-                                      ConstTensorView qkv) const {
-  TraceScope trace(&ctx.tracer(), "decoder/store_kv", qkv.dim(0));
-  const int64_t keys = q_width(), values = keys + kv_width();
-  for (const Segment& segment : segments) {
-    const ConstTensorView rows = qkv.Slice(segment.row, segment.row + segment.rows);
-    StoreKv(ctx, rows.Columns(keys, values), rows.Columns(values, values + kv_width()),
-            segment.CacheRow(layer), segment.step->cache->layer(layer));
-  }
+  sluice::RotateAndStore(ctx, qkv, config_.num_heads, positions, inv_freq_,
+                         KvSegments(segments, layer));
 }
 
 void LlamaDecoder::Attend(ExecContext& ctx, int layer, std::span<const Segment> segments,
@@ -676,14 +690,9 @@ void LlamaDecoder::Attend(ExecContext& ctx, int layer, std::span<const Segment> 
   const TensorView mixed = ctx.workspace().Allocate(dtype_, {hidden.dim(0), q_width()});
   {
     TraceScope trace(&ctx.tracer(), "decoder/attention", hidden.dim(0));
-    std::vector<KvSegment> parts;
-    for (const Segment& segment : segments) {
-      if (segment.rows == 0) continue;
-      const int64_t first = segment.CacheRow(layer);
-      parts.push_back({.row = segment.row,
-                       .rows = segment.rows,
-                       .begin = first,
-                       .kv = segment.step->cache->layer(layer)});
+    const std::vector<KvSegment> parts = KvSegments(segments, layer);
+    for (const KvSegment& segment : parts) {
+      const int64_t first = segment.begin;
       const double seen = first + 0.5 * (segment.rows + 1);  // in the mean
       trace.AddWork(
           4.0 * segment.rows * seen * q_width(),

@@ -11,6 +11,7 @@
 #include "runtime/ops/cuda/activation.h"
 #include "runtime/ops/cuda/attention.h"
 #include "runtime/ops/cuda/kv.h"
+#include "runtime/ops/rope.h"
 #include "runtime/parallel.h"
 #include "runtime/transfer.h"
 
@@ -232,15 +233,19 @@ cuda::KvBlocks BlocksOf(const KvLayerView& kv) {
   return {const_cast<void*>(kv.base), kv.kv_heads, kv.head_dim, kv.dtype};
 }
 
+// The number of the block that holds a position.
+int64_t BlockOf(const KvLayerView& kv, int64_t position) {
+  const auto bytes = static_cast<int64_t>(KvBlockBytes(kv.kv_heads, kv.head_dim, kv.dtype));
+  const auto* const block = static_cast<const char*>(kv.blocks[position / kKvBlockTokens]);
+  return (block - static_cast<const char*>(kv.base)) / bytes;
+}
+
 // Appends the numbers of the blocks that hold positions [begin, end), as kernels want them.
 void AppendBlocks(const KvLayerView& kv, int64_t begin, int64_t end,
                   std::vector<int32_t>& numbers) {
-  const auto bytes = static_cast<int64_t>(KvBlockBytes(kv.kv_heads, kv.head_dim, kv.dtype));
   const int64_t last = (end + kKvBlockTokens - 1) / kKvBlockTokens;
   for (int64_t b = begin / kKvBlockTokens; b < last; ++b) {
-    const int64_t offset =
-        static_cast<const char*>(kv.blocks[b]) - static_cast<const char*>(kv.base);
-    numbers.push_back(static_cast<int32_t>(offset / bytes));
+    numbers.push_back(static_cast<int32_t>(BlockOf(kv, b * kKvBlockTokens)));
   }
 }
 
@@ -256,12 +261,20 @@ void MoveKv(ExecContext& ctx, const KvLayerView& kv, int64_t begin, ConstTensorV
   ctx.Queue(move, BlocksOf(kv), Within(ctx, where), rows);
 }
 
-// Attention with the matrix kernels over rows that lie one after another.
+constexpr int64_t kTogether = 64;  // tables grow by so many blocks: lengths that are one step
+
+// Scratch memory of an op, which is part of what a replay must find the same.
+void* ScratchOf(ExecContext& ctx, size_t bytes) {
+  void* const room = ctx.workspace().Allocate(DType::kU8, {static_cast<int64_t>(bytes)}).raw();
+  if (ctx.recorder()->active()) ctx.recorder()->Note(reinterpret_cast<uintptr_t>(room));
+  return room;
+}
+
+// Attention with the matrix kernels.
 void FlashAttention(ExecContext& ctx, const cuda::AttentionArgs& args) {
   const Workspace::Scope scope(ctx.workspace());
-  const auto bytes = static_cast<int64_t>(cuda::AttentionWorkspaceBytes(args));
-  const TensorView room = ctx.workspace().Allocate(DType::kU8, {bytes});
-  ctx.Queue(cuda::Attention, args, room.raw(), static_cast<size_t>(bytes));
+  const size_t bytes = cuda::AttentionWorkspaceBytes(args);
+  ctx.Queue(cuda::Attention, args, ScratchOf(ctx, bytes), bytes);
 }
 
 // One row of each of consecutive segments.
@@ -272,7 +285,6 @@ void DecodeOnGpu(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment>
   for (const KvSegment& segment : segments) {
     blocks = std::max(blocks, (segment.begin + kKvBlockTokens) / kKvBlockTokens);
   }
-  constexpr int64_t kTogether = 64;  // so that lengths near each other use the same launch
   const int64_t pitch = (blocks + kTogether - 1) / kTogether * kTogether + 1;
   std::vector<int32_t> tables;
   for (const KvSegment& segment : segments) {
@@ -294,9 +306,7 @@ void DecodeOnGpu(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment>
                                           .tables = Within(ctx, tables),
                                           .table_pitch = pitch,
                                           .sequences = static_cast<int64_t>(segments.size())};
-  const auto bytes = static_cast<int64_t>(cuda::DecodeWorkspaceBytes(args));
-  const TensorView room = ctx.workspace().Allocate(DType::kU8, {bytes});
-  ctx.Queue(cuda::DecodeAttention, args, room.raw());
+  ctx.Queue(cuda::DecodeAttention, args, ScratchOf(ctx, cuda::DecodeWorkspaceBytes(args)));
 }
 
 // The rows of one segment; q and out are theirs.
@@ -312,32 +322,25 @@ void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment,
     const KvSegment alone{.row = 0, .rows = 1, .begin = segment.begin, .kv = kv};
     return DecodeOnGpu(ctx, q, {&alone, 1}, heads, scale, out);
   }
+  std::vector<int32_t> table = {static_cast<int32_t>(seen)};
+  AppendBlocks(kv, 0, seen, table);
+  // Room for more, so that lengths near each other are the same step.
+  table.resize((table.size() + kTogether) / kTogether * kTogether, 0);
+  const int32_t* const there = Within(ctx, table);
   if (kernel == GpuAttention::kFlash) {
-    // The copy engine of the kernel wants tokens at equal distances. Copying costs as much as
-    // reading the keys and values twice more.
-    const Shape shape{seen, int64_t{kv.kv_heads} * kv.head_dim};
-    const TensorView keys = ctx.workspace().Allocate(kv.dtype, shape);
-    const TensorView values = ctx.workspace().Allocate(kv.dtype, shape);
-    MoveKv(ctx, kv, 0, keys, values, /*store=*/false);
     return FlashAttention(ctx, {.q = q.raw(),
-                                .k = keys.raw(),
-                                .v = values.raw(),
                                 .out = out.raw(),
+                                .blocks = kv.base,
+                                .table = there,
                                 .q_stride = q.stride0(),
-                                .k_stride = keys.stride0(),
-                                .v_stride = values.stride0(),
                                 .out_stride = out.stride0(),
-                                .batch = 1,
                                 .q_len = segment.rows,
-                                .kv_len = seen,
                                 .heads = heads,
                                 .kv_heads = kv.kv_heads,
                                 .head_dim = kv.head_dim,
                                 .scale = scale,
                                 .causal = true});
   }
-  std::vector<int32_t> table = {static_cast<int32_t>(seen)};
-  AppendBlocks(kv, 0, seen, table);
   cuda::PlainAttentionArgs args;
   args.q = q.raw();
   args.q_stride = q.stride0();
@@ -349,7 +352,7 @@ void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment,
   args.scale = scale;
   args.q_len = segment.rows;
   args.base = kv.base;
-  args.table = Within(ctx, table);
+  args.table = there;
   ctx.Queue(cuda::PlainAttention, args);
 }
 
@@ -558,6 +561,61 @@ void StoreKv(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, int
     StoreRows<float>(ctx, keys, values, begin, kv);
   } else {
     StoreRows<BFloat16>(ctx, keys, values, begin, kv);
+  }
+}
+
+void RotateAndStore(ExecContext& ctx, TensorView qkv, int heads, std::span<const int32_t> positions,
+                    ConstTensorView inv_freq, std::span<const KvSegment> segments) {
+  constexpr char kOp[] = "rotate_and_store";
+  if (segments.empty()) return;
+  const KvLayerView& first = segments.front().kv;
+  const int64_t head_dim = first.head_dim, kv_width = first.kv_heads * head_dim;
+  const int64_t q_width = heads * head_dim;
+  int64_t rows = 0;
+  for (const KvSegment& segment : segments) {
+    const KvLayerView& kv = segment.kv;
+    CheckKv(kOp, kv, segment.begin, segment.rows);
+    CheckDevice(kOp, ctx, kv);
+    if (kv.kv_heads != first.kv_heads || kv.head_dim != first.head_dim || kv.base != first.base) {
+      throw Error("[rotate_and_store] segments must be of one pool, got caches of " +
+                  std::to_string(first.kv_heads) + " and " + std::to_string(kv.kv_heads) +
+                  " kv heads of " + std::to_string(head_dim) + " and " +
+                  std::to_string(kv.head_dim));
+    }
+    if (segment.row != rows) {
+      throw Error("[rotate_and_store] segments must follow each other, got one at row " +
+                  std::to_string(segment.row) + " behind " + std::to_string(rows) + " rows");
+    }
+    rows += segment.rows;
+  }
+  CheckMatrix(kOp, "qkv", qkv, rows, q_width + 2 * kv_width, first.dtype);
+  if (ctx.device() == Device::kCuda &&
+      cuda::CanRotateAndStore(first.head_dim, qkv.stride0(), first.dtype)) {
+    if (positions.size() != static_cast<size_t>(rows) || inv_freq.shape() != Shape{head_dim / 2} ||
+        inv_freq.dtype() != DType::kF32) {
+      throw Error("[rotate_and_store] expected " + std::to_string(rows) + " positions and " +
+                  std::to_string(head_dim / 2) + " frequencies in f32, got " +
+                  std::to_string(positions.size()) + " and " + Describe(inv_freq));
+    }
+    OnGpu(kOp, ctx, {qkv, inv_freq});
+    const Workspace::Scope scope(ctx.workspace());
+    std::vector<int32_t> numbers(positions.begin(), positions.end());
+    for (const KvSegment& segment : segments) {
+      for (int64_t at = segment.begin; at < segment.begin + segment.rows; ++at) {
+        numbers.push_back(
+            static_cast<int32_t>(BlockOf(segment.kv, at) * kKvBlockTokens + at % kKvBlockTokens));
+      }
+    }
+    const int32_t* const there = Within(ctx, numbers);
+    return ctx.Queue(cuda::RotateAndStore, BlocksOf(first), qkv.raw(), qkv.stride0(), rows, heads,
+                     there, there + rows, static_cast<const float*>(inv_freq.raw()));
+  }
+  // Query and key heads stand beside each other.
+  Rope(ctx, qkv.Columns(0, q_width + kv_width), first.head_dim, positions, inv_freq);
+  for (const KvSegment& segment : segments) {
+    const ConstTensorView of = qkv.Slice(segment.row, segment.row + segment.rows);
+    StoreKv(ctx, of.Columns(q_width, q_width + kv_width), of.Columns(q_width + kv_width, of.dim(1)),
+            segment.begin, segment.kv);
   }
 }
 

@@ -58,7 +58,22 @@ size_t KvBlockBytes(int kv_heads, int head_dim, DType dtype);
 void StoreKv(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, int64_t begin,
              const KvLayerView& kv);
 
-// The reverse: copies positions [begin, begin + keys.dim(0)) to the rows of `keys` and `values`.
+// Rows [row, row + rows) of a matrix that belong to one sequence, whose first row stands at
+// position `begin` of its cache.
+struct KvSegment {
+  int64_t row = 0, rows = 0, begin = 0;
+  KvLayerView kv;
+};
+
+// Rotates the query and key heads of all rows in place, row i to positions[i], as Rope does
+// (runtime/ops/rope.h), and stores the keys and values of each segment's rows, as StoreKv does; on
+// a GPU in one launch. qkv: [S, (heads + 2 kv_heads) * D] in kv.dtype, queries first, values last,
+// rows may be strided; segments are of one pool and together all S rows. inv_freq: [D / 2] f32.
+void RotateAndStore(ExecContext& ctx, TensorView qkv, int heads, std::span<const int32_t> positions,
+                    ConstTensorView inv_freq, std::span<const KvSegment> segments);
+
+// The reverse of StoreKv: copies positions [begin, begin + keys.dim(0)) to the rows of `keys` and
+// `values`.
 void LoadKv(ExecContext& ctx, const KvLayerView& kv, int64_t begin, TensorView keys,
             TensorView values);
 
@@ -84,13 +99,8 @@ void MeanAttentionRow(ExecContext& ctx, ConstTensorView q, int heads, float scal
 void CausalAttention(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
                      const KvLayerView& kv, TensorView out);
 
-// The same for several sequences: rows [row, row + rows) of q belong to one whose first query
-// stands at position `begin`. out: the rows of all segments, one after another. Decoding on a GPU,
-// one row a segment, is a single launch.
-struct KvSegment {
-  int64_t row = 0, rows = 0, begin = 0;
-  KvLayerView kv;
-};
+// The same for several sequences. out: the rows of all segments, one after another. Decoding on a
+// GPU, one row a segment, is a single launch.
 void CausalAttention(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment> segments,
                      int heads, float scale, TensorView out);
 

@@ -154,7 +154,16 @@ TEST_F(CudaKvTest, CausalAttentionEqualsTheReference) {
                         // Cut into parts of the keys, of which some queries see none.
                         {2, 7, 64, 1500, 50},
                         {1, 4, 128, 1100, 196},
-                        {1, 1, 64, 0, 1030}};
+                        {1, 1, 64, 0, 1030},
+                        // Heads that share keys in one tile, or not; narrow heads; blocks' ends.
+                        {2, 7, 64, 3000, 196},
+                        {4, 7, 128, 1337, 24},
+                        {1, 2, 72, 100, 37},
+                        {2, 1, 80, 191, 66},
+                        {1, 3, 80, 2000, 130},
+                        {1, 80, 64, 130, 3},
+                        {1, 8, 64, 4095, 1},
+                        {4, 7, 128, 2049, 1}};
   for (const Case& c : cases) {
     for (const DType dtype : kTypes) {
       const int heads = c.kv_heads * c.group;
@@ -172,6 +181,54 @@ TEST_F(CudaKvTest, CausalAttentionEqualsTheReference) {
                       want);
       CausalAttention(*gpu_, gq.view().Columns(0, width), c.begin, heads, scale, blocks.cuda, got);
       ExpectEqual(got, want, "causal attention");
+    }
+  }
+}
+
+TEST_F(CudaKvTest, RowsAreRotatedAndStoredInOneStep) {
+  struct Case {
+    int heads, kv_heads, head_dim;
+  };
+  for (const Case& c : {Case{14, 2, 64}, Case{3, 1, 128}, Case{2, 2, 72}, Case{4, 2, 40}}) {
+    for (const DType dtype : kTypes) {
+      for (const int64_t gap : {0, 5, 8}) {
+        SCOPED_TRACE(std::to_string(c.head_dim) + " " + Name(dtype) + " " + std::to_string(gap));
+        const int64_t kv_width = int64_t{c.kv_heads} * c.head_dim;
+        const int64_t width = int64_t{c.heads} * c.head_dim + 2 * kv_width;
+        const Blocks all(*gpu_, c.kv_heads, c.head_dim, dtype, 640, 4);
+        // Two sequences side by side: one in the middle of a block, one over several.
+        std::vector<KvSegment> cuda, cpu;
+        int64_t row = 0;
+        for (const auto& [begin, count] : {std::pair(70, 1), std::pair(50, 200)}) {
+          for (const bool gpu : {false, true}) {
+            KvLayerView kv = gpu ? all.cuda : all.cpu;
+            kv.blocks = kv.blocks.subspan(row == 0 ? 0 : 5, 5);
+            (gpu ? cuda : cpu).push_back({.row = row, .rows = count, .begin = begin, .kv = kv});
+          }
+          row += count;
+        }
+        std::vector<int32_t> positions(row);
+        for (int64_t i = 0; i < row; ++i) positions[i] = static_cast<int32_t>(331 * i);
+        const Tensor frequencies(DType::kF32, {c.head_dim / 2});
+        for (int i = 0; i < c.head_dim / 2; ++i) {
+          frequencies.data<float>()[i] = std::pow(1e6f, -2.0f * i / c.head_dim);
+        }
+        const Tensor x = RandomTensor(dtype, {row, width + gap}, 6), gx = There(x);
+        RotateAndStore(reference_, x.view().Columns(0, width), c.heads, positions, frequencies,
+                       cpu);
+        RotateAndStore(*gpu_, gx.view().Columns(0, width), c.heads, positions, There(frequencies),
+                       cuda);
+        ExpectEqual(gx, x, "rotated");
+        for (size_t i = 0; i < cpu.size(); ++i) {
+          const Shape shape{cpu[i].rows, kv_width};
+          const Tensor k(dtype, shape), v(dtype, shape);
+          const Tensor gk(dtype, shape, Device::kCuda), gv(dtype, shape, Device::kCuda);
+          LoadKv(reference_, cpu[i].kv, cpu[i].begin, k, v);
+          LoadKv(*gpu_, cuda[i].kv, cuda[i].begin, gk, gv);
+          ExpectEqual(gk, k, "keys");
+          ExpectEqual(gv, v, "values");
+        }
+      }
     }
   }
 }

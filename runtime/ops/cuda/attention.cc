@@ -32,15 +32,22 @@ void CheckAttention(const AttentionArgs& a) {
     throw Error(std::string(kOp) + "head_dim must be 64, 72, 80 or 128, got " +
                 std::to_string(a.head_dim));
   }
-  if (a.batch < 1 || a.q_len < 1 || a.kv_len < 1 || a.kv_heads < 1 || a.heads < a.kv_heads ||
-      a.heads % a.kv_heads != 0 || a.q_len > kMax || a.kv_len > kMax || a.heads > 1024 ||
-      a.batch > kMax / a.heads / ((a.q_len + 63) / 64)) {
+  if (a.batch < 1 || a.q_len < 1 || (a.kv_len < 1 && !a.blocks) || a.kv_heads < 1 ||
+      a.heads < a.kv_heads || a.heads % a.kv_heads != 0 || a.q_len > kMax || a.kv_len > kMax ||
+      a.heads > 1024 || a.batch > kMax / a.heads / ((a.q_len + 63) / 64)) {
     throw Error(std::string(kOp) +
                 "sizes must be positive, heads a multiple of kv_heads, and batch * heads * q_len / "
                 "64 below 2^30, got " +
                 Sizes(a));
   }
-  if (a.causal && a.kv_len < a.q_len) {
+  if (a.blocks && (!a.causal || a.batch != 1 || a.precision != AttentionPrecision::kBF16 ||
+                   reinterpret_cast<uintptr_t>(a.blocks) % 16 != 0 || a.table == nullptr)) {
+    throw Error(std::string(kOp) +
+                "blocks at a multiple of 16 bytes need a table, causal attention in bf16 and batch "
+                "1, got " +
+                Sizes(a));
+  }
+  if (!a.blocks && a.causal && a.kv_len < a.q_len) {
     throw Error(std::string(kOp) + "causal attention needs kv_len >= q_len, got " + Sizes(a));
   }
   if (!(a.scale > 0) || a.scale > std::numeric_limits<float>::max()) {
@@ -57,8 +64,10 @@ void CheckAttention(const AttentionArgs& a) {
     }
   };
   check("q", a.q, a.q_stride, a.heads);
-  check("k", a.k, a.k_stride, a.kv_heads);
-  check("v", a.v, a.v_stride, a.kv_heads);
+  if (!a.blocks) {
+    check("k", a.k, a.k_stride, a.kv_heads);
+    check("v", a.v, a.v_stride, a.kv_heads);
+  }
   check("out", a.out, a.out_stride, a.heads);
 }
 
@@ -89,22 +98,44 @@ AttentionPrecision FastestAttention(const AttentionArgs& args) {
                                                  : AttentionPrecision::kBF16;
 }
 
-int KeyParts(const AttentionArgs& args) {
-  constexpr int64_t kProcessors = 132;     // of an H100 or H200
-  constexpr int64_t kLeastKeys = 4 * 128;  // of a part, or joining costs more than waiting
-  if (!args.causal || args.precision != AttentionPrecision::kBF16) return 1;
-  const int64_t rows = args.head_dim <= 80 ? 192 : 128;  // of a tile of queries
-  const int64_t tiles = (args.q_len + rows - 1) / rows * args.heads * args.batch;
-  return static_cast<int>(
-      std::max<int64_t>(1, std::min(kProcessors / tiles, args.kv_len / kLeastKeys)));
+PagedPlan PlanPaged(const AttentionArgs& args) {
+  constexpr int kProcessors = 132;  // of an H100 or H200
+  constexpr int kMostParts = 64;
+  constexpr int kGroupRows = 64;
+  const int groups = args.head_dim <= 80 ? 3 : 2;  // warpgroups of a tile
+  const auto tiles_of = [&](int tokens) {
+    return static_cast<int>((args.q_len + int64_t{tokens} * groups - 1) / (tokens * groups));
+  };
+  PagedPlan plan{.tokens = kGroupRows, .tiles = tiles_of(kGroupRows)};
+  int all = plan.tiles * args.heads;
+  const int group = args.heads / args.kv_heads;
+  if (group <= kGroupRows) {
+    const int tokens = kGroupRows / group, tiles = tiles_of(tokens);
+    if (tiles * args.kv_heads < all) {
+      plan = {.heads_together = group, .tokens = tokens, .tiles = tiles};
+      all = tiles * args.kv_heads;
+    }
+  }
+  // The fewest parts that keep nearly all of the device at work.
+  double best = 0;
+  for (int parts = 1; parts <= kMostParts; ++parts) {
+    const int pieces = all * parts, rounds = (pieces + kProcessors - 1) / kProcessors;
+    const double busy = static_cast<double>(pieces) / (rounds * kProcessors);
+    if (busy > best + 0.04) {
+      best = busy;
+      plan.parts = parts;
+    }
+  }
+  return plan;
 }
 
 size_t AttentionWorkspaceBytes(const AttentionArgs& args) {
   if (args.precision == AttentionPrecision::kInt8Fp8) return LayOutQuantizedKv(args).bytes;
-  // A counter; of each part, query and head the values, their maximum and sum in f32.
-  const int parts = KeyParts(args);
-  const int64_t rows = args.batch * args.q_len * args.heads;
-  return kAlign + (parts > 1 ? parts * rows * (args.head_dim + 2) * sizeof(float) : 0);
+  if (!args.blocks) return kAlign;  // a counter
+  // Of each part, query and head the values, their maximum and sum in f32.
+  const int parts = PlanPaged(args).parts;
+  return kAlign +
+         (parts > 1 ? parts * args.q_len * args.heads * (args.head_dim + 2) * sizeof(float) : 0);
 }
 
 }  // namespace sluice::cuda

@@ -24,7 +24,7 @@ void Attention(const AttentionArgs& args, void* workspace, size_t workspace_byte
   }
   switch (args.precision) {
     case AttentionPrecision::kBF16:
-      return hopper::FlashAttention(args, static_cast<unsigned*>(workspace), stream);
+      return hopper::FlashAttention(args, workspace, stream);
     case AttentionPrecision::kInt8Fp8:
       return hopper::SageAttention(args, workspace, stream);
   }

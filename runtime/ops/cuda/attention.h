@@ -24,6 +24,11 @@ struct AttentionArgs {
   const void* k = nullptr;  // [batch * kv_len, kv_heads, head_dim] bf16
   const void* v = nullptr;  // as k
   void* out = nullptr;      // as q
+  // Or, instead of k and v, blocks of a paged cache (runtime/ops/cuda/kv.h) from `blocks` on and
+  // table: {kv_len, numbers of blocks...}. Then the problem is causal and exact, batch is 1, and
+  // kv_len is read on the device only, so that a launch serves any length.
+  const void* blocks = nullptr;
+  const int32_t* table = nullptr;
   // Elements between tokens; multiples of 8. Heads of a token follow each other.
   int64_t q_stride = 0, k_stride = 0, v_stride = 0, out_stride = 0;
   int64_t batch = 1, q_len = 0, kv_len = 0;
@@ -47,9 +52,16 @@ void Attention(const AttentionArgs& args, void* workspace, size_t workspace_byte
 // on an H100: short or narrow problems do not earn back the cost of quantising.
 AttentionPrecision FastestAttention(const AttentionArgs& args);
 
-// Into how many parts the exact path cuts the keys of a causal problem whose tiles of queries are
-// too few for the device; each part's results are joined in a second kernel. A pure function.
-int KeyParts(const AttentionArgs& args);
+// How the exact path cuts a problem over blocks. A pure function of the sizes but kv_len.
+struct PagedPlan {
+  // Query heads of a kv head that share a tile: all of them where that makes fewer tiles, or 1.
+  int heads_together = 1;
+  int tokens = 0;  // of a warpgroup's 64 query rows, of which heads_together * tokens are used
+  int tiles = 0;   // of one head or group of heads
+  // Parts of the keys, where tiles are too few for the device; joined in a second kernel.
+  int parts = 1;
+};
+PagedPlan PlanPaged(const AttentionArgs& args);
 
 // Where the quantised path keeps its operands in the workspace: offsets in bytes. Tiles hold
 // kTileKeys keys; padded_len is kv_len rounded up to whole tiles.

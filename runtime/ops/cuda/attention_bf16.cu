@@ -9,6 +9,12 @@
 // next tile, and the warpgroups take turns at starting products, so that one's exponentials hide
 // behind the other's products.
 //
+// Over blocks of a paged cache (kPaged) the copy engine fetches boxes of keys that lie in one
+// block. There problems have few queries and many keys, so the keys are cut into parts, each a
+// piece of work whose sums JoinKernel joins, and the query heads that share keys may share a tile:
+// its rows are then (token, head) pairs, token by token. Nothing that the host computes depends on
+// how many keys there are.
+//
 // Sizes: head_dim 64, 72, 80, 128; heads narrower than a multiple of 64 channels are padded with
 // zeros by the copy engine in shared memory only. Products: 4 * q * keys * head_dim a head.
 // Bytes from memory: each operand once, where keys and values of a section of heads stay in the
@@ -20,6 +26,8 @@
 namespace sluice::cuda::hopper {
 namespace {
 
+constexpr int kBlockKeys = 64;  // of a paged cache
+
 template <int kHeadDim>
 struct Config {
   static constexpr int kSlabs = (kHeadDim + 63) / 64;  // of 64 channels, 128 bytes
@@ -29,6 +37,7 @@ struct Config {
   static constexpr int kRows = kMmaRows * kGroups;
   static constexpr int kKeys = kHeadDim == 80 ? 96 : 128;  // 96: to stay within 160 registers
   static constexpr int kStages = kSlabs == 1 ? 4 : 2;
+  static constexpr int kBoxKeys = kKeys % kBlockKeys == 0 ? kBlockKeys : 32;  // within a block
   static constexpr int kThreads = kWarpgroup * (1 + kGroups);
   static constexpr int kCopyRegisters = kGroups == 3 ? 32 : 24;
   static constexpr int kComputeRegisters = kGroups == 3 ? 160 : 240;
@@ -110,21 +119,48 @@ struct Rows {
 struct Tiles {
   int begin, end;
 };
-template <bool kSplit>
+template <bool kPaged>
 __device__ inline Tiles TilesOf(const AttentionShape& shape, int keys, int tile_keys, int index) {
   const int all = (keys + tile_keys - 1) / tile_keys;
-  if constexpr (!kSplit) return {0, all};
+  if constexpr (!kPaged) return {0, all};
   const int each = (all + shape.parts - 1) / shape.parts, begin = index % shape.parts * each;
   return {min(begin, all), min(begin + each, all)};
 }
 
-template <int kHeadDim, bool kCausal, bool kSplit>
+// One row of a tile: where it stands and what it sees.
+struct RowPlace {
+  int token, head, limit;  // limit: of keys
+  bool used;               // else nothing is stored
+};
+
+// Sets values from `first` on of a tile to zero: whatever lies behind the last key of a block, NaN
+// included, is multiplied with probabilities of 0. Called by all threads of a warpgroup; others may
+// do the same at once.
+template <int kHeadDim>
+__device__ inline void ClearValues(uint32_t values, int first, int warpgroup) {
+  using C = Config<kHeadDim>;
+  constexpr int kPieces = kSwizzleBytes / 16;  // of a row
+  for (int i = first * kPieces + threadIdx.x % kWarpgroup; i < C::kKeys * kPieces;
+       i += kWarpgroup) {
+    for (int slab = 0; slab < C::kSlabs; ++slab) {
+      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(
+                       values + slab * C::kKeySlabBytes + 16 * i),
+                   "r"(0)
+                   : "memory");
+    }
+  }
+  FenceAsyncProxy();
+  NamedSync(8 + warpgroup, kWarpgroup);
+}
+
+template <int kHeadDim, bool kCausal, bool kPaged>
 __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
     FlashKernel(const __grid_constant__ CUtensorMap q_map,
                 const __grid_constant__ CUtensorMap k_map,
-                const __grid_constant__ CUtensorMap v_map, const AttentionShape shape) {
+                const __grid_constant__ CUtensorMap v_map, const AttentionShape given) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using C = Config<kHeadDim>;
+  AttentionShape shape = given;
   constexpr int kGroups = C::kGroups, kStages = C::kStages, kKeys = C::kKeys;
   extern __shared__ uint8_t shared[];
   __shared__ Barriers<C::kQueryStages * kGroups, kStages> barriers;
@@ -154,6 +190,11 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
   __syncthreads();
   WaitForKernelInFront();
   LetNextKernelStart();
+  if constexpr (kPaged) shape.kv_len = __ldg(shape.table);
+  const int group_rows = kPaged ? shape.tokens : kMmaRows;  // of q_len, of a warpgroup
+  const int tile_rows = group_rows * kGroups;
+  const int query_bytes =
+      kPaged ? shape.together * shape.tokens * C::kSlabs * kSwizzleBytes : C::kQueryBytes;
 
   if (warpgroup == 0) {
     FewerRegisters<C::kCopyRegisters>();
@@ -161,14 +202,16 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
       PrefetchMap(q_map);
       PrefetchMap(k_map);
       PrefetchMap(v_map);
-      const int pieces = shape.q_tiles * shape.all_heads * (kSplit ? shape.parts : 1);
+      const int pieces = shape.q_tiles * shape.all_heads * (kPaged ? shape.parts : 1);
       Ring<kStages> ring;
       Ring<C::kQueryStages> queries;
       for (int next = blockIdx.x;; next += gridDim.x, queries.Next()) {
-        // Tiles of a causal problem take different times, so the next free block takes the next.
-        const int index = kCausal ? static_cast<int>(atomicAdd(shape.counter, 1u)) : next;
+        // Tiles of a causal problem take different times, so the next free block takes the next;
+        // over blocks most keys are seen by all.
+        const int index =
+            kCausal && !kPaged ? static_cast<int>(atomicAdd(shape.counter, 1u)) : next;
         const bool none = index >= pieces;
-        const Work work = WorkOf<C::kRows>(shape, none ? 0 : kSplit ? index / shape.parts : index);
+        const Work work = WorkOf(shape, none ? 0 : kPaged ? index / shape.parts : index, tile_rows);
         for (int g = 0; g < kGroups; ++g) {
           const int slot = queries.stage * kGroups + g;
           Wait(q_empty + 8 * slot, queries.parity ^ 1);
@@ -177,30 +220,58 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
             Arrive(q_full + 8 * slot);
             continue;
           }
-          ArriveExpecting(q_full + 8 * slot, C::kQueryBytes);
+          ArriveExpecting(q_full + 8 * slot, query_bytes);
           for (int slab = 0; slab < C::kSlabs; ++slab) {
             Load4(q_map, q_shared + slot * C::kQueryBytes + slab * kMmaRows * kSwizzleBytes,
-                  q_full + 8 * slot, 64 * slab, work.head, work.first_row + g * kMmaRows,
-                  work.batch);
+                  q_full + 8 * slot, 64 * slab, kPaged ? work.head * shape.together : work.head,
+                  work.first_row + g * group_rows, work.batch);
           }
         }
         if (none) break;
-        const int keys = VisibleKeys<kCausal>(shape, work.first_row, C::kRows);
-        const Tiles tiles = TilesOf<kSplit>(shape, keys, kKeys, index);
+        const int keys = VisibleKeys<kCausal>(shape, work.first_row, tile_rows);
+        const Tiles tiles = TilesOf<kPaged>(shape, keys, kKeys, index);
+        const int kv_head = work.head / shape.group;
         for (int tile = tiles.begin; tile < tiles.end; ++tile, ring.Next()) {
           const int key = tile * kKeys;
           const uint32_t at = ring.stage * C::kKeyBytes;
+          if constexpr (kPaged) {
+            constexpr int kBoxes = kKeys / C::kBoxKeys;
+            int block[kBoxes];
+#pragma unroll
+            for (int b = 0; b < kBoxes; ++b) {
+              // Behind the last key that block once more.
+              const int first = min(key + b * C::kBoxKeys, keys - 1);
+              block[b] = __ldg(shape.table + 1 + first / kBlockKeys);
+            }
+            const auto load = [&](const CUtensorMap& map, uint32_t to, uint32_t bar, int half) {
+#pragma unroll
+              for (int b = 0; b < kBoxes; ++b) {
+                for (int slab = 0; slab < C::kSlabs; ++slab) {
+                  Load4(map, to + slab * C::kKeySlabBytes + b * C::kBoxKeys * kSwizzleBytes, bar,
+                        64 * slab, (key + b * C::kBoxKeys) % kBlockKeys, kv_head,
+                        2 * block[b] + half);
+                }
+              }
+            };
+            Wait(k_empty + 8 * ring.stage, ring.parity ^ 1);
+            ArriveExpecting(k_full + 8 * ring.stage, C::kKeyBytes);
+            load(k_map, k_shared + at, k_full + 8 * ring.stage, 0);
+            Wait(v_empty + 8 * ring.stage, ring.parity ^ 1);
+            ArriveExpecting(v_full + 8 * ring.stage, C::kKeyBytes);
+            load(k_map, v_shared + at, v_full + 8 * ring.stage, 1);
+            continue;
+          }
           Wait(k_empty + 8 * ring.stage, ring.parity ^ 1);
           ArriveExpecting(k_full + 8 * ring.stage, C::kKeyBytes);
           for (int slab = 0; slab < C::kSlabs; ++slab) {
             Load4(k_map, k_shared + at + slab * C::kKeySlabBytes, k_full + 8 * ring.stage,
-                  64 * slab, work.head / shape.group, key, work.batch);
+                  64 * slab, kv_head, key, work.batch);
           }
           Wait(v_empty + 8 * ring.stage, ring.parity ^ 1);
           ArriveExpecting(v_full + 8 * ring.stage, C::kKeyBytes);
           for (int slab = 0; slab < C::kSlabs; ++slab) {
             Load4(v_map, v_shared + at + slab * C::kKeySlabBytes, v_full + 8 * ring.stage,
-                  64 * slab, work.head / shape.group, key, work.batch);
+                  64 * slab, kv_head, key, work.batch);
           }
         }
       }
@@ -245,32 +316,44 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
       Wait(q_full + 8 * slot, queries.parity);
       const int index = barriers.work[slot];
       if (index < 0) break;
-      const Work work = WorkOf<C::kRows>(shape, kSplit ? index / shape.parts : index);
-      const int first_row = work.first_row + g * kMmaRows;
-      const int keys = VisibleKeys<kCausal>(shape, work.first_row, C::kRows);
-      const auto [first, tiles] = TilesOf<kSplit>(shape, keys, kKeys, index);
-      const int row0 = first_row + thread / 32 * 16 + lane / 4, row1 = row0 + 8;
+      const Work work = WorkOf(shape, kPaged ? index / shape.parts : index, tile_rows);
+      const int first_row = work.first_row + g * group_rows;
+      const int keys = VisibleKeys<kCausal>(shape, work.first_row, tile_rows);
+      const auto [first, tiles] = TilesOf<kPaged>(shape, keys, kKeys, index);
       const int offset = shape.kv_len - shape.q_len;
-      const int limit0 = kCausal ? min(shape.kv_len, row0 + offset + 1) : shape.kv_len;
-      const int limit1 = kCausal ? min(shape.kv_len, row1 + offset + 1) : shape.kv_len;
+      const auto place_of = [&](int row) {  // of the warpgroup
+        RowPlace place{first_row + row, work.head, shape.kv_len, true};
+        if constexpr (kPaged) {
+          place.token = first_row + row / shape.together;
+          place.head = work.head * shape.together + row % shape.together;
+          place.used = row < shape.together * shape.tokens;
+        }
+        if (kCausal) place.limit = min(shape.kv_len, place.token + offset + 1);
+        place.used = place.used && place.token < shape.q_len;
+        return place;
+      };
+      const int row = thread / 32 * 16 + lane / 4;
+      const RowPlace row0 = place_of(row), row1 = place_of(row + 8);
+      const int limit0 = row0.limit, limit1 = row1.limit;
       // Tiles up to here are seen whole by all rows of the warpgroup.
       const int whole =
           (kCausal ? min(shape.kv_len, first_row + offset + 1) : shape.kv_len) / kKeys;
 
       // Of a part: where its rows' results go.
       float *partial0 = nullptr, *partial1 = nullptr;
-      if constexpr (kSplit) {
-        const int64_t row =
-            (int64_t{index % shape.parts} * (shape.all_heads / shape.heads) + work.batch) *
-                shape.q_len +
-            row0;
-        partial0 = shape.partial + (row * shape.heads + work.head) * (kHeadDim + 2);
-        partial1 = partial0 + int64_t{8} * shape.heads * (kHeadDim + 2);
+      if constexpr (kPaged) {
+        const auto partial_of = [&](const RowPlace& row) {
+          const int64_t part = index % shape.parts;
+          return shape.partial +
+                 ((part * shape.q_len + row.token) * shape.q_heads + row.head) * (kHeadDim + 2);
+        };
+        partial0 = partial_of(row0);
+        partial1 = partial_of(row1);
         if (first >= tiles) {
           if (lane == 0) Arrive(q_empty + 8 * slot);
           if (lane % 4 == 0) {
-            if (row0 < shape.q_len) partial0[kHeadDim] = -INFINITY;
-            if (row1 < shape.q_len) partial1[kHeadDim] = -INFINITY;
+            if (row0.used) partial0[kHeadDim] = -INFINITY;
+            if (row1.used) partial1[kHeadDim] = -INFINITY;
           }
           continue;
         }
@@ -322,6 +405,10 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
       }
       if (lane == 0) Arrive(q_empty + 8 * slot);
       Wait(v_full + 8 * v_ring.stage, v_ring.parity);
+      if (kPaged && tiles * kKeys > shape.kv_len) {
+        ClearValues<kHeadDim>(v_shared + v_ring.stage * C::kKeyBytes,
+                              shape.kv_len - (tiles - 1) * kKeys, g);
+      }
       MmaFence();
       start_values(o, p, v_ring.stage, tiles > first + 1);
       MmaCommit();
@@ -329,9 +416,10 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
       if (lane == 0) Arrive(v_empty + 8 * v_ring.stage);
       v_ring.Next();
 
-      __nv_bfloat16* out = shape.out +
-                           (int64_t{work.batch} * shape.q_len + row0) * shape.out_stride +
-                           work.head * kHeadDim;
+      const auto out_of = [&](const RowPlace& row) {
+        return shape.out + (int64_t{work.batch} * shape.q_len + row.token) * shape.out_stride +
+               row.head * kHeadDim;
+      };
       float sum0, sum1;
       if constexpr (C::kSumColumns > 0) {
         sum0 = o[kHeadDim / 2];
@@ -340,27 +428,26 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
         sum0 = QuadSum(rows.sum0);
         sum1 = QuadSum(rows.sum1);
       }
-      if constexpr (kSplit) {
+      if (kPaged && shape.parts > 1) {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 8; ++i) {
           const int column = 8 * i + 2 * (lane % 4);
-          if (row0 < shape.q_len) {
+          if (row0.used) {
             *reinterpret_cast<float2*>(partial0 + column) = make_float2(o[4 * i], o[4 * i + 1]);
           }
-          if (row1 < shape.q_len) {
+          if (row1.used) {
             *reinterpret_cast<float2*>(partial1 + column) = make_float2(o[4 * i + 2], o[4 * i + 3]);
           }
         }
         if (lane % 4 == 0) {
           const float2 end0 = make_float2(rows.max0 * shape.scale_log2, sum0);
           const float2 end1 = make_float2(rows.max1 * shape.scale_log2, sum1);
-          if (row0 < shape.q_len) *reinterpret_cast<float2*>(partial0 + kHeadDim) = end0;
-          if (row1 < shape.q_len) *reinterpret_cast<float2*>(partial1 + kHeadDim) = end1;
+          if (row0.used) *reinterpret_cast<float2*>(partial0 + kHeadDim) = end0;
+          if (row1.used) *reinterpret_cast<float2*>(partial1 + kHeadDim) = end1;
         }
         continue;
       }
-      StoreRows<kHeadDim>(o, 1 / sum0, 1 / sum1, out, out + 8 * shape.out_stride,
-                          row0 < shape.q_len, row1 < shape.q_len);
+      StoreRows<kHeadDim>(o, 1 / sum0, 1 / sum1, out_of(row0), out_of(row1), row0.used, row1.used);
     }
   }
 #else
@@ -372,6 +459,8 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
 template <int kHeadDim>
 __global__ void JoinKernel(const AttentionShape shape, int64_t rows) {
   constexpr int kPitch = kHeadDim + 2;
+  WaitForKernelInFront();
+  LetNextKernelStart();
   const int64_t row = blockIdx.x * int64_t{blockDim.y} + threadIdx.y;
   if (row >= rows) return;
   const float* const from = shape.partial + row * kPitch;
@@ -385,32 +474,60 @@ __global__ void JoinKernel(const AttentionShape shape, int64_t rows) {
     sum += share * from[p * part + threadIdx.x];
     total += share * from[p * part + kHeadDim + 1];
   }
-  shape.out[row / shape.heads * shape.out_stride + row % shape.heads * kHeadDim + threadIdx.x] =
+  shape.out[row / shape.q_heads * shape.out_stride + row % shape.q_heads * kHeadDim + threadIdx.x] =
       __float2bfloat16_rn(sum / total);
 }
 
 template <int kHeadDim>
-void Launch(const AttentionArgs& args, unsigned* counter, cudaStream_t stream) {
+void LaunchPaged(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
   using C = Config<kHeadDim>;
-  AttentionShape shape = ShapeOf(args, C::kRows, 4 * kHeadDim, counter);
-  shape.parts = KeyParts(args);
-  shape.partial = reinterpret_cast<float*>(counter) + 64;  // behind 256 bytes
+  const PagedPlan plan = PlanPaged(args);
+  AttentionShape shape = ShapeOf(args, 4 * kHeadDim);
+  shape.table = args.table;
+  shape.together = plan.heads_together;
+  shape.tokens = plan.tokens;
+  shape.q_tiles = plan.tiles;
+  shape.parts = plan.parts;
+  shape.partial = static_cast<float*>(workspace) + 64;  // behind 256 bytes
+  // Heads that share a tile count as one.
+  shape.heads /= plan.heads_together;
+  shape.group /= plan.heads_together;
+  shape.all_heads = shape.section = shape.heads;
+  const auto u = [](int64_t x) { return static_cast<cuuint64_t>(x); };
+  const CUtensorMap q = MapTensor<4>(
+      CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, args.q, {kHeadDim, u(args.heads), u(args.q_len), 1},
+      {2 * kHeadDim, u(2 * args.q_stride), u(2 * args.q_stride * args.q_len)},
+      {64, static_cast<cuuint32_t>(plan.heads_together), static_cast<cuuint32_t>(plan.tokens), 1});
+  // Halves of blocks, keys and values in turn: as many as there can be.
+  constexpr cuuint64_t kHalves = cuuint64_t{1} << 24;
+  const cuuint64_t head_bytes = 2 * kHeadDim * kBlockKeys;
+  const CUtensorMap kv = MapTensor<4>(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, args.blocks,
+                                      {kHeadDim, kBlockKeys, u(args.kv_heads), kHalves},
+                                      {2 * kHeadDim, head_bytes, head_bytes * args.kv_heads},
+                                      {64, static_cast<cuuint32_t>(C::kBoxKeys), 1, 1});
+  LaunchPersistent(FlashKernel<kHeadDim, true, true>, C::kThreads, C::kSharedBytes,
+                   shape.q_tiles * shape.all_heads * shape.parts, stream, q, kv, kv, shape);
+  if (shape.parts == 1) return;
+  constexpr int kRowsAtOnce = 4;
+  const int64_t rows = args.q_len * args.heads;
+  LaunchAhead(JoinKernel<kHeadDim>, static_cast<unsigned>((rows + kRowsAtOnce - 1) / kRowsAtOnce),
+              dim3(kHeadDim, kRowsAtOnce), stream, shape, rows);
+}
+
+template <int kHeadDim>
+void Launch(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
+  using C = Config<kHeadDim>;
+  if (args.blocks) return LaunchPaged<kHeadDim>(args, workspace, stream);
+  AttentionShape shape = ShapeOf(args, 4 * kHeadDim);
+  shape.q_tiles = static_cast<int>((args.q_len + C::kRows - 1) / C::kRows);
+  shape.counter = static_cast<unsigned*>(workspace);
   const CUtensorMap q =
       MapHeads(args.q, args.batch, args.q_len, args.heads, kHeadDim, args.q_stride, kMmaRows);
   const CUtensorMap k =
       MapHeads(args.k, args.batch, args.kv_len, args.kv_heads, kHeadDim, args.k_stride, C::kKeys);
   const CUtensorMap v =
       MapHeads(args.v, args.batch, args.kv_len, args.kv_heads, kHeadDim, args.v_stride, C::kKeys);
-  if (args.causal) CheckLaunch(cudaMemsetAsync(counter, 0, sizeof(unsigned), stream));
-  if (shape.parts > 1) {
-    LaunchPersistent(FlashKernel<kHeadDim, true, true>, C::kThreads, C::kSharedBytes,
-                     shape.q_tiles * shape.all_heads * shape.parts, stream, q, k, v, shape);
-    constexpr int kRowsAtOnce = 4;
-    const int64_t rows = args.batch * args.q_len * args.heads;
-    JoinKernel<kHeadDim><<<static_cast<unsigned>((rows + kRowsAtOnce - 1) / kRowsAtOnce),
-                           dim3(kHeadDim, kRowsAtOnce), 0, stream>>>(shape, rows);
-    return CheckLaunch(cudaGetLastError());
-  }
+  if (args.causal) CheckLaunch(cudaMemsetAsync(shape.counter, 0, sizeof(unsigned), stream));
   LaunchPersistent(
       args.causal ? FlashKernel<kHeadDim, true, false> : FlashKernel<kHeadDim, false, false>,
       C::kThreads, C::kSharedBytes, shape.q_tiles * shape.all_heads, stream, q, k, v, shape);
@@ -418,8 +535,8 @@ void Launch(const AttentionArgs& args, unsigned* counter, cudaStream_t stream) {
 
 }  // namespace
 
-void FlashAttention(const AttentionArgs& args, unsigned* counter, cudaStream_t stream) {
-  WithHeadDim(args.head_dim, [&](auto head_dim) { Launch<head_dim()>(args, counter, stream); });
+void FlashAttention(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
+  WithHeadDim(args.head_dim, [&](auto head_dim) { Launch<head_dim()>(args, workspace, stream); });
 }
 
 }  // namespace sluice::cuda::hopper

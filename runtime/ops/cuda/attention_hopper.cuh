@@ -12,6 +12,7 @@
 #include "runtime/error.h"
 #include "runtime/ops/cuda/attention.h"
 #include "runtime/ops/cuda/hopper.cuh"
+#include "runtime/ops/cuda/launch.cuh"
 
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
 // Code for other architectures has empty kernels: constants and functions have no use there.
@@ -21,7 +22,7 @@
 namespace sluice::cuda::hopper {
 
 // Launched by Attention (attention.cu) once the arguments are checked.
-void FlashAttention(const AttentionArgs& args, unsigned* counter, cudaStream_t stream);
+void FlashAttention(const AttentionArgs& args, void* workspace, cudaStream_t stream);
 void SageAttention(const AttentionArgs& args, void* workspace, cudaStream_t stream);
 
 struct AttentionShape {
@@ -31,27 +32,32 @@ struct AttentionShape {
   int all_heads = 0;         // batch * heads
   int section = 1;           // heads whose keys and values stay in the second-level cache together
   float scale_log2 = 0;      // of scores, in powers of two
-  int parts = 1;             // of the keys, each a piece of work
-  float* partial = nullptr;  // [parts, batch * q_len, heads, head_dim + 2]
-  unsigned* counter = nullptr;  // pieces of work handed out so far
+  // Over blocks only:
+  const int32_t* table = nullptr;  // {kv_len, blocks...}
+  int q_heads = 0;                 // where `heads` counts those that share a tile as one
+  int together = 1;                // heads of a tile, whose rows are token by token
+  int tokens = kMmaRows;           // of a warpgroup
+  int parts = 1;                   // of the keys, each a piece of work
+  float* partial = nullptr;        // [parts, q_len, heads, head_dim + 2]
+  unsigned* counter = nullptr;     // pieces of work handed out so far
   __nv_bfloat16* out = nullptr;
   int64_t out_stride = 0;
 };
 
+// head: or which of the groups of heads that share a tile.
 struct Work {
   int batch, head, first_row;
 };
 
 // Sections of heads one after another; within a section the longest rows of a causal problem come
 // first, so that the short ones fill the gaps at the end.
-template <int kRows>
-__device__ inline Work WorkOf(const AttentionShape& shape, int index) {
+__device__ inline Work WorkOf(const AttentionShape& shape, int index, int tile_rows) {
   const int per_section = shape.section * shape.q_tiles;
   const int section = index / per_section, rest = index - section * per_section;
   const int first = section * shape.section;
   const int heads = min(shape.section, shape.all_heads - first);
   const int tile = rest / heads, item = first + rest - tile * heads;
-  return {item / shape.heads, item % shape.heads, (shape.q_tiles - 1 - tile) * kRows};
+  return {item / shape.heads, item % shape.heads, (shape.q_tiles - 1 - tile) * tile_rows};
 }
 
 // Keys that the last of `rows` queries from first_row on sees.
@@ -214,21 +220,18 @@ inline CUtensorMap MapHeads(const void* data, int64_t batch, int64_t len, int he
 }
 
 // kv_bytes: of a token's keys and values of one kv head as the kernel reads them.
-inline AttentionShape ShapeOf(const AttentionArgs& args, int rows, int kv_bytes,
-                              unsigned* counter) {
+inline AttentionShape ShapeOf(const AttentionArgs& args, int kv_bytes) {
   constexpr int64_t kCacheBytes = 20 << 20;  // of some 50 MB, which other traffic shares
   AttentionShape shape;
   shape.q_len = static_cast<int>(args.q_len);
   shape.kv_len = static_cast<int>(args.kv_len);
-  shape.heads = args.heads;
+  shape.heads = shape.q_heads = args.heads;
   shape.group = args.heads / args.kv_heads;
-  shape.q_tiles = static_cast<int>((args.q_len + rows - 1) / rows);
   shape.all_heads = static_cast<int>(args.batch * args.heads);
-  const int64_t kv_heads = kCacheBytes / (args.kv_len * kv_bytes);
+  const int64_t kv_heads = kCacheBytes / (std::max<int64_t>(args.kv_len, 1) * kv_bytes);
   shape.section = static_cast<int>(
       std::min<int64_t>(shape.all_heads, std::max<int64_t>(kv_heads, 1) * shape.group));
   shape.scale_log2 = args.scale * 1.44269504f;
-  shape.counter = counter;
   shape.out = static_cast<__nv_bfloat16*>(args.out);
   shape.out_stride = args.out_stride;
   return shape;

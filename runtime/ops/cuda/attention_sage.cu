@@ -464,7 +464,7 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
       for (uint32_t parity = 1;; parity ^= 1) {  // of empty barriers: the first wait passes
         const int index = static_cast<int>(atomicAdd(shape.counter, 1u));
         const bool none = index >= pieces;
-        const Work work = WorkOf<C::kRows>(shape, none ? 0 : index);
+        const Work work = WorkOf(shape, none ? 0 : index, C::kRows);
         for (int g = 0; g < kGroups; ++g) {
           Wait(q_empty + 8 * g, parity);
           barriers.work[g] = none ? -1 : index;
@@ -532,7 +532,7 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
       Wait(q_full + 8 * g, parity);
       const int index = barriers.work[g];
       if (index < 0) break;
-      const Work work = WorkOf<C::kRows>(shape, index);
+      const Work work = WorkOf(shape, index, C::kRows);
       const int kv_head = (work.batch * shape.heads + work.head) / shape.group;
       const int first_row = work.first_row + g * kMmaRows;
       const int keys = VisibleKeys<kCausal>(shape, work.first_row, C::kRows);
@@ -691,7 +691,9 @@ void Launch(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
   const CUtensorMap v =
       MapTensor<3>(CU_TENSOR_MAP_DATA_TYPE_UINT8, kv.values, {u(kv.padded_len), kHeadDim, kv_heads},
                    {u(kv.padded_len), u(kv.padded_len * kHeadDim)}, {kTileKeys, kHeadDim, 1});
-  const AttentionShape shape = ShapeOf(args, C::kRows, 2 * kHeadDim, counter);
+  AttentionShape shape = ShapeOf(args, 2 * kHeadDim);
+  shape.q_tiles = static_cast<int>((args.q_len + C::kRows - 1) / C::kRows);
+  shape.counter = counter;
   LaunchPersistent(args.causal ? SageKernel<kHeadDim, true> : SageKernel<kHeadDim, false>,
                    C::kThreads, C::kSharedBytes, shape.q_tiles * shape.all_heads, stream, q, k, v,
                    shape, kv);

@@ -97,14 +97,6 @@ __device__ inline void PrefetchMap(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// ---- launches ------------------------------------------------------------------------------
-// Waits for the kernel in front, of which this one may have been started ahead (LaunchPersistent).
-__device__ inline void WaitForKernelInFront() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// Lets the next kernel start, and prepare itself, where blocks of this one have ended.
-__device__ inline void LetNextKernelStart() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
 // ---- registers -----------------------------------------------------------------------------
 template <int kCount>
 __device__ inline void MoreRegisters() {

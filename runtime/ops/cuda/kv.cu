@@ -2,6 +2,7 @@
 // memory. Attention: see at each kernel.
 #include "runtime/ops/cuda/kv.h"
 #include "runtime/ops/cuda/launch.cuh"
+#include "runtime/ops/cuda/rope.cuh"
 
 namespace sluice::cuda {
 namespace {
@@ -171,124 +172,190 @@ __global__ void PlainAttentionKernel(PlainAttentionArgs a, Blocks<T> blocks) {
   }
 }
 
-// Decoding: a block of 4 warps takes one sequence, kv head and part of the keys, for all query
-// heads of the group, so that keys and values are read once. Lanes of a warp form teams of D / 8, a
-// team takes a key: each lane 8 channels, one load of 16 bytes of the key and one of the value.
-// Each team keeps maxima and sums of its own; they are joined in shared memory, parts in a second
+// Decoding: a block of 8 warps takes one sequence, kv head and part of the keys, for all query
+// heads of the group, so that keys and values are read once. A warp takes every eighth chunk of
+// keys and multiplies it on the tensor cores (m16n8k16): rows are the heads of the group, of which
+// there are at most 8, so that half of each product is zero; reading is what limits.
+//
+// Keys and values go from memory to the registers of the products, 16 bytes a load, without a turn
+// through shared memory: the order of the channels that a product sums over is free, if queries and
+// keys have the same, and so is the order of the columns of its result.
+//   scores    lane (g, t) = (lane / 4, lane % 4) reads channels 8 t .. 8 t + 7 of every 32 of key g
+//             of 8: the operands of two products, channel 8 t + 4 s + i being index 2 t + i % 2 +
+//             8 (i / 2) of product s
+//   values    it reads channels 8 g .. 8 g + 7 of every 64 of keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9
+//   of
+//             16: column g of product j is channel 8 g + j
+// Each warp keeps maxima and sums of its own; they are joined in shared memory, parts in a second
 // kernel.
-constexpr int kDecodeWarps = 4;
+constexpr int kDecodeWarps = 8;
 constexpr int kMostGroup = 8;
-constexpr int kLaneChannels = 8;
 
-// Parts of a sequence of at most so many keys: about two blocks for each of some 132
+// Parts of a sequence of at most so many keys: a block or two for each of some 132
 // multiprocessors, of at least 128 keys, at most 128 parts.
 int PartsFor(const DecodeAttentionArgs& a) {
-  const int64_t most_keys = (a.table_pitch - 1) * kBlock;
-  const int64_t wanted = 264 / std::max<int64_t>(1, a.sequences * a.kv_heads) + 1;
+  const int64_t most_keys = (a.table_pitch - 1) * kBlock, pairs = a.sequences * a.kv_heads;
+  const int64_t wanted = (pairs <= 66 ? 132 : 264) / std::max<int64_t>(1, pairs);
   return static_cast<int>(std::clamp<int64_t>(std::min(wanted, most_keys / 128), 1, 128));
 }
 
-__device__ inline void Widen(const uint4& packed, float (&x)[kLaneChannels]) {
-  const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&packed);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 two = __bfloat1622float2(pairs[i]);
-    x[2 * i] = two.x;
-    x[2 * i + 1] = two.y;
-  }
+// d[16, 8] += a[16, 16] b[16, 8] where rows 8 to 15 of a are zero.
+__device__ inline void MultiplyHalf(float (&d)[4], uint32_t a0, uint32_t a2, uint32_t b0,
+                                    uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, "
+      "{%7, %8}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
 }
 
-template <int kHeadDim, int kGroup>
+__device__ inline uint32_t PackPair(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ inline uint32_t Word(const uint4& x, int i) {
+  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
+
+template <int kHeadDim>
 __global__ void __launch_bounds__(kDecodeWarps* kWarp)
     DecodeKernel(DecodeAttentionArgs a, Blocks<__nv_bfloat16> blocks, int parts, float* partial) {
-  constexpr int kTeam = kHeadDim / kLaneChannels, kTeams = kDecodeWarps * kWarp / kTeam;
-  constexpr int kAhead = 4;  // keys of a team whose loads are in flight together
+  constexpr int kChunk = kHeadDim == 64 ? 32 : 16;  // keys of a warp at once, all in one block
+  constexpr int kSlices = kHeadDim / 32, kSpans = kHeadDim / 64;
   const int part = blockIdx.x, kv_head = blockIdx.y;
   const int64_t sequence = blockIdx.z;
-  const int team = threadIdx.x / kTeam, lane = threadIdx.x % kTeam;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const int group = a.heads / a.kv_heads;
+  WaitForKernelInFront();
+  LetNextKernelStart();
   const int32_t* const table = a.tables + sequence * a.table_pitch + 1;
   const int keys = table[-1];
-  const int per_part = (keys + parts - 1) / parts;
+  const int per_part = ((keys + parts - 1) / parts + kChunk - 1) / kChunk * kChunk;
   const int begin = part * per_part, end = min(keys, begin + per_part);
-
-  float wanted[kGroup][kLaneChannels], sum[kGroup][kLaneChannels], most[kGroup], total[kGroup];
   const float to_log2 = a.scale * 1.44269504f;
-#pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
-    const auto* q = static_cast<const __nv_bfloat16*>(a.q) + sequence * a.q_stride +
-                    (int64_t{kv_head} * kGroup + g) * kHeadDim + lane * kLaneChannels;
-#pragma unroll
-    for (int i = 0; i < kLaneChannels; ++i) {
-      wanted[g][i] = ToFloat(q[i]) * to_log2;
-      sum[g][i] = 0;
-    }
-    most[g] = -INFINITY;
-    total[g] = 0;
-  }
-  // The same number of turns for all teams of a warp: they exchange values inside.
-  for (int first = begin; first < end; first += kTeams * kAhead) {
-    uint4 key[kAhead], value[kAhead];
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      // Past the end the last key once more, with no weight: what lies behind may be no number.
-      const int t = min(first + j * kTeams + team, end - 1);
-      const __nv_bfloat16* at = blocks.Key(table, t, kv_head) + lane * kLaneChannels;
-      key[j] = *reinterpret_cast<const uint4*>(at);
-      value[j] = *reinterpret_cast<const uint4*>(at + blocks.ValuesBehindKeys());
-    }
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const bool there = first + j * kTeams + team < end;
-      float k[kLaneChannels], v[kLaneChannels];
-      Widen(key[j], k);
-      Widen(value[j], v);
-#pragma unroll
-      for (int g = 0; g < kGroup; ++g) {
-        float dot = 0;
-#pragma unroll
-        for (int i = 0; i < kLaneChannels; ++i) dot += wanted[g][i] * k[i];
-#pragma unroll
-        for (int offset = kTeam / 2; offset > 0; offset /= 2) {
-          dot += __shfl_xor_sync(0xffffffffu, dot, offset);
-        }
-        if (!there) dot = -INFINITY;
-        const float now = fmaxf(most[g], dot);
-        // A team's first turn may have no key: then nothing is known yet.
-        const float keep = now == -INFINITY ? 0 : exp2f(most[g] - now);
-        const float weight = now == -INFINITY ? 0 : exp2f(dot - now);
-        most[g] = now;
-        total[g] = total[g] * keep + weight;
-#pragma unroll
-        for (int i = 0; i < kLaneChannels; ++i) sum[g][i] = sum[g][i] * keep + weight * v[i];
-      }
-    }
-  }
 
-  __shared__ float mosts[kTeams], totals[kTeams], sums[kTeams][kHeadDim + 1];
-  float* const to_row =
-      partial + ((sequence * a.kv_heads + kv_head) * kGroup * parts + part) * (kHeadDim + 2);
+  uint4 q[kSlices];
 #pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
-    __syncthreads();
-    if (lane == 0) {
-      mosts[team] = most[g];
-      totals[team] = total[g];
+  for (int i = 0; i < kSlices; ++i) {
+    q[i] = make_uint4(0, 0, 0, 0);
+    if (g < group) {
+      q[i] = *reinterpret_cast<const uint4*>(
+          static_cast<const __nv_bfloat16*>(a.q) + sequence * a.q_stride +
+          (int64_t{kv_head} * group + g) * kHeadDim + 32 * i + 8 * t);
     }
+  }
+  float out[kSpans][8][4] = {}, most = -INFINITY, total = 0;
+  for (int first = begin + warp * kChunk; first < end; first += kDecodeWarps * kChunk) {
+    const __nv_bfloat16* const at = blocks.Key(table, first, kv_head);
+    uint4 key[kChunk / 8][kSlices], value[kChunk / 16][4][kSpans];
 #pragma unroll
-    for (int i = 0; i < kLaneChannels; ++i) sums[team][lane * kLaneChannels + i] = sum[g][i];
-    __syncthreads();
-    float largest = -INFINITY;
-    for (int i = 0; i < kTeams; ++i) largest = fmaxf(largest, mosts[i]);
-    float* const row = to_row + static_cast<int64_t>(g) * parts * (kHeadDim + 2);
-    for (int d = threadIdx.x; d < kHeadDim + 1; d += blockDim.x) {
-      float all = 0;
-      for (int i = 0; i < kTeams; ++i) {
-        if (mosts[i] == -INFINITY) continue;
-        all += exp2f(mosts[i] - largest) * (d < kHeadDim ? sums[i][d] : totals[i]);
+    for (int n = 0; n < kChunk / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < kSlices; ++i) {
+        key[n][i] =
+            __ldcs(reinterpret_cast<const uint4*>(at + (8 * n + g) * kHeadDim + 32 * i + 8 * t));
       }
-      row[d] = all;
     }
-    if (threadIdx.x == 0) row[kHeadDim + 1] = largest;
+#pragma unroll
+    for (int n = 0; n < kChunk / 16; ++n) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int row = 16 * n + 2 * t + r % 2 + r / 2 * 8;
+#pragma unroll
+        for (int i = 0; i < kSpans; ++i) {
+          // What lies behind the end may be no number, which a weight of zero does not hide.
+          value[n][r][i] = make_uint4(0, 0, 0, 0);
+          if (first + row < end) {
+            value[n][r][i] = __ldcs(reinterpret_cast<const uint4*>(
+                at + blocks.ValuesBehindKeys() + row * kHeadDim + 64 * i + 8 * g));
+          }
+        }
+      }
+    }
+    float score[kChunk / 8][4] = {}, now = most;
+#pragma unroll
+    for (int n = 0; n < kChunk / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < kSlices; ++i) {
+        MultiplyHalf(score[n], q[i].x, q[i].y, key[n][i].x, key[n][i].y);
+        MultiplyHalf(score[n], q[i].z, q[i].w, key[n][i].z, key[n][i].w);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const bool there = first + 8 * n + 2 * t + i < end;
+        score[n][i] = there ? score[n][i] * to_log2 : -INFINITY;
+        now = fmaxf(now, score[n][i]);
+      }
+    }
+    now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 1));
+    now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2));
+    const float keep = exp2f(most - now);
+    most = now;
+    total *= keep;
+#pragma unroll
+    for (int i = 0; i < kSpans; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        out[i][j][0] *= keep;
+        out[i][j][1] *= keep;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kChunk / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        score[n][i] = exp2f(score[n][i] - now);
+        total += score[n][i];
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kChunk / 16; ++n) {
+      const uint32_t p0 = PackPair(score[2 * n][0], score[2 * n][1]);
+      const uint32_t p2 = PackPair(score[2 * n + 1][0], score[2 * n + 1][1]);
+#pragma unroll
+      for (int i = 0; i < kSpans; ++i) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const int halves = j % 2 == 0 ? 0x5410 : 0x7632;
+          const auto pair = [&](int r) {
+            return __byte_perm(Word(value[n][r][i], j / 2), Word(value[n][r + 1][i], j / 2),
+                               halves);
+          };
+          MultiplyHalf(out[i][j], p0, p2, pair(0), pair(2));
+        }
+      }
+    }
+  }
+  total += __shfl_xor_sync(0xffffffffu, total, 1);
+  total += __shfl_xor_sync(0xffffffffu, total, 2);
+
+  __shared__ float mosts[kDecodeWarps][kMostGroup], totals[kDecodeWarps][kMostGroup];
+  __shared__ float sums[kDecodeWarps][kMostGroup][kHeadDim];
+  if (t == 0) {
+    mosts[warp][g] = most;
+    totals[warp][g] = total;
+  }
+#pragma unroll
+  for (int i = 0; i < kSpans; ++i) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      sums[warp][g][64 * i + 16 * t + j] = out[i][j][0];
+      sums[warp][g][64 * i + 16 * t + 8 + j] = out[i][j][1];
+    }
+  }
+  __syncthreads();
+  float* const rows =
+      partial + ((sequence * a.kv_heads + kv_head) * group * parts + part) * (kHeadDim + 2);
+  for (int at = threadIdx.x; at < group * (kHeadDim + 2); at += blockDim.x) {
+    const int head = at / (kHeadDim + 2), d = at % (kHeadDim + 2);
+    float largest = -INFINITY, all = 0;
+    for (int w = 0; w < kDecodeWarps; ++w) largest = fmaxf(largest, mosts[w][head]);
+    for (int w = 0; w < kDecodeWarps && d <= kHeadDim; ++w) {
+      if (mosts[w][head] == -INFINITY) continue;
+      all += exp2f(mosts[w][head] - largest) * (d < kHeadDim ? sums[w][head][d] : totals[w][head]);
+    }
+    rows[static_cast<int64_t>(head) * parts * (kHeadDim + 2) + d] = d <= kHeadDim ? all : largest;
   }
 }
 
@@ -302,6 +369,8 @@ __global__ void JoinPartsKernel(const float* partial, int parts, __nv_bfloat16* 
   const int64_t row = blockIdx.x;
   const float* const from = partial + row * parts * kPitch;
   const int thread = threadIdx.x, group = thread / kHeadDim, channel = thread % kHeadDim;
+  WaitForKernelInFront();
+  LetNextKernelStart();
   const float most = thread < parts ? from[thread * kPitch + kHeadDim + 1] : -INFINITY;
   const float largest = BlockMax(most);
   shares[thread] = exp2f(most - largest);  // 0 where there are no keys: one part has some
@@ -323,37 +392,14 @@ __global__ void JoinPartsKernel(const float* partial, int parts, __nv_bfloat16* 
   out[row * kHeadDim + channel] = __float2bfloat16_rn(sum / total);
 }
 
-template <int kHeadDim, int kGroup>
+template <int kHeadDim>
 void LaunchDecode(const DecodeAttentionArgs& a, float* partial, Stream stream) {
   const int parts = PartsFor(a);
   const dim3 grid(parts, a.kv_heads, static_cast<unsigned>(a.sequences));
-  DecodeKernel<kHeadDim, kGroup><<<grid, kDecodeWarps * kWarp, 0, stream>>>(
-      a, BlocksOf<__nv_bfloat16>(a.base, a.kv_heads, a.head_dim), parts, partial);
-  JoinPartsKernel<kHeadDim>
-      <<<static_cast<unsigned>(a.sequences * a.heads), kJoinThreads, 0, stream>>>(
-          partial, parts, static_cast<__nv_bfloat16*>(a.out));
-}
-
-template <int kHeadDim>
-void ChooseGroup(const DecodeAttentionArgs& a, float* partial, Stream stream) {
-  switch (a.heads / a.kv_heads) {
-    case 1:
-      return LaunchDecode<kHeadDim, 1>(a, partial, stream);
-    case 2:
-      return LaunchDecode<kHeadDim, 2>(a, partial, stream);
-    case 3:
-      return LaunchDecode<kHeadDim, 3>(a, partial, stream);
-    case 4:
-      return LaunchDecode<kHeadDim, 4>(a, partial, stream);
-    case 5:
-      return LaunchDecode<kHeadDim, 5>(a, partial, stream);
-    case 6:
-      return LaunchDecode<kHeadDim, 6>(a, partial, stream);
-    case 7:
-      return LaunchDecode<kHeadDim, 7>(a, partial, stream);
-    default:
-      return LaunchDecode<kHeadDim, 8>(a, partial, stream);
-  }
+  LaunchAhead(DecodeKernel<kHeadDim>, grid, kDecodeWarps * kWarp, stream, a,
+              BlocksOf<__nv_bfloat16>(a.base, a.kv_heads, a.head_dim), parts, partial);
+  LaunchAhead(JoinPartsKernel<kHeadDim>, static_cast<unsigned>(a.sequences * a.heads), kJoinThreads,
+              stream, partial, parts, static_cast<__nv_bfloat16*>(a.out));
 }
 
 // A thread takes one key and query head.
@@ -389,7 +435,72 @@ __global__ void MeanOfRowsKernel(const float* x, int64_t batch, int64_t rows, in
   }
 }
 
+// Rotates query and key heads of rows and puts keys and values into blocks. A thread takes 8 pairs
+// of channels of a query or key head, or 16 channels of a value head: two loads and two or four
+// stores of 16 bytes. Sines and cosines are computed for each head: there are few, and it leaves
+// more threads. Bytes: the rows read and written once, keys and values written once more.
+constexpr int kPairs = 8;  // of a thread
+
+__global__ void RotateAndStoreKernel(__nv_bfloat16* x, int64_t stride, int64_t rows, int heads,
+                                     Blocks<__nv_bfloat16> blocks, const int32_t* positions,
+                                     const int32_t* slots, const float* inv_freq) {
+  const int size = blocks.head_dim, pieces = size / (2 * kPairs);
+  const int all_heads = heads + 2 * blocks.heads;
+  const int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  WaitForKernelInFront();
+  LetNextKernelStart();
+  if (at >= rows * all_heads * pieces) return;
+  const int piece = static_cast<int>(at % pieces);
+  const int head = static_cast<int>(at / pieces % all_heads);
+  const int64_t row = at / pieces / all_heads;
+  const bool is_value = head >= heads + blocks.heads;
+  // The two runs of 8 channels.
+  const int first = is_value ? 2 * kPairs * piece : kPairs * piece;
+  const int second = is_value ? first + kPairs : first + size / 2;
+  __nv_bfloat16* const from = x + row * stride + int64_t{head} * size;
+  uint4 low = *reinterpret_cast<const uint4*>(from + first);
+  uint4 high = *reinterpret_cast<const uint4*>(from + second);
+  if (!is_value) {
+    auto* const a = reinterpret_cast<__nv_bfloat16*>(&low);
+    auto* const b = reinterpret_cast<__nv_bfloat16*>(&high);
+    const int position = positions[row];
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      float sine, cosine;
+      SineAndCosine(position, inv_freq[first + i], sine, cosine);
+      const float one = ToFloat(a[i]), other = ToFloat(b[i]);
+      a[i] = FromFloat<__nv_bfloat16>(one * cosine - other * sine);
+      b[i] = FromFloat<__nv_bfloat16>(other * cosine + one * sine);
+    }
+    *reinterpret_cast<uint4*>(from + first) = low;
+    *reinterpret_cast<uint4*>(from + second) = high;
+    if (head < heads) return;
+  }
+  const int slot = slots[row];
+  const int kv_head = is_value ? head - heads - blocks.heads : head - heads;
+  __nv_bfloat16* const to = blocks.base + slot / kBlock * blocks.BlockElements() +
+                            (int64_t{kv_head} * kBlock + slot % kBlock) * size +
+                            (is_value ? blocks.ValuesBehindKeys() : 0);
+  *reinterpret_cast<uint4*>(to + first) = low;
+  *reinterpret_cast<uint4*>(to + second) = high;
+}
+
 }  // namespace
+
+bool CanRotateAndStore(int head_dim, int64_t stride, DType dtype) {
+  return dtype == DType::kBF16 && head_dim % (2 * kPairs) == 0 && stride % kPairs == 0;
+}
+
+void RotateAndStore(const KvBlocks& kv, void* rows, int64_t stride, int64_t count, int heads,
+                    const int32_t* positions, const int32_t* slots, const float* inv_freq,
+                    Stream stream) {
+  const int64_t threads = count * (heads + 2 * kv.kv_heads) * (kv.head_dim / (2 * kPairs));
+  if (threads == 0) return;
+  LaunchAhead(RotateAndStoreKernel, static_cast<unsigned>((threads + kThreads - 1) / kThreads),
+              kThreads, stream, static_cast<__nv_bfloat16*>(rows), stride, count, heads,
+              BlocksOf<__nv_bfloat16>(kv.base, kv.kv_heads, kv.head_dim), positions, slots,
+              inv_freq);
+}
 
 void StoreKv(const KvBlocks& kv, const int32_t* where, const KvRows& rows, Stream stream) {
   MoveKv<true>(kv, where, rows, stream);
@@ -448,9 +559,9 @@ void DecodeAttention(const DecodeAttentionArgs& a, void* workspace, Stream strea
   if (a.sequences == 0) return;
   auto* const partial = static_cast<float*>(workspace);
   if (a.head_dim == 64) {
-    ChooseGroup<64>(a, partial, stream);
+    LaunchDecode<64>(a, partial, stream);
   } else {
-    ChooseGroup<128>(a, partial, stream);
+    LaunchDecode<128>(a, partial, stream);
   }
   CheckLaunch("decode attention");
 }

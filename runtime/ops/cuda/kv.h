@@ -30,6 +30,15 @@ struct KvRows {
 // where: {offset, blocks...}: row i belongs at position offset + i of these blocks.
 void StoreKv(const KvBlocks& kv, const int32_t* where, const KvRows& rows, Stream stream);
 void LoadKv(const KvBlocks& kv, const int32_t* where, const KvRows& rows, Stream stream);
+// Rotates the query and key heads of `count` rows, [heads + 2 kv_heads, D] each with queries first
+// and values last, to `positions`, in place, and stores their keys and values: row i at position
+// slots[i] % 64 of block slots[i] / 64. inv_freq: [D / 2], see runtime/ops/rope.h. All on the
+// device, rows at multiples of 16 bytes.
+void RotateAndStore(const KvBlocks& kv, void* rows, int64_t stride, int64_t count, int heads,
+                    const int32_t* positions, const int32_t* slots, const float* inv_freq,
+                    Stream stream);
+// Whether that takes such rows: bf16, D a multiple of 16, `stride` one of 8.
+bool CanRotateAndStore(int head_dim, int64_t stride, DType dtype);
 // Position i of blocks `to` = position rows[i] of blocks `from`.
 void GatherKv(const KvBlocks& kv, const int32_t* from, const int32_t* rows, int64_t count,
               const int32_t* to, Stream stream);

@@ -11,6 +11,7 @@
 
 #include "runtime/dtype.h"
 #include "runtime/error.h"
+#include "runtime/ops/cuda/device.h"
 
 namespace sluice::cuda {
 
@@ -35,6 +36,39 @@ inline void CheckLaunch(const char* op) {
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
     throw Error(std::string("[cuda ") + op +
                 "] the launch was refused: " + cudaGetErrorString(error));
+  }
+}
+
+// Kernels launched by LaunchAhead may start while the last blocks of the kernel in front still run,
+// on chips that can (9.0 and later). Before they read or write anything that other kernels write or
+// read, all their threads call this.
+__device__ inline void WaitForKernelInFront() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the next kernel start, and prepare itself, where blocks of this one have ended.
+__device__ inline void LetNextKernelStart() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+template <typename... Params, typename... Given>
+void LaunchAhead(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream,
+                 const Given&... given) {
+  cudaLaunchAttribute ahead;
+  ahead.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  ahead.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &ahead;
+  config.numAttrs = ComputeCapability() >= 90 ? 1 : 0;
+  if (const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Params(given)...);
+      error != cudaSuccess) {
+    throw Error(std::string("[cuda] a launch was refused: ") + cudaGetErrorString(error));
   }
 }
 

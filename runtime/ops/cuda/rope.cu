@@ -1,8 +1,8 @@
 // A thread takes one angle of one row and turns that pair of some heads by it: sine and cosine, the
 // expensive part, are computed once for kHeadsAtOnce heads. More would leave a GPU without work.
 #include "runtime/ops/cuda/launch.cuh"
+#include "runtime/ops/cuda/rope.cuh"
 #include "runtime/ops/cuda/rope.h"
-#include "runtime/ops/rope.h"
 
 namespace sluice::cuda {
 namespace {
@@ -18,14 +18,7 @@ __global__ void RopeKernel(T* x, int64_t stride, int64_t rows, int heads, int he
   const int64_t row = at / half;
   const int i = static_cast<int>(at % half), position = positions[row];
   float sine, cosine;
-  if (position < kExactRopeFrom && position > -kExactRopeFrom) {
-    sincosf(static_cast<float>(position) * inv_freq[i], &sine, &cosine);
-  } else {
-    double s, c;
-    sincos(static_cast<double>(position) * inv_freq[i], &s, &c);
-    sine = static_cast<float>(s);
-    cosine = static_cast<float>(c);
-  }
+  SineAndCosine(position, inv_freq[i], sine, cosine);
   const int first = blockIdx.y * kHeadsAtOnce, end = min(heads, first + kHeadsAtOnce);
   T* pair = x + row * stride + int64_t{first} * head_dim + i;
   for (int head = first; head < end; ++head, pair += head_dim) {

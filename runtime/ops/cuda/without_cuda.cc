@@ -65,6 +65,11 @@ void Convert(ConstTensorView, TensorView, Stream) { Refuse(); }
 void EmbedRows(ConstTensorView, const int32_t*, TensorView, Stream) { Refuse(); }
 void StoreKv(const KvBlocks&, const int32_t*, const KvRows&, Stream) { Refuse(); }
 void LoadKv(const KvBlocks&, const int32_t*, const KvRows&, Stream) { Refuse(); }
+void RotateAndStore(const KvBlocks&, void*, int64_t, int64_t, int, const int32_t*, const int32_t*,
+                    const float*, Stream) {
+  Refuse();
+}
+bool CanRotateAndStore(int, int64_t, DType) { return false; }
 void GatherKv(const KvBlocks&, const int32_t*, const int32_t*, int64_t, const int32_t*, Stream) {
   Refuse();
 }
