@@ -14,13 +14,9 @@ void Attention(const AttentionArgs& args, void* workspace, size_t workspace_byte
     throw Error("[cuda attention] the workspace must hold " + std::to_string(needed) +
                 " bytes at a multiple of 256, got " + std::to_string(workspace_bytes));
   }
-  int device = 0, major = 0, minor = 0;
-  hopper::CheckLaunch(cudaGetDevice(&device));
-  hopper::CheckLaunch(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  hopper::CheckLaunch(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  if (major != 9 || minor != 0) {
+  if (const int capability = ComputeCapability(); capability != 90) {
     throw Error("[cuda attention] the device must have compute capability 9.0, got " +
-                std::to_string(major) + "." + std::to_string(minor));
+                std::to_string(capability / 10) + "." + std::to_string(capability % 10));
   }
   switch (args.precision) {
     case AttentionPrecision::kBF16:

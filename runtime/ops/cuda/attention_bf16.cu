@@ -527,7 +527,9 @@ void Launch(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
       MapHeads(args.k, args.batch, args.kv_len, args.kv_heads, kHeadDim, args.k_stride, C::kKeys);
   const CUtensorMap v =
       MapHeads(args.v, args.batch, args.kv_len, args.kv_heads, kHeadDim, args.v_stride, C::kKeys);
-  if (args.causal) CheckLaunch(cudaMemsetAsync(shape.counter, 0, sizeof(unsigned), stream));
+  if (args.causal) {
+    Check(cudaMemsetAsync(shape.counter, 0, sizeof(unsigned), stream), "clearing a counter");
+  }
   LaunchPersistent(
       args.causal ? FlashKernel<kHeadDim, true, false> : FlashKernel<kHeadDim, false, false>,
       C::kThreads, C::kSharedBytes, shape.q_tiles * shape.all_heads, stream, q, k, v, shape);

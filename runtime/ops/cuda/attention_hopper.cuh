@@ -13,6 +13,7 @@
 #include "runtime/ops/cuda/attention.h"
 #include "runtime/ops/cuda/hopper.cuh"
 #include "runtime/ops/cuda/launch.cuh"
+#include "runtime/ops/cuda/status.cuh"
 
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
 // Code for other architectures has empty kernels: constants and functions have no use there.
@@ -159,13 +160,6 @@ __device__ inline void StoreRows(const float (&o)[kCount], float scale0, float s
 
 // ---- on the host ---------------------------------------------------------------------------
 
-inline void CheckLaunch(cudaError_t error) {
-  if (error != cudaSuccess) {
-    throw Error(std::string("[cuda attention] the launch was refused: ") +
-                cudaGetErrorString(error));
-  }
-}
-
 // Calls use with the head size as a constant: one that CheckAttention lets pass.
 template <typename Use>
 void WithHeadDim(int head_dim, const Use& use) {
@@ -190,8 +184,9 @@ CUtensorMap MapTensor(CUtensorMapDataType type, const void* data, const cuuint64
   using Encode = decltype(&cuTensorMapEncodeTiled);
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
-  CheckLaunch(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                               cudaEnableDefault, &found));
+  Check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                         cudaEnableDefault, &found),
+        "asking for tensor maps");
   if (found != cudaDriverEntryPointSuccess) {
     throw Error("[cuda attention] the driver has no tensor maps; it must be of CUDA 12 or newer");
   }
@@ -243,10 +238,11 @@ template <typename... Params, typename... Given>
 void LaunchPersistent(void (*kernel)(Params...), int threads, int shared_bytes, int pieces,
                       cudaStream_t stream, const Given&... given) {
   int device = 0, processors = 0;
-  CheckLaunch(cudaGetDevice(&device));
-  CheckLaunch(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  CheckLaunch(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  Check(cudaGetDevice(&device), "asking for the device");
+  Check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+        "asking for the device's multiprocessors");
+  Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+        "taking shared memory for attention");
   cudaLaunchAttribute ahead;
   ahead.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   ahead.val.programmaticStreamSerializationAllowed = 1;
@@ -257,7 +253,7 @@ void LaunchPersistent(void (*kernel)(Params...), int threads, int shared_bytes, 
   config.stream = stream;
   config.attrs = &ahead;
   config.numAttrs = 1;
-  CheckLaunch(cudaLaunchKernelEx(&config, kernel, given...));
+  Check(cudaLaunchKernelEx(&config, kernel, given...), "launching attention");
 }
 
 }  // namespace sluice::cuda::hopper

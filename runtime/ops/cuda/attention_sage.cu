@@ -678,9 +678,9 @@ void Launch(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
   unsigned* counter = reinterpret_cast<unsigned*>(base + layout.counter);
   const unsigned kv_heads = static_cast<unsigned>(args.batch * args.kv_heads);
   SampleKv<kHeadDim><<<dim3(kv_heads, 2), kSampleThreads, 0, stream>>>(source, kv, counter);
-  CheckLaunch(cudaGetLastError());
+  CheckLaunch("sampling keys and values");
   QuantizeKv<kHeadDim><<<dim3(kv.tiles, kv_heads), kQuantizeThreads, 0, stream>>>(source, kv);
-  CheckLaunch(cudaGetLastError());
+  CheckLaunch("quantising keys and values");
 
   const auto u = [](int64_t x) { return static_cast<cuuint64_t>(x); };
   const CUtensorMap q =

@@ -3,17 +3,11 @@
 
 #include <algorithm>
 
-#include "runtime/error.h"
 #include "runtime/ops/cuda/device.h"
+#include "runtime/ops/cuda/status.cuh"
 
 namespace sluice::cuda {
 namespace {
-
-void Check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw Error(std::string("[cuda] ") + what + " failed: " + cudaGetErrorString(error));
-  }
-}
 
 // A function of the driver, asked for at run time: nothing links against it.
 template <typename Function>

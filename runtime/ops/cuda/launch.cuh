@@ -1,5 +1,5 @@
 // What the .cu files share: reading and writing f32 and bf16, one warp's and one block's sums, and
-// launches that tell what went wrong.
+// how to launch.
 #ifndef SLUICE_RUNTIME_OPS_CUDA_LAUNCH_CUH_
 #define SLUICE_RUNTIME_OPS_CUDA_LAUNCH_CUH_
 
@@ -7,11 +7,10 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <string>
 
 #include "runtime/dtype.h"
-#include "runtime/error.h"
 #include "runtime/ops/cuda/device.h"
+#include "runtime/ops/cuda/status.cuh"
 
 namespace sluice::cuda {
 
@@ -30,13 +29,6 @@ __device__ T FromFloat(float x) {
 template <typename Use>
 void WithType(DType dtype, const Use& use) {
   dtype == DType::kBF16 ? use(__nv_bfloat16()) : use(float());
-}
-
-inline void CheckLaunch(const char* op) {
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
-    throw Error(std::string("[cuda ") + op +
-                "] the launch was refused: " + cudaGetErrorString(error));
-  }
 }
 
 // Kernels launched by LaunchAhead may start while the last blocks of the kernel in front still run,
@@ -66,10 +58,7 @@ void LaunchAhead(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t 
   config.stream = stream;
   config.attrs = &ahead;
   config.numAttrs = ComputeCapability() >= 90 ? 1 : 0;
-  if (const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Params(given)...);
-      error != cudaSuccess) {
-    throw Error(std::string("[cuda] a launch was refused: ") + cudaGetErrorString(error));
-  }
+  Check(cudaLaunchKernelEx(&config, kernel, Params(given)...), "a launch");
 }
 
 constexpr int kThreads = 256;

@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "runtime/error.h"
 #include "runtime/ops/cuda/recorder.h"
+#include "runtime/ops/cuda/status.cuh"
 
 namespace sluice::cuda {
 namespace {
@@ -18,12 +18,6 @@ constexpr size_t kMostGraphs = 8;  // of a step
 // A step is not worth capturing whose ops differ from all its graphs so often, or more often than
 // in one of four cases.
 constexpr int64_t kFreeCaptures = 32;
-
-void Check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw Error(std::string("[cuda graph] ") + what + " failed: " + cudaGetErrorString(error));
-  }
-}
 
 }  // namespace
 
