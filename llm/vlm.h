@@ -13,6 +13,7 @@
 #include "llm/prompt.h"
 #include "llm/tokenizer.h"
 #include "runtime/tensor.h"
+#include "runtime/weight_format.h"
 #include "vision/vision_encoder.h"
 
 namespace sluice {
@@ -21,6 +22,9 @@ struct VlmOptions {
   // f32 or bf16; default: bf16 on a GPU, else CpuInfo::BestComputeType()
   std::optional<DType> compute_type;
   Device device = Device::kCpu;  // where the weights lie and everything runs
+  // Of the projections of the tower and the decoder's layers. Norms, embeddings and the lm_head
+  // stay as they are. 8 bits need a GPU and bf16.
+  WeightFormat weights = WeightFormat::kPlain;
 };
 
 // What generation_config.json says.
@@ -37,9 +41,10 @@ struct VlmInfo {
   std::string architecture;  // "LlavaOnevisionForConditionalGeneration"
   int64_t parameters = 0;
   int64_t file_bytes = 0;
-  int64_t weight_bytes = 0;  // in the compute dtype
+  int64_t weight_bytes = 0;  // in the compute dtype, of projections as `weights` says
   DType file_type = DType::kF32;
   DType compute_type = DType::kF32;
+  WeightFormat weights = WeightFormat::kPlain;
   Device device = Device::kCpu;
   double load_seconds = 0;
   std::string fingerprint;  // Checkpoint::Fingerprint and that of config.json

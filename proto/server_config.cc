@@ -176,6 +176,7 @@ void ReadServerConfig(const std::filesystem::path& file, ServerConfig& config) {
   settings.push_back({"dtype", "", &config.dtype});
   settings.push_back({"threads", "", &config.threads});
   settings.push_back({"device", "", &config.device});
+  settings.push_back({"weights", "", &config.weights});
   std::vector<std::string> known = {"tokens"};
   for (const Setting& setting : settings) known.push_back(setting.name);
 
@@ -207,6 +208,9 @@ ServiceOptions Finished(const ServerConfig& c) {
   }
   if (!c.device.empty() && c.device != "cpu" && c.device != "cuda") {
     throw InputError("[serve] device: expected cpu or cuda, got '" + c.device + "'");
+  }
+  if (!c.weights.empty() && c.weights != "bf16" && c.weights != "fp8" && c.weights != "int8") {
+    throw InputError("[serve] weights: expected bf16, fp8 or int8, got '" + c.weights + "'");
   }
   Range("threads", c.threads, 0, 1024);
   Range("kv_mb", static_cast<double>(c.kv_mb), 0, kMany);

@@ -5,10 +5,13 @@
 #include "runtime/convert.h"
 #include "runtime/error.h"
 #include "runtime/load_threads.h"
+#include "runtime/ops/cuda/device.h"
 #include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
+
+constexpr int kFp8Capability = 89;  // the first GPUs whose matrix units take e4m3
 
 [[noreturn]] void Fail(const std::filesystem::path& place, const std::string& what) {
   throw InputError("[weights] " + place.string() + ": " + what);
@@ -22,6 +25,23 @@ bool IsFloat(DType dtype) {
 Shape Flattened(const Shape& shape) {
   return shape.rank() < 2 || shape[0] == 0 ? shape
                                            : Shape{shape[0], shape.NumElements() / shape[0]};
+}
+
+void CheckPlace(DType compute_type, const WeightPlace& place) {
+  if (place.format == WeightFormat::kPlain) return;
+  const std::string what = std::string("[weights] weights in ") + Name(place.format);
+  if (place.device == Device::kCpu) {
+    throw InputError(what + " need a GPU, got the cpu; there they stay in the compute type");
+  }
+  if (compute_type != DType::kBF16) {
+    throw InputError(what + " need bf16 as the compute type, got " + Name(compute_type));
+  }
+  const int capability = cuda::ComputeCapability();
+  if (place.format == WeightFormat::kFp8 && capability < kFp8Capability) {
+    throw InputError(what + " need a GPU of compute capability 8.9 or more, got " +
+                     std::to_string(capability / 10) + "." + std::to_string(capability % 10) +
+                     "; it can use int8");
+  }
 }
 
 // On the machine's cores: a checkpoint holds billions of elements.
@@ -43,12 +63,13 @@ void ConvertLarge(ConstTensorView from, Tensor& to) {
 WeightStore::WeightStore(
     const Checkpoint& checkpoint,
     const std::function<std::optional<std::string>(const std::string&)>& canonical,
-    DType compute_type, Device device)
-    : directory_(checkpoint.directory()), compute_type_(compute_type), device_(device) {
+    DType compute_type, WeightPlace place)
+    : directory_(checkpoint.directory()), compute_type_(compute_type), place_(place) {
   if (compute_type != DType::kF32 && compute_type != DType::kBF16) {
     throw InputError(std::string("[weights] compute type must be f32 or bf16, got ") +
                      Name(compute_type));
   }
+  CheckPlace(compute_type, place);
   for (const auto& [file_name, entry] : checkpoint.tensors()) {
     const std::optional<std::string> name = canonical(file_name);
     if (!name) continue;
@@ -99,7 +120,7 @@ Tensor WeightStore::TakeF32(const std::string& name, const Shape& expected) {
 }
 
 Tensor WeightStore::TakePlaced(const std::string& name, const Shape& expected) {
-  return Placed(TakeF32(name, expected), device_);
+  return Placed(TakeF32(name, expected), place_.device);
 }
 
 SharedMatrix WeightStore::TakeMatrix(const std::string& name, const Shape& expected) {
@@ -116,12 +137,31 @@ SharedMatrix WeightStore::TakeMatrix(const std::string& name, const Shape& expec
   return {copy->view(), copy, nullptr};
 }
 
-LinearWeight WeightStore::TakeLinear(const std::string& name, int64_t n, int64_t k, bool with_bias,
-                                     WeightUse use) {
+LinearWeight WeightStore::TakeLinear(const std::string& name, int64_t n, int64_t k,
+                                     bool with_bias) {
   SharedMatrix weight = TakeMatrix(name + ".weight", {n, k});
   Tensor bias;
   if (with_bias) bias = TakeF32(name + ".bias", {n});
-  return LinearWeight(std::move(weight), std::move(bias), use, device_);
+  return LinearWeight(std::move(weight), std::move(bias), place_.device);
+}
+
+LinearWeight WeightStore::TakeProjection(const std::string& name, int64_t n, int64_t k,
+                                         bool with_bias) {
+  return TakeProjections("", {{name, n}}, k, with_bias);
+}
+
+LinearWeight WeightStore::TakeProjections(const std::string& prefix, const std::vector<Part>& parts,
+                                          int64_t k, bool with_bias) {
+  std::vector<SharedMatrix> weights;
+  std::vector<Tensor> biases;
+  for (const Part& part : parts) {
+    weights.push_back(TakeMatrix(prefix + part.name + ".weight", {part.n, k}));
+    if (with_bias) biases.push_back(TakeF32(prefix + part.name + ".bias", {part.n}));
+    if (place_.format != WeightFormat::kPlain) quantised_elements_ += part.n * k;
+  }
+  std::vector<const Tensor*> listed;
+  for (const Tensor& bias : biases) listed.push_back(&bias);
+  return LinearWeight::Stack(weights, listed, place_);
 }
 
 void WeightStore::CheckAllTaken() const {

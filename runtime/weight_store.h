@@ -8,6 +8,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "runtime/ops/linear.h"
 #include "runtime/safetensors.h"
@@ -18,10 +19,11 @@ class WeightStore {
  public:
   // `canonical` maps a file's name to the canonical one, or to nothing for tensors to ignore.
   // Throws InputError when two file names become one canonical name, or when a tensor that is not
-  // to be ignored has a dtype that we do not compute with (see SafetensorsFile::other_tensors).
+  // to be ignored has a dtype that we do not compute with (see SafetensorsFile::other_tensors), or
+  // when what computes cannot multiply with projections as `place` wants them.
   WeightStore(const Checkpoint& checkpoint,
               const std::function<std::optional<std::string>(const std::string&)>& canonical,
-              DType compute_type, Device device = Device::kCpu);
+              DType compute_type, WeightPlace place = {});
 
   bool Has(const std::string& name) const;
   // A copy in f32 in host memory (norm weights, biases, position tables: small things). Throws
@@ -34,13 +36,24 @@ class WeightStore {
   // whose later axes multiply to expected[1]: a convolution [N, C, P, P] is [N, C * P * P]. The
   // store's Checkpoint files stay open for as long as the returned Matrix lives.
   SharedMatrix TakeMatrix(const std::string& name, const Shape& expected);
-  // Where the model runs: a projection `name.weight` [N, K] and, if `with_bias`, `name.bias` [N].
-  LinearWeight TakeLinear(const std::string& name, int64_t n, int64_t k, bool with_bias,
-                          WeightUse use);
+  // Where the model runs, in the compute dtype: `name.weight` [N, K] and, if `with_bias`,
+  // `name.bias` [N].
+  LinearWeight TakeLinear(const std::string& name, int64_t n, int64_t k, bool with_bias);
+  // The same in the format that the place says: what most of a model's weights and time go into.
+  LinearWeight TakeProjection(const std::string& name, int64_t n, int64_t k, bool with_bias);
+  // Several of them as one, see LinearWeight::Stack: their names behind `prefix`, and outputs.
+  struct Part {
+    std::string name;
+    int64_t n;
+  };
+  LinearWeight TakeProjections(const std::string& prefix, const std::vector<Part>& parts, int64_t k,
+                               bool with_bias);
   // Throws InputError naming the first tensors nobody took.
   void CheckAllTaken() const;
   DType compute_type() const { return compute_type_; }
-  Device device() const { return device_; }
+  Device device() const { return place_.device; }
+  // Elements of matrices handed out in 8 bits.
+  int64_t quantised_elements() const { return quantised_elements_; }
 
  private:
   const Checkpoint::Entry& Find(const std::string& name, const Shape& expected);
@@ -49,7 +62,8 @@ class WeightStore {
   std::map<std::string, std::string> file_names_;  // canonical name -> name in the file
   std::set<std::string> taken_;
   DType compute_type_;
-  Device device_;
+  WeightPlace place_;
+  int64_t quantised_elements_ = 0;
 };
 
 }  // namespace sluice

@@ -135,20 +135,14 @@ VitLayers::VitLayers(WeightStore& weights, const VitConfig& config)
     Layer layer;
     layer.norm1 = {weights, prefix + "layer_norm1", width, config.layer_norm_eps};
     layer.norm2 = {weights, prefix + "layer_norm2", width, config.layer_norm_eps};
-    const Tensor q_bias = weights.TakeF32(attention + "q_proj.bias", {width});
-    const Tensor k_bias = weights.TakeF32(attention + "k_proj.bias", {width});
-    const Tensor v_bias = weights.TakeF32(attention + "v_proj.bias", {width});
-    layer.kqv =
-        LinearWeight::Stack({weights.TakeMatrix(attention + "k_proj.weight", {width, width}),
-                             weights.TakeMatrix(attention + "q_proj.weight", {width, width}),
-                             weights.TakeMatrix(attention + "v_proj.weight", {width, width})},
-                            {&k_bias, &q_bias, &v_bias}, WeightUse::kManyRows, weights.device());
+    layer.kqv = weights.TakeProjections(
+        attention, {{"k_proj", width}, {"q_proj", width}, {"v_proj", width}}, width,
+        /*with_bias=*/true);
     layer.keys = layer.kqv.Outputs(0, width);
     layer.queries_values = layer.kqv.Outputs(width, 3 * width);
-    layer.out =
-        weights.TakeLinear(attention + "out_proj", width, width, true, WeightUse::kManyRows);
-    layer.fc1 = weights.TakeLinear(prefix + "mlp.fc1", inner, width, true, WeightUse::kManyRows);
-    layer.fc2 = weights.TakeLinear(prefix + "mlp.fc2", width, inner, true, WeightUse::kManyRows);
+    layer.out = weights.TakeProjection(attention + "out_proj", width, width, true);
+    layer.fc1 = weights.TakeProjection(prefix + "mlp.fc1", inner, width, true);
+    layer.fc2 = weights.TakeProjection(prefix + "mlp.fc2", width, inner, true);
     layers_.push_back(std::move(layer));
   }
 }

@@ -77,7 +77,7 @@ void MeasureProducts(ExecContext& ctx, DType dtype, double seconds, Peak& peak) 
     SharedMatrix matrix;
     matrix.view = keeper->view();
     matrix.keeper = std::move(keeper);
-    const LinearWeight weight(std::move(matrix), Tensor(), WeightUse::kManyRows, ctx.device());
+    const LinearWeight weight(std::move(matrix), Tensor(), ctx.device());
     const Tensor x = RandomTensor(dtype, {side, side}, 2, ctx.device());
     const Tensor y(dtype, {side, side}, ctx.device());
     const double fastest = FastestSeconds(seconds / 3, [&] {
@@ -370,10 +370,11 @@ Json MeasureDecode(ExecContext& ctx, const Vlm& vlm, const BenchFlags& flags, co
 
 void PrintReport(const Json& report) {
   const Json &machine = report["machine"], &peak = report["peak"];
-  std::printf("%s on %s (%s), %d threads, %s\n", report["model"].get<std::string>().c_str(),
-              machine["model"].get<std::string>().c_str(),
-              machine["isa"].get<std::string>().c_str(), machine["threads"].get<int>(),
-              report["dtype"].get<std::string>().c_str());
+  std::printf(
+      "%s on %s (%s), %d threads, %s, weights in %s\n", report["model"].get<std::string>().c_str(),
+      machine["model"].get<std::string>().c_str(), machine["isa"].get<std::string>().c_str(),
+      machine["threads"].get<int>(), report["dtype"].get<std::string>().c_str(),
+      report["weights"].get<std::string>().c_str());
   std::printf("measured peak: %.0f GFLOP/s (square product of %d), %.1f GB/s read\n\n",
               peak["gflops"].get<double>(), peak["size"].get<int>(),
               peak["read_gbps"].get<double>());
@@ -432,6 +433,7 @@ void Bench(const BenchFlags& flags) {
   Json report;
   report["model"] = vlm.info().name;
   report["dtype"] = Name(vlm.info().compute_type);
+  report["weights"] = WeightsName(vlm.info());
   report["machine"] = ToJson(CpuInfo::Detect());
   report["machine"]["threads"] = engine.num_threads();
   if (vlm.info().device == Device::kCuda) {

@@ -26,6 +26,8 @@ void AddModelFlags(CLI::App& command, ModelFlags& flags) {
       .add_option("--device", flags.device,
                   "Run on the cpu or on a GPU with cuda (default: a GPU if there is one)")
       ->check(CLI::IsMember({"cpu", "cuda"}));
+  command.add_option("--weights", flags.weights, kWeightsHelp)
+      ->check(CLI::IsMember({"bf16", "fp8", "int8"}));
 }
 
 void AddClipOptions(CLI::App& command, const ClipOptions& flags) {
@@ -54,6 +56,8 @@ Engine OpenEngine(const ModelFlags& flags, EngineOptions options) {
         "[sluice] --device cuda needs a GPU with its driver and a build with CUDA; found none");
   }
   if (flags.device.empty() ? has_gpu : flags.device == "cuda") options.vlm.device = Device::kCuda;
+  if (flags.weights == "fp8") options.vlm.weights = WeightFormat::kFp8;
+  if (flags.weights == "int8") options.vlm.weights = WeightFormat::kInt8;
   return Engine(options);
 }
 
@@ -155,6 +159,10 @@ Json ToJson(const CpuInfo& cpu) {
           {"physical_cores", cpu.physical_cores},
           {"isa", cpu.IsaName()},
           {"memory_bytes", cpu.memory_bytes}};
+}
+
+const char* WeightsName(const VlmInfo& info) {
+  return info.weights == WeightFormat::kPlain ? Name(info.compute_type) : Name(info.weights);
 }
 
 double DecoderFlops(const Tracer& tracer) {

@@ -22,11 +22,16 @@ using Json = nlohmann::ordered_json;
 
 // Which checkpoint, and how to compute with it.
 struct ModelFlags {
-  std::string model;   // empty: the bundled one
-  std::string dtype;   // empty: the machine's best
-  int threads = 0;     // 0: physical cores
-  std::string device;  // "cpu", "cuda"; empty: a GPU if there is one
+  std::string model;    // empty: the bundled one
+  std::string dtype;    // empty: the machine's best
+  int threads = 0;      // 0: physical cores
+  std::string device;   // "cpu", "cuda"; empty: a GPU if there is one
+  std::string weights;  // "bf16", "fp8", "int8"; empty: bf16
 };
+// What --help says of --weights.
+inline constexpr const char* kWeightsHelp =
+    "Keep the projections of all layers as computed with (bf16) or, on a GPU, in 8 bits (fp8, "
+    "int8); norms, embeddings and the lm_head stay in bf16 (default: bf16)";
 void AddModelFlags(CLI::App& command, ModelFlags& flags);
 
 // Which clips of the demo world, and how many questions about each; what they hold are defaults.
@@ -69,6 +74,9 @@ std::string Percent(double share);
 std::string StageTable(const Tracer& tracer);
 
 Json ToJson(const CpuInfo& cpu);
+
+// "fp8", "int8", or the dtype that a model computes in.
+const char* WeightsName(const VlmInfo& info);
 
 // Operations that the decoder's layers were traced to do, without the lm_head.
 double DecoderFlops(const Tracer& tracer);

@@ -72,7 +72,9 @@ class Dump {
 };
 
 Json DescribeModel(const Vlm& vlm) {
-  return {{"model", vlm.info().name}, {"dtype", Name(vlm.info().compute_type)}};
+  return {{"model", vlm.info().name},
+          {"dtype", Name(vlm.info().compute_type)},
+          {"weights", WeightsName(vlm.info())}};
 }
 
 // What a run over clips was told, for its report.

@@ -32,6 +32,7 @@ Json Describe(const Vlm& vlm) {
       {"file_dtype", Name(info.file_type)},
       {"weight_bytes", info.weight_bytes},
       {"compute_dtype", Name(info.compute_type)},
+      {"weights", WeightsName(info)},
       {"load_seconds", info.load_seconds},
       {"vision",
        {{"input_width", encoder.preprocess_config().width},
@@ -60,18 +61,22 @@ Json FastPaths(const Vlm& vlm, const CpuInfo& cpu) {
     const KvGeometry kv = vlm.decoder().kv_geometry();
     const int capability = cuda::ComputeCapability();
     const int heads = vlm.decoder().num_heads();
+    const auto linear = [&](int64_t rows) {
+      return Name(ChooseGpuLinear(rows, vlm.decoder().hidden_size(), /*aligned=*/true, dtype,
+                                  vlm.info().weights, Activation::kNone));
+    };
     const auto causal = [&](int64_t queries) {
       return Name(ChooseGpuAttention(capability, queries, heads, kv.kv_heads, kv.head_dim, dtype,
                                      /*causal=*/true, /*biased=*/false));
     };
     return {
-        {"encode_linear", "cublasLt"},
+        {"encode_linear", linear(vlm.encoder().patches_per_frame())},
         {"encode_attention", Name(ChooseGpuAttention(capability, vlm.encoder().patches_per_frame(),
                                                      1, 1, vlm.encoder().head_dim(), dtype,
                                                      /*causal=*/false, /*biased=*/false))},
-        {"prefill_linear", "cublasLt"},
+        {"prefill_linear", linear(vlm.encoder().tokens_per_frame())},
         {"prefill_attention", causal(2)},
-        {"decode_linear", "cublasLt"},
+        {"decode_linear", linear(1)},
         {"decode_attention", causal(1)}};
   }
   const int64_t width = vlm.decoder().hidden_size();

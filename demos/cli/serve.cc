@@ -43,7 +43,8 @@ void Serve(const ServerConfig& config) {
   const auto engine = std::make_shared<const Engine>(OpenEngine({.model = config.model,
                                                                  .dtype = config.dtype,
                                                                  .threads = config.threads,
-                                                                 .device = config.device},
+                                                                 .device = config.device,
+                                                                 .weights = config.weights},
                                                                 engine_options));
   const SystemClock clock;
   Metrics metrics;
@@ -85,6 +86,7 @@ void AddServe(CLI::App& app) {
                       "Compute in f32 or bf16 (default: the machine's best)");
   command->add_option("--threads", config->threads, "Threads (default: physical cores)");
   command->add_option("--device", config->device, "cpu or cuda (default: a GPU if there is one)");
+  command->add_option("--weights", config->weights, kWeightsHelp);
   for (const Setting& setting : SettingsOf(*config)) {
     std::string flag = "--" + setting.name;
     std::replace(flag.begin(), flag.end(), '_', '-');

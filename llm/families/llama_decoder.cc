@@ -241,7 +241,6 @@ LlamaDecoder::LlamaDecoder(WeightStore& weights, const LlamaConfig& config)
       inv_freq_(Placed(InverseFrequencies(config), device_)) {
   const int64_t width = config.hidden_size, inner = config.intermediate_size;
   const int64_t q_rows = q_width(), kv_rows = kv_width();
-  constexpr WeightUse kUse = WeightUse::kAnyRows;
   SharedMatrix embedding =
       weights.TakeMatrix("language_model.embed_tokens.weight", {config.vocab_size, width});
   if (weights.Has("lm_head.weight")) {
@@ -250,9 +249,9 @@ LlamaDecoder::LlamaDecoder(WeightStore& weights, const LlamaConfig& config)
       const auto copy = std::make_shared<Tensor>(Placed(embedding_.view, weights.device()));
       embedding_ = {*copy, copy, nullptr};
     }
-    lm_head_ = weights.TakeLinear("lm_head", config.vocab_size, width, false, kUse);
+    lm_head_ = weights.TakeLinear("lm_head", config.vocab_size, width, false);
   } else if (config.tie_word_embeddings) {
-    lm_head_ = LinearWeight(std::move(embedding), Tensor(), kUse, weights.device());
+    lm_head_ = LinearWeight(std::move(embedding), Tensor(), weights.device());
   } else {
     throw InputError(
         Place() +
@@ -266,27 +265,13 @@ LlamaDecoder::LlamaDecoder(WeightStore& weights, const LlamaConfig& config)
     LlamaLayer layer;
     layer.attention_norm = weights.TakePlaced(prefix + "input_layernorm.weight", {width});
     layer.mlp_norm = weights.TakePlaced(prefix + "post_attention_layernorm.weight", {width});
-    const auto stack_qkv = [&](std::initializer_list<const Tensor*> biases) {
-      return LinearWeight::Stack(
-          {weights.TakeMatrix(attention + "q_proj.weight", {q_rows, width}),
-           weights.TakeMatrix(attention + "k_proj.weight", {kv_rows, width}),
-           weights.TakeMatrix(attention + "v_proj.weight", {kv_rows, width})},
-          biases, kUse, weights.device());
-    };
-    if (config.qkv_bias) {
-      const Tensor q_bias = weights.TakeF32(attention + "q_proj.bias", {q_rows});
-      const Tensor k_bias = weights.TakeF32(attention + "k_proj.bias", {kv_rows});
-      const Tensor v_bias = weights.TakeF32(attention + "v_proj.bias", {kv_rows});
-      layer.qkv = stack_qkv({&q_bias, &k_bias, &v_bias});
-    } else {
-      layer.qkv = stack_qkv({});
-    }
-    layer.out = weights.TakeLinear(attention + "o_proj", width, q_rows, false, kUse);
-    layer.gate_up =
-        LinearWeight::Stack({weights.TakeMatrix(mlp + "gate_proj.weight", {inner, width}),
-                             weights.TakeMatrix(mlp + "up_proj.weight", {inner, width})},
-                            {}, kUse, weights.device());
-    layer.down = weights.TakeLinear(mlp + "down_proj", width, inner, false, kUse);
+    layer.qkv = weights.TakeProjections(
+        attention, {{"q_proj", q_rows}, {"k_proj", kv_rows}, {"v_proj", kv_rows}}, width,
+        config.qkv_bias);
+    layer.out = weights.TakeProjection(attention + "o_proj", width, q_rows, false);
+    layer.gate_up = weights.TakeProjections(mlp, {{"gate_proj", inner}, {"up_proj", inner}}, width,
+                                            /*with_bias=*/false);
+    layer.down = weights.TakeProjection(mlp + "down_proj", width, inner, false);
     layers_.push_back(std::move(layer));
   }
 }

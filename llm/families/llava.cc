@@ -60,6 +60,7 @@ Llava::Llava(const std::filesystem::path& directory, const VlmOptions& options,
   }
   info_.architecture = parts.architecture;
   info_.device = options.device;
+  info_.weights = options.weights;
   info_.compute_type = options.compute_type              ? *options.compute_type
                        : options.device == Device::kCuda ? DType::kBF16
                                                          : CpuInfo::Detect().BestComputeType();
@@ -126,15 +127,18 @@ void Llava::LoadWeights(const std::filesystem::path& directory, const LlavaParts
   info_.fingerprint =
       checkpoint.Fingerprint() +
       std::to_string(ArchiveChecksum(ReadSmallFile("vlm", directory / "config.json", 1 << 20)));
-  info_.weight_bytes = info_.parameters * static_cast<int64_t>(SizeOf(info_.compute_type));
 
-  WeightStore weights(checkpoint, parts.canonical, info_.compute_type, info_.device);
+  WeightStore weights(checkpoint, parts.canonical, info_.compute_type,
+                      {info_.device, info_.weights});
   if (parts.has_newline) {
     newline_ = weights.TakeF32("image_newline", {parts.text.hidden_size});
   }
   encoder_ = parts.load_encoder(weights);
   decoder_ = LoadLlamaDecoder(weights, parts.text);
   weights.CheckAllTaken();
+  const int64_t narrow = weights.quantised_elements();
+  info_.weight_bytes =
+      (info_.parameters - narrow) * static_cast<int64_t>(SizeOf(info_.compute_type)) + narrow;
 }
 
 }  // namespace

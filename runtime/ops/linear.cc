@@ -11,6 +11,8 @@
 #include "runtime/ops/cuda/activation.h"
 #include "runtime/ops/cuda/linear.h"
 #include "runtime/ops/cuda/linear_few.h"
+#include "runtime/ops/cuda/quantise.h"
+#include "runtime/ops/quantise.h"
 #include "runtime/transfer.h"
 
 namespace sluice {
@@ -32,15 +34,24 @@ void CheckBias(const Tensor& bias, int64_t n) {
   }
 }
 
+// Of a product in 8 bits.
+constexpr int64_t kOutputsAtOnce = 16, kInputsAtOnce = 16;
+
+int64_t RoundUp(int64_t count, int64_t multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
+
 }  // namespace
 
 // Reaches into LinearWeight for the functions of this file.
 class LinearImpl {
  public:
-  static LinearWeight Make(std::initializer_list<SharedMatrix> parts, Tensor bias, Device device) {
+  static LinearWeight Make(const std::vector<SharedMatrix>& parts, Tensor bias,
+                           const WeightPlace& place) {
     LinearWeight result;
-    result.k_ = parts.begin()->view.dim(1);
-    result.dtype_ = parts.begin()->view.dtype();
+    result.k_ = parts.front().view.dim(1);
+    result.dtype_ = parts.front().view.dtype();
+    result.format_ = place.format;
     for (const SharedMatrix& part : parts) {
       if (part.view.dim(1) != result.k_ || part.view.dtype() != result.dtype_) {
         throw Error("[linear] stacked weights must be [N, " + std::to_string(result.k_) + "] " +
@@ -50,17 +61,24 @@ class LinearImpl {
       result.n_ += part.view.dim(0);
     }
     CheckBias(bias, result.n_);
-    if (device == Device::kCuda) {
-      Upload(parts, bias, result);
+    const bool plain = place.format == WeightFormat::kPlain;
+    if (!plain && (place.device == Device::kCpu || result.dtype_ != DType::kBF16)) {
+      throw Error(std::string("[linear] a weight in ") + Name(place.format) +
+                  " must be one of bf16 on a GPU, got " + Name(result.dtype_) + " on the " +
+                  Name(place.device));
+    }
+    if (place.device == Device::kCuda) {
+      plain ? Upload(parts, result) : UploadQuantised(parts, result);
+      UploadBias(bias, result);
       return result;
     }
     result.bias_ = std::move(bias);
     result.packed_ = result.dtype_ == DType::kBF16;
     // Products read f32 weights as f32: a mapped file may hold them unaligned.
     const bool aligned =
-        reinterpret_cast<uintptr_t>(parts.begin()->view.raw()) % alignof(float) == 0;
+        reinterpret_cast<uintptr_t>(parts.front().view.raw()) % alignof(float) == 0;
     if (!result.packed_ && parts.size() == 1 && aligned) {
-      result.weight_ = *parts.begin();
+      result.weight_ = parts.front();
       return result;
     }
 
@@ -103,63 +121,137 @@ class LinearImpl {
     return ::sluice::OnGpu("linear", ctx, {x, weight.weight_.view, y});
   }
 
-  // x is rows apart as they lie: cuBLASLt takes any stride.
+  // x is rows apart as they lie.
   static void RunOnGpu(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight,
                        TensorView y, const LinearOptions& options) {
-    const Activation activation = options.activation;
-    const bool paired = activation == Activation::kSiluMul;
-    if ((paired || activation == Activation::kNone) &&
-        cuda::TakesFewRows(x.dim(0), weight.k_, x.stride0(), weight.dtype_) &&
-        reinterpret_cast<uintptr_t>(x.raw()) % 16 == 0 &&
-        reinterpret_cast<uintptr_t>(weight.weight_.view.raw()) % 16 == 0) {
-      return ctx.Queue(
-          cuda::FewRows,
-          cuda::FewRowsArgs{.m = x.dim(0),
-                            .n = weight.n_,
-                            .k = weight.k_,
-                            .x = x.raw(),
-                            .x_stride = x.stride0(),
-                            .weight = weight.weight_.view.raw(),
-                            .bias = static_cast<const float*>(weight.bias_.view().raw()),
-                            .y = y.raw(),
-                            .y_dtype = y.dtype(),
-                            .accumulate = options.accumulate,
-                            .silu_mul = paired});
+    const bool aligned =
+        reinterpret_cast<uintptr_t>(x.raw()) % 16 == 0 && x.stride0() * SizeOf(x.dtype()) % 16 == 0;
+    switch (ChooseGpuLinear(x.dim(0), weight.k_, aligned, weight.dtype_, weight.format_,
+                            options.activation)) {
+      case GpuLinearKernel::kFewRows:
+        return RunFewRows(ctx, x, weight, y, options);
+      case GpuLinearKernel::kCublas:
+        return RunPlain(ctx, x, weight, y, options);
+      case GpuLinearKernel::kCublasFp8:
+      case GpuLinearKernel::kCublasInt8:
+        return RunQuantised(ctx, x, weight, y, options);
     }
-    if (paired) {
-      const TensorView gate_up = ctx.workspace().Allocate(x.dtype(), {x.dim(0), weight.n_});
-      RunOnGpu(ctx, x, weight, gate_up, {});
-      return ctx.Queue(cuda::SiluMul, gate_up, y);
-    }
-    if (activation == Activation::kGeluErf || activation == Activation::kQuickGelu) {
-      const TensorView before = ctx.workspace().Allocate(DType::kF32, y.shape());
-      RunOnGpu(ctx, x, weight, before, {});
-      return ctx.Queue(cuda::Activate,
-                       activation == Activation::kGeluErf ? cuda::Gelu::kErf : cuda::Gelu::kQuick,
-                       static_cast<const float*>(before.raw()), y.shape().NumElements(), y.raw(),
-                       y.dtype());
-    }
-    const Tensor& bias = y.dtype() == DType::kBF16 ? weight.rounded_bias_ : weight.bias_;
-    const TensorView scratch = ctx.workspace().Allocate(
-        DType::kU8, {static_cast<int64_t>(cuda::Products::kWorkspaceBytes)});
-    const cuda::ProductArgs args = {.m = x.dim(0),
-                                    .n = weight.n_,
-                                    .k = weight.k_,
-                                    .x = x.raw(),
-                                    .x_stride = x.stride0(),
-                                    .weight = weight.weight_.view.raw(),
-                                    .dtype = weight.dtype_,
-                                    .bias = bias.view().raw(),
-                                    .y = y.raw(),
-                                    .y_dtype = y.dtype(),
-                                    .gelu_tanh = activation == Activation::kGeluTanh,
-                                    .accumulate = options.accumulate};
-    ctx.Queue([&](cuda::Stream stream) { ctx.gpu_products().Run(args, scratch.raw(), stream); });
   }
 
  private:
-  static void Upload(std::initializer_list<SharedMatrix> parts, const Tensor& bias,
-                     LinearWeight& to) {
+  static const float* Floats(ConstTensorView x) { return static_cast<const float*>(x.raw()); }
+
+  static void RunFewRows(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight,
+                         TensorView y, const LinearOptions& options) {
+    ctx.Queue(cuda::FewRows,
+              cuda::FewRowsArgs{.m = x.dim(0),
+                                .n = weight.n_,
+                                .k = weight.k_,
+                                .x = x.raw(),
+                                .x_stride = x.stride0(),
+                                .weight = weight.weight_.view.raw(),
+                                .weight_stride = weight.weight_.view.stride0(),
+                                .format = weight.format_,
+                                .factors = Floats(weight.factors_.view),
+                                .bias = Floats(weight.bias_.view()),
+                                .y = y.raw(),
+                                .y_dtype = y.dtype(),
+                                .accumulate = options.accumulate,
+                                .silu_mul = options.activation == Activation::kSiluMul});
+  }
+
+  static void RunPlain(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight,
+                       TensorView y, const LinearOptions& options) {
+    RunProduct(ctx,
+               {.m = x.dim(0),
+                .n = weight.n_,
+                .k = weight.k_,
+                .x = x.raw(),
+                .x_stride = x.stride0(),
+                .weight = weight.weight_.view.raw(),
+                .dtype = weight.dtype_},
+               weight, y, options);
+  }
+
+  // A product that the library adds the bias to, and what it does not know behind it.
+  static void RunProduct(ExecContext& ctx, cuda::ProductArgs product, const LinearWeight& weight,
+                         TensorView y, const LinearOptions& options) {
+    Workspace& workspace = ctx.workspace();
+    const Activation activation = options.activation;
+    if (activation == Activation::kSiluMul) {
+      const TensorView gate_up = workspace.Allocate(weight.dtype_, {product.m, product.n});
+      RunProduct(ctx, product, weight, gate_up, {});
+      return ctx.Queue(cuda::SiluMul, gate_up, y);
+    }
+    if (activation == Activation::kGeluErf || activation == Activation::kQuickGelu) {
+      const TensorView sums = workspace.Allocate(DType::kF32, y.shape());
+      RunProduct(ctx, product, weight, sums, {});
+      return ctx.Queue(cuda::Finish, cuda::FinishArgs{.m = product.m,
+                                                      .n = product.n,
+                                                      .sums = sums.raw(),
+                                                      .sums_stride = sums.stride0(),
+                                                      .activation = activation,
+                                                      .y = y.raw(),
+                                                      .y_dtype = y.dtype()});
+    }
+    const bool rounded = y.dtype() == DType::kBF16 || weight.format_ == WeightFormat::kFp8;
+    product.bias = (rounded ? weight.rounded_bias_ : weight.bias_).view().raw();
+    product.gelu_tanh = activation == Activation::kGeluTanh;
+    product.accumulate = options.accumulate;
+    QueueProduct(ctx, product, y);
+  }
+
+  static void QueueProduct(ExecContext& ctx, cuda::ProductArgs product, TensorView y) {
+    product.y = y.raw();
+    product.y_stride = y.stride0();
+    product.y_dtype = y.dtype();
+    const TensorView scratch = ctx.workspace().Allocate(
+        DType::kU8, {static_cast<int64_t>(cuda::Products::kWorkspaceBytes)});
+    ctx.Queue([&](cuda::Stream stream) { ctx.gpu_products().Run(product, scratch.raw(), stream); });
+  }
+
+  static void RunQuantised(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight,
+                           TensorView y, const LinearOptions& options) {
+    Workspace& workspace = ctx.workspace();
+    const ConstTensorView matrix = weight.weight_.view;
+    const TensorView q = workspace.Allocate(matrix.dtype(), {x.dim(0), matrix.dim(1)});
+    const TensorView row_factors = workspace.Allocate(DType::kF32, {x.dim(0)});
+    ctx.Queue(cuda::QuantiseRows, x, weight.format_, q, row_factors);
+    cuda::ProductArgs product = {.m = x.dim(0),
+                                 .n = weight.n_,
+                                 .k = matrix.dim(1),
+                                 .x = q.raw(),
+                                 .x_stride = q.stride0(),
+                                 .weight = matrix.raw(),
+                                 .dtype = matrix.dtype()};
+    const float* const factors = Floats(weight.factors_.view);
+    // Of few rows the library is slow with factors: 16 x 3584 x 18944 take 51 us, without them 28.
+    constexpr int64_t kRowsForFactors = 64;
+    if (weight.format_ == WeightFormat::kFp8 && product.m >= kRowsForFactors &&
+        weight.n_ % kOutputsAtOnce == 0 && reinterpret_cast<uintptr_t>(factors) % 16 == 0) {
+      product.row_factors = Floats(row_factors);
+      product.factors = factors;
+      return RunProduct(ctx, product, weight, y, options);
+    }
+    product.n = RoundUp(weight.n_, kOutputsAtOnce);
+    const DType of_sums = weight.format_ == WeightFormat::kInt8 ? DType::kI32 : DType::kF32;
+    const TensorView sums = workspace.Allocate(of_sums, {product.m, product.n});
+    QueueProduct(ctx, product, sums);
+    ctx.Queue(cuda::Finish, cuda::FinishArgs{.m = product.m,
+                                             .n = weight.n_,
+                                             .sums = sums.raw(),
+                                             .sums_dtype = sums.dtype(),
+                                             .sums_stride = sums.stride0(),
+                                             .row_factors = Floats(row_factors),
+                                             .factors = factors,
+                                             .bias = Floats(weight.bias_.view()),
+                                             .activation = options.activation,
+                                             .y = y.raw(),
+                                             .y_dtype = y.dtype(),
+                                             .accumulate = options.accumulate});
+  }
+
+  static void Upload(const std::vector<SharedMatrix>& parts, LinearWeight& to) {
     const auto weight = std::make_shared<Tensor>(to.dtype_, Shape{to.n_, to.k_}, Device::kCuda);
     int64_t row = 0;
     for (const SharedMatrix& part : parts) {
@@ -168,10 +260,33 @@ class LinearImpl {
       if (part.release) part.release();
     }
     to.weight_ = {*weight, weight, nullptr};
+  }
+
+  static void UploadQuantised(const std::vector<SharedMatrix>& parts, LinearWeight& to) {
+    const auto weight = std::make_shared<Tensor>(
+        StorageOf(to.format_), Shape{to.n_ + kOutputsAtOnce - 1, RoundUp(to.k_, kInputsAtOnce)},
+        Device::kCuda);
+    const auto factors = std::make_shared<Tensor>(DType::kF32, Shape{to.n_}, Device::kCuda);
+    int64_t row = 0;
+    for (const SharedMatrix& part : parts) {
+      const Tensor plain(to.dtype_, part.view.shape(), Device::kCuda);  // while it is quantised
+      cuda::CopyNow(plain.view().raw(), part.view.raw(), part.view.SizeBytes());
+      if (part.release) part.release();
+      const int64_t end = row + part.view.dim(0);
+      cuda::QuantiseRows(plain, to.format_, weight->view().Slice(row, end),
+                         factors->view().Slice(row, end), nullptr);
+      row = end;
+    }
+    to.weight_ = {weight->view().Slice(0, to.n_), weight, nullptr};
+    to.factors_ = {*factors, factors, nullptr};
+  }
+
+  static void UploadBias(const Tensor& bias, LinearWeight& to) {
     if (bias.empty()) return;
     to.bias_ = Placed(bias.view(), Device::kCuda);
-    if (to.dtype_ == DType::kBF16)
+    if (to.dtype_ == DType::kBF16) {
       to.rounded_bias_ = Placed(ConvertTo(bias, DType::kBF16), Device::kCuda);
+    }
   }
 
   // PackRows pads inputs; this pads the outputs of the last block.
@@ -186,17 +301,13 @@ class LinearImpl {
   }
 };
 
-LinearWeight::LinearWeight(SharedMatrix weight, Tensor bias, WeightUse use, Device device) {
-  // One layout serves both uses (see runtime/ops/cpu/linear.h).
-  (void)use;
+LinearWeight::LinearWeight(SharedMatrix weight, Tensor bias, WeightPlace place) {
   CheckWeight(weight.view);
-  *this = LinearImpl::Make({std::move(weight)}, std::move(bias), device);
+  *this = LinearImpl::Make({std::move(weight)}, std::move(bias), place);
 }
 
-LinearWeight LinearWeight::Stack(std::initializer_list<SharedMatrix> weights,
-                                 std::initializer_list<const Tensor*> biases, WeightUse use,
-                                 Device device) {
-  (void)use;
+LinearWeight LinearWeight::Stack(const std::vector<SharedMatrix>& weights,
+                                 const std::vector<const Tensor*>& biases, WeightPlace place) {
   if (weights.size() == 0 || (biases.size() != 0 && biases.size() != weights.size())) {
     throw Error("[linear] stack must get as many biases as weights or none, got " +
                 std::to_string(weights.size()) + " weights and " + std::to_string(biases.size()) +
@@ -225,7 +336,7 @@ LinearWeight LinearWeight::Stack(std::initializer_list<SharedMatrix> weights,
       to += rows;
     }
   }
-  return LinearImpl::Make(weights, std::move(bias), device);
+  return LinearImpl::Make(weights, std::move(bias), place);
 }
 
 LinearWeight LinearWeight::Outputs(int64_t begin, int64_t end) const {
@@ -238,7 +349,11 @@ LinearWeight LinearWeight::Outputs(int64_t begin, int64_t end) const {
     part.n_ = end - begin;
     part.k_ = k_;
     part.dtype_ = dtype_;
+    part.format_ = format_;
     part.weight_ = {weight_.view.Slice(begin, end), weight_.keeper, nullptr};
+    if (!factors_.view.empty()) {
+      part.factors_ = {factors_.view.Slice(begin, end), factors_.keeper, nullptr};
+    }
     if (has_bias()) part.bias_ = Placed(bias_.view().Slice(begin, end), device());
     if (!rounded_bias_.empty()) {
       part.rounded_bias_ = Placed(rounded_bias_.view().Slice(begin, end), device());
@@ -273,8 +388,8 @@ LinearWeight LinearWeight::Outputs(int64_t begin, int64_t end) const {
 }
 
 size_t LinearWeight::SizeBytes() const {
-  return (weight_.view.empty() ? 0 : weight_.view.SizeBytes()) + bias_.SizeBytes() +
-         rounded_bias_.SizeBytes();
+  const auto bytes = [](const SharedMatrix& x) { return x.view.empty() ? 0 : x.view.SizeBytes(); };
+  return bytes(weight_) + bytes(factors_) + bias_.SizeBytes() + rounded_bias_.SizeBytes();
 }
 
 void LinearWeight::CopyRow(int64_t row, float* to) const {
@@ -322,6 +437,32 @@ LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, bool nat
   const bool in_memory = n * k * static_cast<int64_t>(SizeOf(dtype)) >= kInMemory;
   if (m <= 4 && in_memory) return LinearKernel::kVector;
   return amx ? LinearKernel::kAmx : LinearKernel::kOneDnn;
+}
+
+const char* Name(GpuLinearKernel kernel) {
+  switch (kernel) {
+    case GpuLinearKernel::kFewRows:
+      return "few_rows";
+    case GpuLinearKernel::kCublas:
+      return "cublas";
+    case GpuLinearKernel::kCublasFp8:
+      return "cublas_fp8";
+    case GpuLinearKernel::kCublasInt8:
+      return "cublas_int8";
+  }
+  return "?";
+}
+
+GpuLinearKernel ChooseGpuLinear(int64_t m, int64_t k, bool aligned, DType dtype,
+                                WeightFormat format, Activation activation) {
+  const bool plain = format == WeightFormat::kPlain;
+  if (m <= cuda::kMostFewRows && aligned && dtype == DType::kBF16 && k % (plain ? 8 : 16) == 0 &&
+      (activation == Activation::kNone || activation == Activation::kSiluMul)) {
+    return GpuLinearKernel::kFewRows;
+  }
+  return plain                          ? GpuLinearKernel::kCublas
+         : format == WeightFormat::kFp8 ? GpuLinearKernel::kCublasFp8
+                                        : GpuLinearKernel::kCublasInt8;
 }
 
 void Linear(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight, TensorView y,

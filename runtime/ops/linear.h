@@ -1,17 +1,20 @@
 // y = act(x W^T + b), optionally added to what y holds: every projection of every model.
 // Products of several rows go through AMX tiles (bf16 where the machine has them) or oneDNN, in the
 // weight's dtype with f32 accumulation; one to few rows (decoding) through our own bandwidth-bound
-// matrix-vector product.
+// matrix-vector product. On a GPU few rows go through a kernel of ours that reads the weight once,
+// more of them through cuBLASLt. There a weight may be kept in 8 bits: few rows are multiplied with
+// it in bf16, more of them are quantised as well, row by row.
 #ifndef SLUICE_RUNTIME_OPS_LINEAR_H_
 #define SLUICE_RUNTIME_OPS_LINEAR_H_
 
 #include <functional>
-#include <initializer_list>
 #include <memory>
-#include <string>
+#include <vector>
 
 #include "runtime/exec_context.h"
+#include "runtime/ops/linear_options.h"
 #include "runtime/tensor.h"
+#include "runtime/weight_format.h"
 
 namespace sluice {
 
@@ -24,9 +27,12 @@ struct SharedMatrix {
   std::function<void()> release;
 };
 
-enum class WeightUse {
-  kManyRows,  // only ever multiplied with many rows (encoder)
-  kAnyRows,   // also multiplied with single rows (decoder)
+// Where products with a weight run, and how it is kept there. A device alone is a place, too.
+struct WeightPlace {
+  WeightPlace(Device where = Device::kCpu, WeightFormat how = WeightFormat::kPlain)
+      : device(where), format(how) {}
+  Device device;
+  WeightFormat format;
 };
 
 // The weight [N, K] and bias [N] of one projection, prepared for this machine. Immutable, shareable
@@ -36,16 +42,16 @@ class LinearWeight {
  public:
   LinearWeight() = default;
   // weight: [N, K] f32 or bf16 (= the dtype the product is computed in); bias: [N] f32 or empty;
-  // both in host memory. device: where products will run; a GPU gets a copy.
-  LinearWeight(SharedMatrix weight, Tensor bias, WeightUse use, Device device = Device::kCpu);
+  // both in host memory. A GPU gets a copy; for one in 8 bits, of a weight in bf16, that in bf16 is
+  // there for a moment. Throws Error on 8 bits elsewhere.
+  LinearWeight(SharedMatrix weight, Tensor bias, WeightPlace place = {});
   // The rows of several weights with the same K below each other, as one product (q, k, v; gate,
   // up). `biases` is as long as `weights`, or empty for a product without bias; where only some
   // have one (null for the others), the missing ones are zero.
-  static LinearWeight Stack(std::initializer_list<SharedMatrix> weights,
-                            std::initializer_list<const Tensor*> biases, WeightUse use,
-                            Device device = Device::kCpu);
+  static LinearWeight Stack(const std::vector<SharedMatrix>& weights,
+                            const std::vector<const Tensor*>& biases, WeightPlace place = {});
 
-  // On a GPU the [N, K] matrix itself. REQUIRES: device() is one.
+  // On a GPU the [N, K] matrix itself. REQUIRES: device() is one, format() is plain.
   ConstTensorView OnDevice() const { return weight_.view; }
   // Outputs [begin, end) of this weight as a weight of their own. Shares the memory where the
   // layout allows (f32; packed, when both ends are multiples of 64 or the end), else copies.
@@ -53,10 +59,11 @@ class LinearWeight {
 
   int64_t n() const { return n_; }
   int64_t k() const { return k_; }
-  DType dtype() const { return dtype_; }
+  DType dtype() const { return dtype_; }  // of what it is multiplied with
+  WeightFormat format() const { return format_; }
   Device device() const { return weight_.view.device(); }
   bool has_bias() const { return !bias_.empty(); }
-  // The memory of the weight (padding of packed weights included) and the bias.
+  // The memory of the weight (padding of packed weights included), its factors and the bias.
   size_t SizeBytes() const;
   // Copies row `row` of the [N, K] matrix to `to`: [K] f32. Costs a line of memory for each pair of
   // columns when packed: for few rows (embeddings tied to the output projection), not for many.
@@ -67,23 +74,14 @@ class LinearWeight {
   friend class LinearImpl;
   int64_t n_ = 0, k_ = 0;
   DType dtype_ = DType::kF32;
-  SharedMatrix weight_;  // [N, K] row-major, or packed (packed_)
+  WeightFormat format_ = WeightFormat::kPlain;
+  // [N, K] row-major, or packed (packed_). In 8 bits [N, K rounded up to 16], zeros in the padding,
+  // and 15 rows more in memory: the library multiplies 16 outputs at once, wherever they begin.
+  SharedMatrix weight_;
+  SharedMatrix factors_;  // [N] f32, with 8 bits
   bool packed_ = false;
   Tensor bias_;
   Tensor rounded_bias_;  // on a GPU: as bf16, for results in bf16
-};
-
-enum class Activation {
-  kNone,
-  kGeluTanh,
-  kGeluErf,
-  kQuickGelu,  // x / (1 + e^-1.702x), CLIP's
-  kSiluMul,    // the outputs are gate | up, and y = silu(gate) * up is [M, N / 2]
-};
-
-struct LinearOptions {
-  Activation activation = Activation::kNone;
-  bool accumulate = false;  // y += instead of y =; y must be f32; not with an activation
 };
 
 // x: [M, K] in the weight's dtype (rows may be strided, then they are copied first); y: [M, N] (or
@@ -100,6 +98,17 @@ enum class LinearKernel { kReference, kVector, kOneDnn, kAmx };
 const char* Name(LinearKernel kernel);
 LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, bool native_bf16, bool amx,
                           bool reference);
+
+// Likewise on a GPU. aligned: the rows of x begin at multiples of 16 bytes.
+enum class GpuLinearKernel {
+  kFewRows,     // ours, products in bf16 whatever the weight's format
+  kCublas,      // in the compute dtype
+  kCublasFp8,   // x quantised to e4m3, sums in f32
+  kCublasInt8,  // x quantised to int8, sums in int32
+};
+const char* Name(GpuLinearKernel kernel);
+GpuLinearKernel ChooseGpuLinear(int64_t m, int64_t k, bool aligned, DType dtype,
+                                WeightFormat format, Activation activation);
 
 }  // namespace sluice
 

@@ -37,7 +37,7 @@ DType DTypeOf(int64_t argument) { return argument == 0 ? DType::kF32 : DType::kB
 
 LinearWeight RandomWeight(DType dtype, int64_t n, int64_t k) {
   auto keeper = std::make_shared<Tensor>(RandomTensor(dtype, {n, k}));
-  return LinearWeight({keeper->view(), keeper, nullptr}, Tensor(), WeightUse::kAnyRows);
+  return LinearWeight({keeper->view(), keeper, nullptr}, Tensor());
 }
 
 benchmark::Counter Rate(double per_iteration) {
@@ -153,7 +153,7 @@ void Pack(benchmark::State& state) {
   const int64_t n = state.range(0), k = state.range(1);
   const auto keeper = std::make_shared<Tensor>(RandomTensor(DType::kBF16, {n, k}));
   for (auto _ : state) {
-    const LinearWeight weight({keeper->view(), keeper, nullptr}, Tensor(), WeightUse::kAnyRows);
+    const LinearWeight weight({keeper->view(), keeper, nullptr}, Tensor());
     benchmark::DoNotOptimize(weight.SizeBytes());
   }
   state.counters["B/s"] = Rate(static_cast<double>(keeper->SizeBytes()));

@@ -164,9 +164,8 @@ TEST_F(CudaOpsTest, ProductsEqualTheReference) {
               const auto bias = [&] {
                 return biased ? RandomTensor(DType::kF32, {n}, 3) : Tensor();
               };
-              const LinearWeight weight({*w, w, nullptr}, bias(), WeightUse::kAnyRows);
-              const LinearWeight on_gpu({*w, w, nullptr}, bias(), WeightUse::kAnyRows,
-                                        Device::kCuda);
+              const LinearWeight weight({*w, w, nullptr}, bias());
+              const LinearWeight on_gpu({*w, w, nullptr}, bias(), Device::kCuda);
               const Tensor want =
                   RandomTensor(out, {m, activation == Activation::kSiluMul ? n / 2 : n}, 4);
               const Tensor got = OnGpu(want), gx = OnGpu(x);

@@ -145,8 +145,7 @@ TEST_F(LinearAmxTest, GatesAsTheProductAndSiluMulDo) {
         auto keeper = std::make_shared<Tensor>(Random(DType::kBF16, {2 * inner, 200}, 1, 0.1f));
         matrix.view = *keeper;
         matrix.keeper = keeper;
-        const LinearWeight weight(matrix, Random(DType::kF32, {2 * inner}, 3, 1),
-                                  WeightUse::kAnyRows);
+        const LinearWeight weight(matrix, Random(DType::kF32, {2 * inner}, 3, 1));
         const Tensor x = Random(DType::kBF16, {m, 200}, 2, 1);
         const Tensor got(y, {m, inner}), want(y, {m, inner});
         ExecContext ctx({.num_threads = 2});

@@ -90,7 +90,7 @@ TEST_P(LinearTest, AgreesWithAPlainLoopOverAwkwardShapes) {
     const Tensor w = RandomTensor(dtype(), {c.n, c.k}, seed++, 1 / std::sqrt(float(c.k)));
     const Tensor x = RandomTensor(dtype(), {c.m, c.k}, seed++);
     const Tensor bias = RandomTensor(DType::kF32, {c.n}, seed++);
-    const LinearWeight weight(Share(w.Clone()), bias.Clone(), WeightUse::kAnyRows);
+    const LinearWeight weight(Share(w.Clone()), bias.Clone());
     EXPECT_EQ(weight.n(), c.n);
     EXPECT_EQ(weight.k(), c.k);
     EXPECT_EQ(weight.dtype(), dtype());
@@ -111,7 +111,7 @@ TEST_P(LinearTest, FusesActivationsBehindTheBias) {
       const Tensor w = RandomTensor(dtype(), {c.n, c.k}, 1, 3 / std::sqrt(float(c.k)));
       const Tensor x = RandomTensor(dtype(), {c.m, c.k}, 2);
       const Tensor bias = RandomTensor(DType::kF32, {c.n}, 3, 10);
-      const LinearWeight weight(Share(w.Clone()), bias.Clone(), WeightUse::kAnyRows);
+      const LinearWeight weight(Share(w.Clone()), bias.Clone());
       const std::vector<double> want = Expected(x, w, bias, activation);
       for (DType y_dtype : {DType::kF32, dtype()}) {
         const Tensor y(y_dtype, {c.m, c.n});
@@ -127,7 +127,7 @@ TEST_P(LinearTest, AddsToWhatTheResultHolds) {
     const Tensor w = RandomTensor(dtype(), {c.n, c.k}, 1, 1 / std::sqrt(float(c.k)));
     const Tensor x = RandomTensor(dtype(), {c.m, c.k}, 2);
     const Tensor y = RandomTensor(DType::kF32, {c.m, c.n}, 4, 3);
-    const LinearWeight weight(Share(w.Clone()), Tensor(), WeightUse::kAnyRows);
+    const LinearWeight weight(Share(w.Clone()), Tensor());
     std::vector<double> want = Expected(x, w, Tensor(), Activation::kNone);
     for (size_t i = 0; i < want.size(); ++i) want[i] += y.data<float>()[i];
     Linear(context_, x, weight, y, {.accumulate = true});
@@ -140,7 +140,7 @@ TEST_P(LinearTest, ReadsRowsThatLieApart) {
     const Tensor storage = RandomTensor(dtype(), {m, 100}, 5);
     const TensorView x = Strided(storage, m, 96, 4);
     const Tensor w = RandomTensor(dtype(), {50, 96}, 6);
-    const LinearWeight weight(Share(w.Clone()), Tensor(), WeightUse::kAnyRows);
+    const LinearWeight weight(Share(w.Clone()), Tensor());
     const Tensor y(DType::kF32, {m, 50});
     Linear(context_, x, weight, y);
     ExpectClose(y, Expected(x, w, Tensor(), Activation::kNone), Relative(DType::kF32),
@@ -154,9 +154,8 @@ TEST_P(LinearTest, StacksWeightsBelowEachOther) {
   const Tensor q_bias = RandomTensor(DType::kF32, {70}, 4);
   const Tensor v_bias = RandomTensor(DType::kF32, {50}, 5);
   const Tensor none;
-  const LinearWeight weight =
-      LinearWeight::Stack({Share(q.Clone()), Share(k.Clone()), Share(v.Clone())},
-                          {&q_bias, &none, &v_bias}, WeightUse::kAnyRows);
+  const LinearWeight weight = LinearWeight::Stack(
+      {Share(q.Clone()), Share(k.Clone()), Share(v.Clone())}, {&q_bias, &none, &v_bias});
   ASSERT_EQ(weight.n(), 129);
   for (int64_t m : {1, 6}) {
     const Tensor x = RandomTensor(dtype(), {m, 64}, 7), y(DType::kF32, {m, 129});
@@ -178,7 +177,7 @@ TEST_P(LinearTest, StacksWeightsBelowEachOther) {
 TEST_P(LinearTest, HandsOutItsOutputsAsWeightsOfTheirOwn) {
   const Tensor w = RandomTensor(dtype(), {192, 72}, 1), x = RandomTensor(dtype(), {5, 72}, 3);
   const Tensor bias = RandomTensor(DType::kF32, {192}, 2);
-  const LinearWeight weight(Share(w.Clone()), bias.Clone(), WeightUse::kManyRows);
+  const LinearWeight weight(Share(w.Clone()), bias.Clone());
   const std::pair<int64_t, int64_t> ranges[] = {{0, 64},  {64, 192}, {128, 192},
                                                 {0, 192}, {3, 70},   {70, 72}};
   for (const auto& [begin, end] : ranges) {
@@ -196,7 +195,7 @@ TEST_P(LinearTest, HandsOutItsOutputsAsWeightsOfTheirOwn) {
 
 TEST_P(LinearTest, HandsOutRowsOfATiedTable) {
   const Tensor w = RandomTensor(dtype(), {131, 45}, 8);
-  const LinearWeight table(Share(w.Clone()), Tensor(), WeightUse::kAnyRows);
+  const LinearWeight table(Share(w.Clone()), Tensor());
   const std::vector<int32_t> ids = {130, 0, 64, 63, 64};
   const Tensor y(DType::kF32, {5, 45}), from_table(DType::kF32, {5, 45});
   Embed(context_, table, ids, y);
@@ -258,14 +257,14 @@ TEST(LinearWeightTest, PacksUnalignedRowsAnywhereInAMatrix) {
 
 TEST(LinearWeightTest, MapsF32AndCopiesBf16Once) {
   const SharedMatrix f32 = Share(RandomTensor(DType::kF32, {64, 32}, 1));
-  const LinearWeight mapped(f32, Tensor(), WeightUse::kAnyRows);
+  const LinearWeight mapped(f32, Tensor());
   EXPECT_EQ(f32.keeper.use_count(), 2);  // held, not copied
   EXPECT_EQ(mapped.SizeBytes(), 64u * 32 * 4);
 
   SharedMatrix bf16 = Share(RandomTensor(DType::kBF16, {70, 40}, 1));
   int released = 0;
   bf16.release = [&] { ++released; };
-  const LinearWeight packed(bf16, RandomTensor(DType::kF32, {70}, 2), WeightUse::kManyRows);
+  const LinearWeight packed(bf16, RandomTensor(DType::kF32, {70}, 2));
   EXPECT_EQ(bf16.keeper.use_count(), 1);
   EXPECT_EQ(released, 1);
   EXPECT_EQ(packed.SizeBytes(), 128u * 64 * 2 + 70 * 4);
@@ -274,30 +273,33 @@ TEST(LinearWeightTest, MapsF32AndCopiesBf16Once) {
 TEST(LinearWeightTest, RefusesWhatDoesNotFit) {
   EXPECT_THAT(
       [] {
-        LinearWeight(Share(Tensor(DType::kF16, {4, 4})), Tensor(), WeightUse::kAnyRows);
+        LinearWeight(Share(Tensor(DType::kF16, {4, 4})), Tensor());
       },
       ThrowsMessage<Error>(HasSubstr("f32 or bf16, got [4, 4] f16")));
-  EXPECT_THAT([] { LinearWeight(Share(Tensor(DType::kF32, {4})), Tensor(), WeightUse::kAnyRows); },
+  EXPECT_THAT([] { LinearWeight(Share(Tensor(DType::kF32, {4})), Tensor()); },
               ThrowsMessage<Error>(HasSubstr("got [4] f32")));
   EXPECT_THAT(
       [] {
-        LinearWeight(Share(Tensor(DType::kF32, {4, 4})), Tensor(DType::kF32, {5}),
-                     WeightUse::kAnyRows);
+        LinearWeight(Share(Tensor(DType::kF32, {4, 4})), Tensor(DType::kF32, {5}));
       },
       ThrowsMessage<Error>(HasSubstr("bias must be [4] f32, got [5] f32")));
   EXPECT_THAT(
       [] {
         LinearWeight::Stack(
-            {Share(Tensor(DType::kF32, {4, 4})), Share(Tensor(DType::kF32, {4, 5}))}, {},
-            WeightUse::kAnyRows);
+            {Share(Tensor(DType::kF32, {4, 4})), Share(Tensor(DType::kF32, {4, 5}))}, {});
       },
       ThrowsMessage<Error>(HasSubstr("must be [N, 4] f32, got [4, 5] f32")));
+  EXPECT_THAT(
+      [] {
+        LinearWeight(Share(Tensor(DType::kBF16, {4, 4})), Tensor(),
+                     {Device::kCpu, WeightFormat::kInt8});
+      },
+      ThrowsMessage<Error>(HasSubstr("in int8 must be one of bf16 on a GPU, got bf16 on the cpu")));
 }
 
 TEST(LinearTest, NamesWhatDoesNotFit) {
   ExecContext context({});
-  const LinearWeight weight(Share(RandomTensor(DType::kBF16, {8, 16}, 1)), Tensor(),
-                            WeightUse::kAnyRows);
+  const LinearWeight weight(Share(RandomTensor(DType::kBF16, {8, 16}, 1)), Tensor());
   const Tensor x(DType::kBF16, {2, 16}), y(DType::kF32, {2, 8});
   EXPECT_THAT(
       [&] {
@@ -327,8 +329,7 @@ TEST(LinearTest, NamesWhatDoesNotFit) {
 }
 
 TEST(LinearTest, GivesTheSameFromAnyThreadWithItsOwnContext) {
-  const LinearWeight weight(Share(RandomTensor(DType::kBF16, {200, 96}, 1)), Tensor(),
-                            WeightUse::kAnyRows);
+  const LinearWeight weight(Share(RandomTensor(DType::kBF16, {200, 96}, 1)), Tensor());
   const Tensor x = RandomTensor(DType::kBF16, {20, 96}, 2);
   ExecContext here({.num_threads = 2});
   const Tensor want(DType::kF32, {20, 200});

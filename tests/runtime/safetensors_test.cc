@@ -416,11 +416,38 @@ TEST_F(WeightStoreTest, MakesProjectionsWithBiasAndFlattensConvolutions) {
   const Checkpoint checkpoint = Written({{"patch.weight", kernel}, {"patch.bias", bias}});
   WeightStore store(checkpoint, Same, DType::kF32);
   EXPECT_TRUE(store.Has("patch.bias"));
-  const LinearWeight weight = store.TakeLinear("patch", 8, 12, true, WeightUse::kManyRows);
+  const LinearWeight weight = store.TakeLinear("patch", 8, 12, true);
   EXPECT_TRUE(weight.has_bias());
   std::vector<float> row(12);
   weight.CopyRow(7, row.data());
   for (int i = 0; i < 12; ++i) EXPECT_EQ(row[i], kernel.data<BFloat16>()[7 * 12 + i].ToFloat());
+}
+
+TEST_F(WeightStoreTest, StacksProjectionsInTheOrderGiven) {
+  const Tensor q = RandomTensor(DType::kF32, {3, 6}, 5), k = RandomTensor(DType::kF32, {2, 6}, 6);
+  const Checkpoint checkpoint = Written({{"a.k.weight", k}, {"a.q.weight", q}});
+  WeightStore store(checkpoint, Same, DType::kF32);
+  const LinearWeight both = store.TakeProjections("a.", {{"q", 3}, {"k", 2}}, 6, false);
+  EXPECT_EQ(both.n(), 5);
+  EXPECT_FALSE(both.has_bias());
+  std::vector<float> row(6);
+  both.CopyRow(4, row.data());
+  for (int i = 0; i < 6; ++i) EXPECT_EQ(row[i], At(k, 1, i));
+  EXPECT_EQ(store.quantised_elements(), 0);
+  store.CheckAllTaken();
+}
+
+TEST_F(WeightStoreTest, RefusesEightBitsOnTheCpuAndBesideF32) {
+  const Checkpoint checkpoint = Written({{"a", a_}});
+  const auto open = [&](DType compute_type, Device device) {
+    return [&checkpoint, compute_type, device] {
+      WeightStore(checkpoint, Same, compute_type, {device, WeightFormat::kFp8});
+    };
+  };
+  EXPECT_THAT(open(DType::kBF16, Device::kCpu),
+              ThrowsMessage<InputError>(HasSubstr("weights in fp8 need a GPU, got the cpu")));
+  EXPECT_THAT(open(DType::kF32, Device::kCuda),
+              ThrowsMessage<InputError>(HasSubstr("need bf16 as the compute type, got f32")));
 }
 
 TEST_F(WeightStoreTest, RenamesAndIgnores) {

@@ -20,8 +20,9 @@
 namespace sluice {
 
 struct RandomDecoder {
-  // Computes in f32. REQUIRES: config.tie_word_embeddings.
-  explicit RandomDecoder(const LlamaConfig& config) {
+  // REQUIRES: config.tie_word_embeddings.
+  explicit RandomDecoder(const LlamaConfig& config, DType compute_type = DType::kF32,
+                         WeightPlace place = {}) {
     const int64_t width = config.hidden_size, inner = config.intermediate_size;
     const int64_t q = int64_t{config.num_heads} * config.head_dim;
     const int64_t kv = int64_t{config.num_kv_heads} * config.head_dim;
@@ -53,7 +54,7 @@ struct RandomDecoder {
     const Checkpoint checkpoint = Checkpoint::Open(directory);
     WeightStore weights(
         checkpoint, [](const std::string& name) { return std::optional<std::string>(name); },
-        DType::kF32);
+        compute_type, place);
     decoder = LoadLlamaDecoder(weights, config);
     std::filesystem::remove_all(directory);
   }

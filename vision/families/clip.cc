@@ -64,9 +64,8 @@ ClipEncoder::ClipEncoder(WeightStore& weights, const ClipConfig& config)
       pre_norm_(weights, "vision_tower.pre_layrnorm", config.hidden_size, config.layer_norm_eps) {
   const int64_t width = config.hidden_size, patch = config.patch_size;
   const std::string embeddings = "vision_tower.embeddings.";
-  patch_embedding_ =
-      weights.TakeLinear(embeddings + "patch_embedding", width, kPixelChannels * patch * patch,
-                         false, WeightUse::kManyRows);
+  patch_embedding_ = weights.TakeLinear(embeddings + "patch_embedding", width,
+                                        kPixelChannels * patch * patch, false);
   start_ = weights.TakeF32(embeddings + "position_embedding.weight", {layers_.rows(), width});
   const Tensor class_embedding = weights.TakeF32(embeddings + "class_embedding", {width});
   for (int64_t d = 0; d < width; ++d) {
@@ -74,10 +73,10 @@ ClipEncoder::ClipEncoder(WeightStore& weights, const ClipConfig& config)
   }
   start_ = Placed(std::move(start_), weights.device());
   const std::string projector = "multi_modal_projector.";
-  projector1_ = weights.TakeLinear(projector + "linear_1", config.output_size, width,
-                                   config.projector_bias, WeightUse::kManyRows);
-  projector2_ = weights.TakeLinear(projector + "linear_2", config.output_size, config.output_size,
-                                   config.projector_bias, WeightUse::kManyRows);
+  projector1_ = weights.TakeProjection(projector + "linear_1", config.output_size, width,
+                                       config.projector_bias);
+  projector2_ = weights.TakeProjection(projector + "linear_2", config.output_size,
+                                       config.output_size, config.projector_bias);
 }
 
 VisualTokens ClipEncoder::Encode(ExecContext& ctx, ConstTensorView pixels,

@@ -57,14 +57,14 @@ SiglipEncoder::SiglipEncoder(WeightStore& weights, const SiglipConfig& config)
   const int64_t width = config.hidden_size, patch = config.patch_size;
   const std::string embeddings = "vision_tower.embeddings.";
   patch_embedding_ = weights.TakeLinear(embeddings + "patch_embedding", width,
-                                        kPixelChannels * patch * patch, true, WeightUse::kManyRows);
+                                        kPixelChannels * patch * patch, true);
   positions_ =
       weights.TakePlaced(embeddings + "position_embedding.weight", {patches_per_frame(), width});
   const std::string projector = "multi_modal_projector.";
-  projector1_ = weights.TakeLinear(projector + "linear_1", config.output_size, width,
-                                   config.projector_bias, WeightUse::kManyRows);
-  projector2_ = weights.TakeLinear(projector + "linear_2", config.output_size, config.output_size,
-                                   config.projector_bias, WeightUse::kManyRows);
+  projector1_ = weights.TakeProjection(projector + "linear_1", config.output_size, width,
+                                       config.projector_bias);
+  projector2_ = weights.TakeProjection(projector + "linear_2", config.output_size,
+                                       config.output_size, config.projector_bias);
 }
 
 VisualTokens SiglipEncoder::Encode(ExecContext& ctx, ConstTensorView pixels,

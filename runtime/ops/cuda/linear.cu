@@ -1,5 +1,9 @@
 // cuBLASLt reads matrices by columns. What lies in memory as y [M, N] row by row is y^T [N, M] to
 // it, so the product it is asked for is y^T = W x^T with W^T [K, N] transposed.
+//
+// Finish: y[m, n] = act(row_factors[m] * factors[n] * sums[m, n] + bias[n]) (+ y[m, n]). A thread
+// takes kVector neighbouring outputs of rows blockIdx.y, blockIdx.y + gridDim.y, ...: bound by
+// memory, 4 bytes read and 2 or 4 written (or 8 moved) for each.
 #include <cublasLt.h>
 
 #include <map>
@@ -12,11 +16,23 @@ namespace sluice::cuda {
 namespace {
 
 void Check(cublasStatus_t status, const char* what) {
-  if (status == CUBLAS_STATUS_SUCCESS) return;
-  throw Error(std::string("[cuda linear] ") + what + " failed: " + cublasLtGetStatusString(status));
+  if (status != CUBLAS_STATUS_SUCCESS) Fail(what, cublasLtGetStatusString(status));
 }
 
-cudaDataType_t TypeOf(DType dtype) { return dtype == DType::kBF16 ? CUDA_R_16BF : CUDA_R_32F; }
+cudaDataType_t TypeOf(DType dtype) {
+  switch (dtype) {
+    case DType::kBF16:
+      return CUDA_R_16BF;
+    case DType::kU8:
+      return CUDA_R_8F_E4M3;
+    case DType::kI8:
+      return CUDA_R_8I;
+    case DType::kI32:
+      return CUDA_R_32I;
+    default:
+      return CUDA_R_32F;
+  }
+}
 
 // The library's descriptions, each ended when it goes out of scope.
 struct Layout {
@@ -29,8 +45,9 @@ struct Layout {
 };
 
 struct Operation {
-  Operation() {
-    Check(cublasLtMatmulDescCreate(&handle, CUBLAS_COMPUTE_32F, CUDA_R_32F),
+  explicit Operation(bool whole_numbers) {
+    Check(cublasLtMatmulDescCreate(&handle, whole_numbers ? CUBLAS_COMPUTE_32I : CUBLAS_COMPUTE_32F,
+                                   whole_numbers ? CUDA_R_32I : CUDA_R_32F),
           "describing a product");
   }
   ~Operation() { cublasLtMatmulDescDestroy(handle); }
@@ -48,27 +65,63 @@ struct Preference {
   cublasLtMatmulPreference_t handle = nullptr;
 };
 
-__global__ void ActivateErf(const float* x, int64_t count, float* y32, __nv_bfloat16* y16) {
-  const int64_t step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += step) {
-    const float value = 0.5f * x[i] * (1.f + erff(x[i] * 0.70710678f));
-    y32 ? void(y32[i] = value) : void(y16[i] = __float2bfloat16_rn(value));
+template <typename T, int kVector>
+struct alignas(sizeof(T) * kVector) Piece {
+  T v[kVector];
+};
+
+__device__ inline float Activated(Activation activation, float x) {
+  switch (activation) {
+    case Activation::kGeluTanh:
+      return 0.5f * x * (1.f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    case Activation::kGeluErf:
+      return 0.5f * x * (1.f + erff(x * 0.70710678f));
+    case Activation::kQuickGelu:
+      return x / (1.f + expf(-1.702f * x));
+    case Activation::kSiluMul:  // of a gate
+      return x / (1.f + expf(-x));
+    case Activation::kNone:
+      break;
   }
+  return x;
 }
 
-__global__ void ActivateQuick(const float* x, int64_t count, float* y32, __nv_bfloat16* y16) {
-  const int64_t step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += step) {
-    const float value = x[i] / (1.f + expf(-1.702f * x[i]));
-    y32 ? void(y32[i] = value) : void(y16[i] = __float2bfloat16_rn(value));
+template <typename Sum, typename Y, int kVector>
+__global__ void FinishKernel(FinishArgs a) {
+  const bool paired = a.activation == Activation::kSiluMul;
+  const int64_t outputs = paired ? a.n / 2 : a.n;
+  const int64_t n = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) * kVector;
+  if (n >= outputs) return;
+  using Sums = Piece<Sum, kVector>;
+  using Ys = Piece<Y, kVector>;
+  for (int64_t m = blockIdx.y; m < a.m; m += gridDim.y) {
+    const float row_factor = a.row_factors ? a.row_factors[m] : 1.f;
+    const auto* const sums = static_cast<const Sum*>(a.sums) + m * a.sums_stride;
+    const auto value = [&](const Sums& piece, int i, int64_t at) {
+      auto x = static_cast<float>(piece.v[i]);
+      if (a.factors) x *= row_factor * a.factors[at];
+      return a.bias ? x + a.bias[at] : x;
+    };
+    const Sums piece = *reinterpret_cast<const Sums*>(sums + n);
+    const Sums ups = paired ? *reinterpret_cast<const Sums*>(sums + outputs + n) : Sums();
+    Ys* const to = reinterpret_cast<Ys*>(static_cast<Y*>(a.y) + m * outputs + n);
+    const Ys before = a.accumulate ? *to : Ys();
+    Ys y;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      float x = Activated(a.activation, value(piece, i, n + i));
+      if (paired) x *= value(ups, i, outputs + n + i);
+      y.v[i] = FromFloat<Y>(a.accumulate ? ToFloat(before.v[i]) + x : x);
+    }
+    *to = y;
   }
 }
 
 }  // namespace
 
-// What an algorithm was chosen for: sizes, stride, types, epilogue, and how far operands are
-// aligned.
-using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int, int, int, int>;
+// What an algorithm was chosen for: sizes, stride, types, epilogue, how far operands are aligned,
+// and whether there are factors.
+using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int, int, int, int, bool>;
 
 struct Products::State {
   cublasLtHandle_t library = nullptr;
@@ -82,7 +135,8 @@ Products::Products() : state_(std::make_unique<State>()) {
 Products::~Products() { cublasLtDestroy(state_->library); }
 
 void Products::Run(const ProductArgs& args, void* workspace, Stream stream) {
-  Operation operation;
+  const bool whole_numbers = args.dtype == DType::kI8;
+  Operation operation(whole_numbers);
   operation.Set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
   const cublasLtEpilogue_t epilogue =
       args.gelu_tanh ? (args.bias ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU)
@@ -90,10 +144,19 @@ void Products::Run(const ProductArgs& args, void* workspace, Stream stream) {
   operation.Set(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
   if (args.bias) {
     operation.Set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, args.bias);
-    operation.Set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, TypeOf(args.y_dtype));
+    operation.Set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE,
+                  TypeOf(args.dtype == DType::kU8 ? DType::kBF16 : args.y_dtype));
+  }
+  if (args.dtype == DType::kU8) operation.Set(CUBLASLT_MATMUL_DESC_FAST_ACCUM, int8_t{0});
+  if (args.factors) {
+    constexpr int32_t kVector = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+    operation.Set(CUBLASLT_MATMUL_DESC_A_SCALE_MODE, kVector);
+    operation.Set(CUBLASLT_MATMUL_DESC_B_SCALE_MODE, kVector);
+    operation.Set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, args.factors);
+    operation.Set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, args.row_factors);
   }
   const Layout weight(args.dtype, args.k, args.n, args.k),
-      x(args.dtype, args.k, args.m, args.x_stride), y(args.y_dtype, args.n, args.m, args.n);
+      x(args.dtype, args.k, args.m, args.x_stride), y(args.y_dtype, args.n, args.m, args.y_stride);
 
   const auto alignment = [](const void* p) {
     const auto address = reinterpret_cast<uintptr_t>(p);
@@ -101,7 +164,8 @@ void Products::Run(const ProductArgs& args, void* workspace, Stream stream) {
   };
   const uint32_t of_x = alignment(args.x), of_y = alignment(args.y);
   const Key key(args.m, args.n, args.k, args.x_stride, static_cast<int>(args.dtype),
-                static_cast<int>(args.y_dtype), epilogue, static_cast<int>(of_x * 32 + of_y));
+                static_cast<int>(args.y_dtype), epilogue, static_cast<int>(of_x * 32 + of_y),
+                args.factors != nullptr);
   auto found = state_->chosen.find(key);
   if (found == state_->chosen.end()) {
     Preference preference;
@@ -120,26 +184,43 @@ void Products::Run(const ProductArgs& args, void* workspace, Stream stream) {
                                          y.handle, y.handle, preference.handle, 1, &best, &count),
           "choosing an algorithm");
     if (count == 0) {
-      throw Error("[cuda linear] cuBLASLt has no algorithm for M " + std::to_string(args.m) +
-                  ", N " + std::to_string(args.n) + ", K " + std::to_string(args.k) + " in " +
+      throw Error("[cuda] cuBLASLt has no algorithm for M " + std::to_string(args.m) + ", N " +
+                  std::to_string(args.n) + ", K " + std::to_string(args.k) + " in " +
                   Name(args.dtype));
     }
     found = state_->chosen.emplace(key, best.algo).first;
   }
   const float one = 1, of_c = args.accumulate ? 1.f : 0.f;
-  Check(cublasLtMatmul(state_->library, operation.handle, &one, args.weight, weight.handle, args.x,
-                       x.handle, &of_c, args.y, y.handle, args.y, y.handle, &found->second,
-                       workspace, kWorkspaceBytes, stream),
+  const int32_t whole_one = 1, whole_zero = 0;
+  const auto factor = [&](const float& real, const int32_t& whole) {
+    return whole_numbers ? static_cast<const void*>(&whole) : &real;
+  };
+  Check(cublasLtMatmul(state_->library, operation.handle, factor(one, whole_one), args.weight,
+                       weight.handle, args.x, x.handle, factor(of_c, whole_zero), args.y, y.handle,
+                       args.y, y.handle, &found->second, workspace, kWorkspaceBytes, stream),
         "a product");
 }
 
-void Activate(Gelu kind, const float* x, int64_t count, void* y, DType y_dtype, Stream stream) {
-  if (count == 0) return;
-  auto* y32 = y_dtype == DType::kF32 ? static_cast<float*>(y) : nullptr;
-  auto* y16 = y_dtype == DType::kBF16 ? static_cast<__nv_bfloat16*>(y) : nullptr;
-  const auto kernel = kind == Gelu::kErf ? ActivateErf : ActivateQuick;
-  kernel<<<BlocksFor(count), kThreads, 0, stream>>>(x, count, y32, y16);
-  CheckLaunch("activation");
+void Finish(const FinishArgs& a, Stream stream) {
+  const int64_t outputs = a.activation == Activation::kSiluMul ? a.n / 2 : a.n;
+  if (a.m == 0 || outputs == 0) return;
+  constexpr int kWide = 4;
+  const bool wide = outputs % kWide == 0 && a.sums_stride % kWide == 0 &&
+                    reinterpret_cast<uintptr_t>(a.sums) % (kWide * 4) == 0 &&
+                    reinterpret_cast<uintptr_t>(a.y) % (kWide * SizeOf(a.y_dtype)) == 0;
+  const int64_t pieces = outputs / (wide ? kWide : 1);
+  const dim3 grid(static_cast<unsigned>((pieces + kThreads - 1) / kThreads),
+                  static_cast<unsigned>(std::min<int64_t>(a.m, 1 << 15)));
+  WithType(a.y_dtype, [&](auto y) {
+    using Y = decltype(y);
+    const auto run = [&](auto kernel) { kernel<<<grid, kThreads, 0, stream>>>(a); };
+    if (a.sums_dtype == DType::kI32) {
+      wide ? run(FinishKernel<int32_t, Y, kWide>) : run(FinishKernel<int32_t, Y, 1>);
+    } else {
+      wide ? run(FinishKernel<float, Y, kWide>) : run(FinishKernel<float, Y, 1>);
+    }
+  });
+  CheckLaunch("finish");
 }
 
 }  // namespace sluice::cuda

@@ -1,122 +1,251 @@
-// y[m, n] = sum_k x[m, k] W[n, k]
+// y[m, n] = factor[n] * sum_k x[m, k] W[n, k]
 //
-// A warp takes an output (with silu_mul: a gate and its up): lanes read 16 bytes of the weight's
-// row in turn, four such reads in flight, multiply with as many values of each row of x, which
-// stays in the first-level cache, and exchange their sums at the end. Reads the weight once: bound
-// by that, N * K * 2 bytes.
+// Bound by reading the weight once: N * K * 2 bytes, or half of that in 8 bits. All else is done in
+// its shadow by the matrix units.
+//
+// A warp takes some outputs (with silu_mul some gates and their ups). Of each it reads 512 bytes of
+// the weight's row at a time, 16 a lane, and as many values of x, which stays in the caches. Lane
+// 4 g + q's values are column g of one mma.m16n8k16 after the other and row g of x: products of
+// parts g of both, eight parts at once. So sums [g, g] count, which are added up at the end, and
+// all the others are for nothing; a second row of x takes rows 8 to 15. An instruction takes four
+// values of each lane: which k's they are does not matter as long as x and W agree, so nothing is
+// exchanged. Values of 8 bits are widened to bf16, exactly. `splits` warps of a block share an
+// output's K, turn by turn, and add their sums in shared memory.
 #include "runtime/ops/cuda/launch.cuh"
 #include "runtime/ops/cuda/linear_few.h"
 
 namespace sluice::cuda {
 namespace {
 
-constexpr int kLane = 8;      // values a lane reads at once
-constexpr int kInFlight = 4;  // reads of a row
-constexpr int kWarps = 8;     // of a block
+constexpr int kWarps = 8;  // of a block
+constexpr int kLanes = 32;
+// Reads of a lane at once, of each output.
+template <int kOutputs>
+constexpr int kReads = kOutputs == 1 ? 4 : 8 / kOutputs;
 
-__device__ inline void Widen(const uint4& packed, float (&x)[kLane]) {
-  const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&packed);
-#pragma unroll
-  for (int i = 0; i < kLane / 2; ++i) {
-    const float2 two = __bfloat1622float2(pairs[i]);
-    x[2 * i] = two.x;
-    x[2 * i + 1] = two.y;
+// How many values 16 bytes hold.
+template <WeightFormat kFormat>
+constexpr int kValuesOf = kFormat == WeightFormat::kPlain ? 8 : 16;
+
+// Bytes 2 * kHalf and 2 * kHalf + 1 of four e4m3 as two bf16. Moved four bits down, the bits of an
+// e4m3 are those of a bf16 with an exponent that is 120 less, subnormal numbers too.
+template <int kHalf>
+__device__ inline uint32_t WidenFp8(uint32_t four) {
+  const uint32_t two = __byte_perm(four, 0, kHalf == 0 ? 0x1404 : 0x3424);  // the upper bytes
+  const uint32_t small = (two & 0x80008000u) | (two >> 4 & 0x07f007f0u);
+  const __nv_bfloat162 scale = __halves2bfloat162(__ushort_as_bfloat16(0x7b80),  // 2^120
+                                                  __ushort_as_bfloat16(0x7b80));
+  const __nv_bfloat162 wide = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&small), scale);
+  return *reinterpret_cast<const uint32_t*>(&wide);
+}
+
+// Likewise of four int8. 0x4300 is 128, whose last place counts 1; with the sign's bit it is 256:
+// x = (128 + the lower 7 bits) - (128 or 256).
+template <int kHalf>
+__device__ inline uint32_t WidenInt8(uint32_t four) {
+  const uint32_t two = __byte_perm(four, 0, kHalf == 0 ? 0x4140 : 0x4342);  // the lower bytes
+  const uint32_t above = (two & 0x007f007fu) | 0x43004300u;
+  const uint32_t base = (two & 0x00800080u) | 0x43004300u;
+  const __nv_bfloat162 wide = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&above),
+                                      *reinterpret_cast<const __nv_bfloat162*>(&base));
+  return *reinterpret_cast<const uint32_t*>(&wide);
+}
+
+// Values 4 i to 4 i + 3 of a lane's 16 bytes as two pairs of bf16.
+template <WeightFormat kFormat>
+__device__ inline uint2 Widen(const uint4& packed, int i) {
+  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+  if constexpr (kFormat == WeightFormat::kPlain) {
+    return make_uint2(words[2 * i], words[2 * i + 1]);
+  } else if constexpr (kFormat == WeightFormat::kFp8) {
+    return make_uint2(WidenFp8<0>(words[i]), WidenFp8<1>(words[i]));
+  } else {
+    return make_uint2(WidenInt8<0>(words[i]), WidenInt8<1>(words[i]));
   }
 }
 
-template <int kRows, bool kSiluMul, typename Y>
-__global__ void __launch_bounds__(32 * kWarps) FewRowsKernel(FewRowsArgs a) {
-  constexpr int kOutputs = kSiluMul ? 2 : 1;
-  const int64_t outputs = kSiluMul ? a.n / 2 : a.n;
-  const int64_t n = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32;
-  if (n >= outputs) return;
-  const int lane = threadIdx.x % 32;
-  const auto* const weight = static_cast<const __nv_bfloat16*>(a.weight) + n * a.k;
-  const auto* const x = static_cast<const __nv_bfloat16*>(a.x);
-  float sum[kOutputs][kRows] = {};
-  for (int64_t first = lane * kLane; first < a.k; first += kInFlight * 32 * kLane) {
-    uint4 w[kOutputs][kInFlight];
+// sums += x w^T; two pairs of a part of one row of x and of another.
+__device__ inline void Multiply(uint2 x, uint2 x_below, uint2 w, float (&sums)[4]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+      "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(x.x), "r"(x_below.x), "r"(x.y), "r"(x_below.y), "r"(w.x), "r"(w.y));
+}
+
+// The values of x that meet a lane's 16 bytes of weight.
+template <int kValues>
+struct Values {
+  uint2 four[kValues / 4] = {};
+};
+template <int kValues>
+__device__ inline Values<kValues> Read(const __nv_bfloat16* from) {
+  Values<kValues> x;
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-      const int64_t at = first + j * 32 * kLane;
+  for (int i = 0; i < kValues / 8; ++i) {
+    const uint4 eight = reinterpret_cast<const uint4*>(from)[i];
+    x.four[2 * i] = make_uint2(eight.x, eight.y);
+    x.four[2 * i + 1] = make_uint2(eight.z, eight.w);
+  }
+  return x;
+}
+
+// kPairs: of rows of x. kOutputs: rows of W that a warp takes, with kSiluMul the first half of them
+// gates and the others their ups.
+template <WeightFormat kFormat, int kPairs, int kOutputs, bool kSiluMul>
+__global__ void __launch_bounds__(kLanes* kWarps, 2) FewRowsKernel(FewRowsArgs a, int splits) {
+  constexpr int kValues = kValuesOf<kFormat>, kAtOnce = kReads<kOutputs>;
+  constexpr int kBytes = 16 / kValues;         // of a value
+  constexpr int64_t kStep = kLanes * kValues;  // values of K that a warp reads of a row at once
+  constexpr int kResults = kSiluMul ? kOutputs / 2 : kOutputs;
+  __shared__ float shared_sums[kWarps][kOutputs * 2 * kPairs];
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int part = warp % splits;
+  const int64_t outputs = kSiluMul ? a.n / 2 : a.n;
+  const int64_t first = (blockIdx.x * int64_t{kWarps} + warp) / splits * kResults;
+
+  const uint8_t* rows[kOutputs];
+#pragma unroll
+  for (int o = 0; o < kOutputs; ++o) {
+    // Outputs beyond the last are read as the last, and not written.
+    const int64_t n = min(first + o % kResults, outputs - 1) + o / kResults * outputs;
+    rows[o] = static_cast<const uint8_t*>(a.weight) + n * a.weight_stride * kBytes;
+  }
+  const auto* const x = static_cast<const __nv_bfloat16*>(a.x);
+  float sums[kOutputs][kPairs][4] = {};
+  for (int64_t begin = part * kAtOnce * kStep; begin < a.k; begin += splits * kAtOnce * kStep) {
+    uint4 w[kOutputs][kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t k = begin + j * kStep + lane * kValues;
 #pragma unroll
       for (int o = 0; o < kOutputs; ++o) {
         w[o][j] = make_uint4(0, 0, 0, 0);
-        if (at < a.k)
-          w[o][j] = __ldcs(reinterpret_cast<const uint4*>(weight + o * outputs * a.k + at));
+        if (k < a.k) w[o][j] = __ldcs(reinterpret_cast<const uint4*>(rows[o] + k * kBytes));
       }
     }
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-      const int64_t at = first + j * 32 * kLane;
-      if (at >= a.k) break;
-      float of_weight[kOutputs][kLane];
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (begin + j * kStep >= a.k) break;
+      const int64_t k = begin + j * kStep + lane * kValues;
+      Values<kValues> of_x[kPairs], below[kPairs];
 #pragma unroll
-      for (int o = 0; o < kOutputs; ++o) Widen(w[o][j], of_weight[o]);
+      for (int p = 0; p < kPairs; ++p) {
+        if (k < a.k) of_x[p] = Read<kValues>(x + 2 * p * a.x_stride + k);
+        if (k < a.k && 2 * p + 1 < a.m) {
+          below[p] = Read<kValues>(x + (2 * p + 1) * a.x_stride + k);
+        }
+      }
 #pragma unroll
-      for (int m = 0; m < kRows; ++m) {
-        float values[kLane];
-        Widen(*reinterpret_cast<const uint4*>(x + m * a.x_stride + at), values);
+      for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
-        for (int o = 0; o < kOutputs; ++o) {
+        for (int i = 0; i < kValues / 4; ++i) {
+          const uint2 wide = Widen<kFormat>(w[o][j], i);
 #pragma unroll
-          for (int i = 0; i < kLane; ++i) sum[o][m] += of_weight[o][i] * values[i];
+          for (int p = 0; p < kPairs; ++p) {
+            Multiply(of_x[p].four[i], below[p].four[i], wide, sums[o][p]);
+          }
         }
       }
     }
   }
+
+  // Lane 4 g + q has columns 2 q and 2 q + 1 of row g, and of row 8 + g behind them.
+  const int group = lane / 4;
+  const bool counts = lane % 4 == group / 2;
+  float of_row[kOutputs][2 * kPairs];
 #pragma unroll
-  for (int m = 0; m < kRows; ++m) {
+  for (int o = 0; o < kOutputs; ++o) {
+#pragma unroll
+    for (int m = 0; m < 2 * kPairs; ++m) {
+      const float* const at = sums[o][m / 2] + m % 2 * 2;
+      float sum = counts ? (group % 2 == 0 ? at[0] : at[1]) : 0.f;
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+      }
+      of_row[o][m] = sum;
+      if (splits > 1 && lane == 0) shared_sums[warp][o * 2 * kPairs + m] = sum;
+    }
+  }
+  if (splits > 1) {
+    __syncthreads();
+    if (part != 0) return;
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
-      for (int offset = 16; offset > 0; offset /= 2) {
-        sum[o][m] += __shfl_xor_sync(0xffffffffu, sum[o][m], offset);
+#pragma unroll
+      for (int m = 0; m < 2 * kPairs; ++m) {
+        for (int other = 1; other < splits; ++other) {
+          of_row[o][m] += shared_sums[warp + other][o * 2 * kPairs + m];
+        }
       }
-      if (a.bias) sum[o][m] += a.bias[n + o * outputs];
     }
-    if (lane != m) continue;
-    Y& y = static_cast<Y*>(a.y)[m * outputs + n];
-    if constexpr (kSiluMul) {
-      y = FromFloat<Y>(sum[0][m] / (1.f + expf(-sum[0][m])) * sum[1][m]);
-    } else {
-      y = FromFloat<Y>(a.accumulate ? ToFloat(y) + sum[0][m] : sum[0][m]);
+  }
+  const auto value = [&](float sum, int64_t n) {
+    if constexpr (kFormat != WeightFormat::kPlain) sum *= a.factors[n];
+    return a.bias ? sum + a.bias[n] : sum;
+  };
+  // A lane each writes a result.
+#pragma unroll
+  for (int o = 0; o < kResults; ++o) {
+#pragma unroll
+    for (int m = 0; m < 2 * kPairs; ++m) {
+      const int64_t n = first + o;
+      if (lane != o * 2 * kPairs + m || m >= a.m || n >= outputs) continue;
+      float result = value(of_row[o][m], n);
+      if constexpr (kSiluMul) {
+        result = result / (1.f + expf(-result)) * value(of_row[kResults + o][m], n + outputs);
+      }
+      if (a.y_dtype == DType::kBF16) {
+        static_cast<__nv_bfloat16*>(a.y)[m * outputs + n] = __float2bfloat16_rn(result);
+      } else {
+        float& y = static_cast<float*>(a.y)[m * outputs + n];
+        y = a.accumulate ? y + result : result;
+      }
     }
   }
 }
 
-template <int kRows>
-void Launch(const FewRowsArgs& a, Stream stream) {
-  const int64_t outputs = a.silu_mul ? a.n / 2 : a.n;
-  const auto blocks = static_cast<unsigned>((outputs + kWarps - 1) / kWarps);
-  WithType(a.y_dtype, [&](auto out) {
-    using Y = decltype(out);
-    if (a.silu_mul) {
-      FewRowsKernel<kRows, true, Y><<<blocks, 32 * kWarps, 0, stream>>>(a);
-    } else {
-      FewRowsKernel<kRows, false, Y><<<blocks, 32 * kWarps, 0, stream>>>(a);
-    }
-  });
+template <WeightFormat kFormat>
+void Launch(const FewRowsArgs& a, const FewRowsLaunch& launch, Stream stream) {
+  const int64_t results = a.silu_mul ? a.n / 2 : a.n;
+  const int64_t of_warp = a.silu_mul ? launch.outputs / 2 : launch.outputs;
+  const int64_t warps = (results + of_warp - 1) / of_warp * launch.splits;
+  const auto blocks = static_cast<unsigned>((warps + kWarps - 1) / kWarps);
+  const auto run = [&](auto pairs, auto outputs, auto silu_mul) {
+    FewRowsKernel<kFormat, pairs(), outputs(), silu_mul()>
+        <<<blocks, kLanes * kWarps, 0, stream>>>(a, launch.splits);
+  };
+  const auto with_pairs = [&](auto outputs, auto silu_mul) {
+    a.m > 2 ? run(std::integral_constant<int, 2>(), outputs, silu_mul)
+            : run(std::integral_constant<int, 1>(), outputs, silu_mul);
+  };
+  constexpr std::integral_constant<int, 1> kOne;
+  constexpr std::integral_constant<int, 2> kTwo;
+  constexpr std::integral_constant<int, 4> kFour;
+  if (a.silu_mul) {
+    launch.outputs == 4 ? with_pairs(kFour, std::true_type()) : with_pairs(kTwo, std::true_type());
+  } else if (launch.outputs == 1) {
+    with_pairs(kOne, std::false_type());
+  } else if (launch.outputs == 2) {
+    with_pairs(kTwo, std::false_type());
+  } else {
+    with_pairs(kFour, std::false_type());
+  }
 }
 
 }  // namespace
 
-bool TakesFewRows(int64_t m, int64_t k, int64_t x_stride, DType weight) {
-  return m >= 1 && m <= 4 && k % kLane == 0 && x_stride % kLane == 0 && weight == DType::kBF16;
-}
-
 void FewRows(const FewRowsArgs& a, Stream stream) {
-  switch (a.m) {
-    case 1:
-      Launch<1>(a, stream);
+  const FewRowsLaunch launch = ChooseFewRows(a.n, a.k, a.format, a.silu_mul);
+  switch (a.format) {
+    case WeightFormat::kPlain:
+      Launch<WeightFormat::kPlain>(a, launch, stream);
       break;
-    case 2:
-      Launch<2>(a, stream);
+    case WeightFormat::kFp8:
+      Launch<WeightFormat::kFp8>(a, launch, stream);
       break;
-    case 3:
-      Launch<3>(a, stream);
-      break;
-    default:
-      Launch<4>(a, stream);
+    case WeightFormat::kInt8:
+      Launch<WeightFormat::kInt8>(a, launch, stream);
       break;
   }
   CheckLaunch("product of few rows");

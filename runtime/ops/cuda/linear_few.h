@@ -1,4 +1,5 @@
-// Products of one to four rows with a weight in bf16 on a CUDA device: what decoding does.
+// Products of few rows in bf16 on a CUDA device, with a weight in bf16 or 8 bits: what decoding
+// does.
 #ifndef SLUICE_RUNTIME_OPS_CUDA_LINEAR_FEW_H_
 #define SLUICE_RUNTIME_OPS_CUDA_LINEAR_FEW_H_
 
@@ -6,25 +7,39 @@
 
 #include "runtime/dtype.h"
 #include "runtime/ops/cuda/device.h"
+#include "runtime/weight_format.h"
 
 namespace sluice::cuda {
 
-// y = x W^T + bias (+ y), or with `silu_mul`, where W's rows are gate | up and y has N / 2 columns,
-// y = silu(gate) * up. Sums and the activation in f32, rounded once. Device memory, x and weight at
-// multiples of 16 bytes, y contiguous.
+constexpr int64_t kMostFewRows = 4;
+
+// y = x W^T * factors + bias (+ y), or with `silu_mul`, where W's rows are gate | up and y has N /
+// 2 columns, y = silu(gate) * up. Products of bf16, sums and the activation in f32, rounded once.
+// Device memory, rows of x and weight at multiples of 16 bytes and as long as such; 1 to
+// kMostFewRows rows; y contiguous.
 struct FewRowsArgs {
   int64_t m = 0, n = 0, k = 0;
   const void* x = nullptr;  // [M, K] bf16, rows x_stride elements apart
   int64_t x_stride = 0;
-  const void* weight = nullptr;  // [N, K] bf16
-  const float* bias = nullptr;   // [N] f32, or null
-  void* y = nullptr;             // [M, N] or [M, N / 2]
-  DType y_dtype = DType::kF32;   // f32 or bf16
-  bool accumulate = false;       // y f32; not with silu_mul
+  const void* weight = nullptr;  // [N, K], rows weight_stride elements apart
+  int64_t weight_stride = 0;
+  WeightFormat format = WeightFormat::kPlain;  // plain: bf16
+  const float* factors = nullptr;              // [N], with 8 bits
+  const float* bias = nullptr;                 // [N] f32, or null
+  void* y = nullptr;                           // [M, N] or [M, N / 2]
+  DType y_dtype = DType::kF32;                 // f32 or bf16
+  bool accumulate = false;                     // y f32; not with silu_mul
   bool silu_mul = false;
 };
-// Whether the kernel takes such sizes: 1 to 4 rows, K and x_stride multiples of 8.
-bool TakesFewRows(int64_t m, int64_t k, int64_t x_stride, DType weight);
+
+// How the work is cut: each warp takes so many rows of W (with silu_mul half of them gates, the
+// others their ups), and one of `splits` parts of K.
+struct FewRowsLaunch {
+  int outputs = 1;  // 1, 2 or 4; with silu_mul 2 or 4
+  int splits = 1;   // 1, 2, 4 or 8
+};
+FewRowsLaunch ChooseFewRows(int64_t n, int64_t k, WeightFormat format, bool silu_mul);
+
 void FewRows(const FewRowsArgs& args, Stream stream);
 
 }  // namespace sluice::cuda

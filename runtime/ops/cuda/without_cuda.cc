@@ -10,6 +10,7 @@
 #include "runtime/ops/cuda/linear_few.h"
 #include "runtime/ops/cuda/norm.h"
 #include "runtime/ops/cuda/pictures.h"
+#include "runtime/ops/cuda/quantise.h"
 #include "runtime/ops/cuda/recorder.h"
 #include "runtime/ops/cuda/rope.h"
 #include "runtime/ops/cuda/rows.h"
@@ -49,7 +50,7 @@ struct Products::State {};
 Products::Products() { Refuse(); }
 Products::~Products() = default;
 void Products::Run(const ProductArgs&, void*, Stream) { Refuse(); }
-void Activate(Gelu, const float*, int64_t, void*, DType, Stream) { Refuse(); }
+void Finish(const FinishArgs&, Stream) { Refuse(); }
 void SiluMul(ConstTensorView, TensorView, Stream) { Refuse(); }
 void Softmax(TensorView, Stream) { Refuse(); }
 void Rope(TensorView, int, const int32_t*, ConstTensorView, Stream) { Refuse(); }
@@ -59,8 +60,8 @@ void AddRows(ConstTensorView, float, ConstTensorView, TensorView, const RowList&
   Refuse();
 }
 void Attention(const AttentionArgs&, void*, size_t, Stream) { Refuse(); }
-bool TakesFewRows(int64_t, int64_t, int64_t, DType) { return false; }
 void FewRows(const FewRowsArgs&, Stream) { Refuse(); }
+void QuantiseRows(ConstTensorView, WeightFormat, TensorView, TensorView, Stream) { Refuse(); }
 void Convert(ConstTensorView, TensorView, Stream) { Refuse(); }
 void EmbedRows(ConstTensorView, const int32_t*, TensorView, Stream) { Refuse(); }
 void StoreKv(const KvBlocks&, const int32_t*, const KvRows&, Stream) { Refuse(); }
