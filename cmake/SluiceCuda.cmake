@@ -17,11 +17,14 @@ elseif(SLUICE_CUDA)
 endif()
 
 if(SLUICE_HAS_CUDA)
-  # Ampere and Hopper (90a: with its matrix instructions), and PTX for what comes after. Named
-  # before the language is enabled: the default of this CMake is an architecture that recent
-  # toolkits no longer know.
+  # Ampere (A100; 86: its smaller chips), Ada, Hopper (90a: with its matrix instructions) and the
+  # small Blackwells, whose code 12.1 takes too. The PTX of 9.0 serves every other chip from 9.0 on,
+  # compiled by the driver when it is loaded: the large Blackwells (10.0, 10.3, 11.0) and what comes
+  # after 12.x. PTX of 12.0 would not do for the former, and has nothing that our kernels use and
+  # 9.0 lacks. Named before the language is enabled: the default of this CMake is an architecture
+  # that recent toolkits no longer know.
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 90-virtual)
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90a-real 120-real 90-virtual)
   endif()
   if(NOT DEFINED CMAKE_CUDA_COMPILER)
     set(CMAKE_CUDA_COMPILER ${SLUICE_NVCC})

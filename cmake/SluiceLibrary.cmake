@@ -1,12 +1,23 @@
 # One static library per folder of the street. `sluice_library(name DEPENDS ... )` takes every
 # source below the folder (CUDA sources where CUDA is built); adding a file needs no edit here.
-# A folder that holds only headers so far becomes an interface.
+# A folder that holds only headers so far becomes an interface. HOPPER names CUDA sources of Hopper's
+# own instructions, which are compiled for that architecture alone.
 function(sluice_library name)
-  cmake_parse_arguments(ARG "" "" "DEPENDS" ${ARGN})
+  cmake_parse_arguments(ARG "" "" "DEPENDS;HOPPER" ${ARGN})
   file(GLOB_RECURSE sources CONFIGURE_DEPENDS *.cc)
   file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS *.cu)
   if(SLUICE_HAS_CUDA)
     list(APPEND sources ${cuda_sources})
+    if(ARG_HOPPER)
+      list(TRANSFORM ARG_HOPPER PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/)
+      list(REMOVE_ITEM sources ${ARG_HOPPER})
+      add_library(${name}_hopper OBJECT ${ARG_HOPPER})
+      set_target_properties(${name}_hopper PROPERTIES CUDA_ARCHITECTURES 90a-real)
+      target_compile_definitions(${name}_hopper PRIVATE SLUICE_HAS_CUDA=1)
+      target_include_directories(${name}_hopper PRIVATE ${PROJECT_SOURCE_DIR})
+      sluice_warnings(${name}_hopper)
+      list(APPEND sources $<TARGET_OBJECTS:${name}_hopper>)
+    endif()
   endif()
   set(scope PUBLIC)
   if(sources)

@@ -309,6 +309,10 @@ void DecodeOnGpu(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment>
   ctx.Queue(cuda::DecodeAttention, args, ScratchOf(ctx, cuda::DecodeWorkspaceBytes(args)));
 }
 
+bool IsFlash(GpuAttention kernel) {
+  return kernel == GpuAttention::kFlash || kernel == GpuAttention::kFlashMma;
+}
+
 // The rows of one segment; q and out are theirs.
 void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment, int heads,
                   float scale, TensorView out) {
@@ -327,7 +331,7 @@ void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment,
   // Room for more, so that lengths near each other are the same step.
   table.resize((table.size() + kTogether) / kTogether * kTogether, 0);
   const int32_t* const there = Within(ctx, table);
-  if (kernel == GpuAttention::kFlash) {
+  if (IsFlash(kernel)) {
     return FlashAttention(ctx, {.q = q.raw(),
                                 .out = out.raw(),
                                 .blocks = kv.base,
@@ -415,6 +419,8 @@ const char* Name(GpuAttention kernel) {
       return "plain";
     case GpuAttention::kFlash:
       return "flash (sm_90a)";
+    case GpuAttention::kFlashMma:
+      return "flash (mma.sync)";
     case GpuAttention::kDecode:
       return "decode";
   }
@@ -428,7 +434,8 @@ GpuAttention ChooseGpuAttention(int capability, int64_t queries, int heads, int 
     return GpuAttention::kDecode;
   }
   const bool size = head_dim == 64 || head_dim == 72 || head_dim == 80 || head_dim == 128;
-  return capability == 90 && size ? GpuAttention::kFlash : GpuAttention::kPlain;
+  if (!size || capability < 80) return GpuAttention::kPlain;
+  return capability == 90 ? GpuAttention::kFlash : GpuAttention::kFlashMma;
 }
 
 size_t KvBlockBytes(int kv_heads, int head_dim, DType dtype) {
@@ -450,8 +457,8 @@ void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, Co
   if (queries == 0) return;
   if (keys == 0) throw Error(std::string("[") + kOp + "] queries need at least one key");
   if (OnGpu(kOp, ctx, {q, k, v, out, key_bias})) {
-    if (ChooseGpuAttention(cuda::ComputeCapability(), queries / batch, heads, heads, head_dim,
-                           q.dtype(), false, !key_bias.empty()) == GpuAttention::kFlash) {
+    if (IsFlash(ChooseGpuAttention(cuda::ComputeCapability(), queries / batch, heads, heads,
+                                   head_dim, q.dtype(), false, !key_bias.empty()))) {
       return FlashAttention(ctx, {.q = q.raw(),
                                   .k = k.raw(),
                                   .v = v.raw(),

@@ -113,7 +113,7 @@ AttentionKernel ChooseAttention(int64_t queries, int64_t keys, int head_dim, DTy
 
 // The same on a GPU. `capability`: of the device, 90 for 9.0. `causal`: over blocks. `biased`: with
 // a key_bias.
-enum class GpuAttention { kPlain, kFlash, kDecode };
+enum class GpuAttention { kPlain, kFlash, kFlashMma, kDecode };
 const char* Name(GpuAttention kernel);
 GpuAttention ChooseGpuAttention(int capability, int64_t queries, int heads, int kv_heads,
                                 int head_dim, DType dtype, bool causal, bool biased);

@@ -1,5 +1,7 @@
-// Attention on a Hopper GPU, quantisation included. One run is kQueued calls in a row and one wait,
-// so that launches overlap with work as in a model; times are those of one call.
+// Attention on a GPU, quantisation included: Attention by the kernels of the chip, MmaAttention by
+// those of mma.sync, which Hopper has too, though fp8 and int4 are emulated there. One run is
+// kQueued calls in a row and one wait, so that launches overlap with work as in a model; times are
+// those of one call.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -10,6 +12,7 @@
 #include <vector>
 
 #include "runtime/dtype.h"
+#include "runtime/error.h"
 #include "runtime/ops/cuda/attention.h"
 #include "tests/support/device_buffer.h"
 
@@ -17,6 +20,7 @@ namespace sluice {
 namespace {
 
 using cuda::AttentionArgs;
+using cuda::AttentionFamily;
 using cuda::AttentionPrecision;
 using ::sluice::testing::DeviceBuffer;
 
@@ -37,14 +41,18 @@ DeviceBuffer Normal(int64_t elements, uint32_t seed) {
   return buffer;
 }
 
-// Arguments: quantised or not, batch, length, heads, kv heads, head size, causal.
-void Attention(benchmark::State& state) {
-  if (cuda::DeviceCount() == 0) {
-    state.SkipWithError("needs a Hopper GPU and a build with -DSLUICE_CUDA=ON");
+// Arguments: something about precision, batch, length, heads, kv heads, head size, causal.
+void Measure(benchmark::State& state, AttentionPrecision precision, AttentionFamily family) {
+  AttentionArgs args;
+  args.precision = precision;
+  args.family = family;
+  try {
+    if (cuda::DeviceCount() == 0) throw Error("needs a GPU and a build with -DSLUICE_CUDA=ON");
+    cuda::ChooseAttentionVariant(cuda::ComputeCapability(), args);
+  } catch (const Error& refusal) {
+    state.SkipWithError(refusal.what());
     return;
   }
-  AttentionArgs args;
-  args.precision = state.range(0) ? AttentionPrecision::kInt8Fp8 : AttentionPrecision::kBF16;
   args.batch = state.range(1);
   args.q_len = args.kv_len = state.range(2);
   args.heads = static_cast<int>(state.range(3));
@@ -80,6 +88,17 @@ void Attention(benchmark::State& state) {
                          benchmark::Counter::kIsIterationInvariantRate);
 }
 
+// First argument: quantised or not.
+void Attention(benchmark::State& state) {
+  Measure(state, state.range(0) ? AttentionPrecision::kInt8Fp8 : AttentionPrecision::kBF16,
+          AttentionFamily::kByChip);
+}
+
+// First argument: the number of an AttentionPrecision.
+void MmaAttention(benchmark::State& state) {
+  Measure(state, static_cast<AttentionPrecision>(state.range(0)), AttentionFamily::kMma);
+}
+
 BENCHMARK(Attention)
     ->ArgNames({"quantised", "batch", "length", "heads", "kv_heads", "head_dim", "causal"})
     ->ArgsProduct({{0, 1}, {1}, {16384}, {32}, {32}, {128}, {1}})
@@ -91,6 +110,15 @@ BENCHMARK(Attention)
     ->UseManualTime()
     ->Unit(benchmark::kMillisecond)
     ->Iterations(10);  // fixed: every trial for a better number would draw the operands again
+
+BENCHMARK(MmaAttention)
+    ->ArgNames({"precision", "batch", "length", "heads", "kv_heads", "head_dim", "causal"})
+    ->ArgsProduct({{0, 1, 2, 3, 4, 5}, {1}, {16384}, {32}, {32}, {128}, {1}})
+    ->ArgsProduct({{0, 1, 2, 3, 4, 5}, {4}, {4096}, {32}, {32}, {64}, {0}})
+    ->ArgsProduct({{0, 3}, {8}, {729}, {16}, {16}, {72}, {0}})
+    ->UseManualTime()
+    ->Unit(benchmark::kMillisecond)
+    ->Iterations(10);
 
 }  // namespace
 }  // namespace sluice

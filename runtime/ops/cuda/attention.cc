@@ -23,6 +23,16 @@ std::string Sizes(const AttentionArgs& a) {
          std::to_string(a.kv_heads) + ", head_dim " + std::to_string(a.head_dim);
 }
 
+bool IsInt4(AttentionPrecision precision) {
+  return precision == AttentionPrecision::kInt4Fp8 || precision == AttentionPrecision::kInt4Fp16;
+}
+
+bool HasFp8(AttentionPrecision precision) {
+  return precision == AttentionPrecision::kInt8Fp8 ||
+         precision == AttentionPrecision::kInt8Fp8HalfSums ||
+         precision == AttentionPrecision::kInt4Fp8;
+}
+
 }  // namespace
 
 void CheckAttention(const AttentionArgs& a) {
@@ -88,6 +98,75 @@ QuantizedKvLayout LayOutQuantizedKv(const AttentionArgs& a) {
   return layout;
 }
 
+MmaKvLayout LayOutMmaKv(const AttentionArgs& a) {
+  const bool int4 = IsInt4(a.precision);
+  MmaKvLayout layout;
+  const size_t all = static_cast<size_t>(a.batch) * a.kv_heads;
+  const int64_t tiles = (a.kv_len + layout.kTileKeys - 1) / layout.kTileKeys;
+  layout.padded_len = tiles * layout.kTileKeys;
+  layout.q_tiles = (a.q_len + layout.kTileQueries - 1) / layout.kTileQueries;
+  layout.channels = (a.head_dim + 15) / 16 * 16;
+  // A product takes 32 bytes of a key at once: 32 or 64 channels.
+  layout.key_pitch = int4 ? (a.head_dim + 63) / 64 * 32 : (a.head_dim + 31) / 32 * 32;
+  size_t& used = layout.bytes;
+  layout.key_mean = Take(used, all * a.head_dim * sizeof(float));
+  layout.value_channels = Take(used, all * a.head_dim * sizeof(float));
+  layout.key_scales = Take(used, all * tiles * layout.kKeyScales * sizeof(float));
+  layout.value_scales = Take(used, all * tiles * sizeof(float));
+  layout.keys = Take(used, all * layout.padded_len * layout.key_pitch);
+  layout.values =
+      Take(used, all * layout.padded_len * layout.channels * (HasFp8(a.precision) ? 1 : 2));
+  if (int4) {
+    const size_t query_tiles = static_cast<size_t>(a.batch) * a.heads * layout.q_tiles;
+    layout.query_means = Take(used, query_tiles * a.head_dim * sizeof(float));
+    layout.mean_scores = Take(used, query_tiles * layout.padded_len * sizeof(float));
+  }
+  return layout;
+}
+
+AttentionVariant ChooseAttentionVariant(int capability, const AttentionArgs& args) {
+  using Family = AttentionFamily;
+  using Precision = AttentionPrecision;
+  const auto refuse = [&](const std::string& what) {
+    throw Error("[cuda attention] " + what + ", got " + std::to_string(capability / 10) + "." +
+                std::to_string(capability % 10));
+  };
+  const Precision precision = args.precision;
+  if (capability < 80) refuse("the device must have compute capability 8.0 or later");
+  if (args.family == Family::kHopper && capability != 90) {
+    refuse("the Hopper kernels need compute capability 9.0");
+  }
+  const bool on_hopper = precision == Precision::kBF16 || precision == Precision::kInt8Fp8;
+  if (args.family == Family::kHopper && (!on_hopper || args.groups == ScaleGroups::kWarp)) {
+    throw Error("[cuda attention] the Hopper kernels have bf16, and int8 with fp8 by thread only");
+  }
+  if (args.family != Family::kMma && capability == 90 && on_hopper &&
+      args.groups != ScaleGroups::kWarp) {
+    return {Family::kHopper, ScaleGroups::kThread};
+  }
+  // mma.sync in fp8 came with Ada, and is emulated by f16 on the chips between Ada and the second
+  // Blackwell; in int4 it went with Hopper.
+  const bool emulate = args.family == Family::kMma;
+  if (HasFp8(precision) && capability < 89) {
+    refuse("fp8 values need compute capability 8.9 or later");
+  }
+  if (HasFp8(precision) && capability != 89 && capability < 120 && !emulate) {
+    refuse("fp8 values by mma.sync need compute capability 8.9, or 12.0 and later");
+  }
+  if (IsInt4(precision) && capability > (emulate ? 90 : 89)) {
+    refuse("scores in int4 need compute capability 8.0 to 8.9");
+  }
+  if (args.groups != ScaleGroups::kByChip) return {Family::kMma, args.groups};
+  return {Family::kMma, capability >= 120 ? ScaleGroups::kWarp : ScaleGroups::kThread};
+}
+
+AttentionPrecision QuantizedPrecision(int capability) {
+  // SageAttention2++ (arXiv 2505.21136) measures sums in f16 as the faster ones on Ada and the
+  // small Blackwells; Hopper's own kernel has none.
+  if (capability == 89 || capability >= 120) return AttentionPrecision::kInt8Fp8HalfSums;
+  return capability == 90 ? AttentionPrecision::kInt8Fp8 : AttentionPrecision::kInt8Fp16;
+}
+
 AttentionPrecision FastestAttention(const AttentionArgs& args) {
   // Each key is quantised once and multiplied with every query that sees it. Below some 2000 pairs
   // a key quantising costs more than the products in 8 bits save, and with narrow heads the
@@ -130,6 +209,9 @@ PagedPlan PlanPaged(const AttentionArgs& args) {
 }
 
 size_t AttentionWorkspaceBytes(const AttentionArgs& args) {
+  if (ChooseAttentionVariant(ComputeCapability(), args).family == AttentionFamily::kMma) {
+    return args.precision == AttentionPrecision::kBF16 ? kAlign : LayOutMmaKv(args).bytes;
+  }
   if (args.precision == AttentionPrecision::kInt8Fp8) return LayOutQuantizedKv(args).bytes;
   if (!args.blocks) return kAlign;  // a counter
   // Of each part, query and head the values, their maximum and sum in f32.

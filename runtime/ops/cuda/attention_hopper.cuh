@@ -1,16 +1,16 @@
-// What both attention kernels for Hopper share: how work is handed out, masks, the write-out, and
-// tensor maps. A block has one warpgroup that copies and kGroups warpgroups that compute 64 query
-// rows each; a piece of work is one tile of 64 * kGroups queries of one head.
+// What both attention kernels for Hopper share: how work is handed out and tensor maps. A block has
+// one warpgroup that copies and kGroups warpgroups that compute 64 query rows each; a piece of work
+// is one tile of 64 * kGroups queries of one head.
 #ifndef SLUICE_RUNTIME_OPS_CUDA_ATTENTION_HOPPER_CUH_
 #define SLUICE_RUNTIME_OPS_CUDA_ATTENTION_HOPPER_CUH_
 
 #include <cuda_bf16.h>
 
 #include <string>
-#include <type_traits>
 
 #include "runtime/error.h"
 #include "runtime/ops/cuda/attention.h"
+#include "runtime/ops/cuda/attention_rows.cuh"
 #include "runtime/ops/cuda/hopper.cuh"
 #include "runtime/ops/cuda/launch.cuh"
 #include "runtime/ops/cuda/status.cuh"
@@ -68,43 +68,6 @@ __device__ inline int VisibleKeys(const AttentionShape& shape, int first_row, in
   return min(shape.q_len, first_row + rows) + shape.kv_len - shape.q_len;
 }
 
-__device__ inline float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline uint32_t PackBf16(float low, float high) {
-  uint32_t packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
-}
-
-// Over the four lanes that share a row.
-__device__ inline float QuadMax(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ inline float QuadSum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
-// Sets scores of keys from first_key on that a row does not see to -infinity. limit0 and limit1:
-// keys seen by rows lane / 4 and lane / 4 + 8.
-template <int kCount>
-__device__ inline void Mask(float (&s)[kCount], int first_key, int limit0, int limit1) {
-  const int column = first_key + 2 * (threadIdx.x % 4);
-#pragma unroll
-  for (int i = 0; i < kCount / 4; ++i) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if (column + 8 * i + j >= limit0) s[4 * i + j] = -INFINITY;
-      if (column + 8 * i + j >= limit1) s[4 * i + 2 + j] = -INFINITY;
-    }
-  }
-}
-
 // Fills shared memory with a pattern for the tensor cores to read: the ones that a row of
 // probabilities is multiplied with to be summed, whatever the order of bytes in swizzled rows.
 __device__ inline void FillShared(uint32_t to, int bytes, uint32_t pattern) {
@@ -114,66 +77,7 @@ __device__ inline void FillShared(uint32_t to, int bytes, uint32_t pattern) {
   FenceAsyncProxy();
 }
 
-// Writes rows lane / 4 and lane / 4 + 8 of [64, kHeadDim] sums, scaled, as bf16. Lanes of a quad
-// exchange pieces, so that each writes 16 bytes at once where four groups of 8 columns are full.
-template <int kHeadDim, int kCount>
-__device__ inline void StoreRows(const float (&o)[kCount], float scale0, float scale1,
-                                 __nv_bfloat16* row0, __nv_bfloat16* row1, bool store0,
-                                 bool store1) {
-  const int lane = threadIdx.x % 4;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float scale = half ? scale1 : scale0;
-    __nv_bfloat16* row = half ? row1 : row0;
-    const bool store = half ? store1 : store0;
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 32 * 4; i += 4) {
-      uint32_t v[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        v[k] = PackBf16(o[4 * (i + k) + 2 * half] * scale, o[4 * (i + k) + 2 * half + 1] * scale);
-      }
-      // A transposition of 4 x 4 among the four lanes: pieces go to lane ^ 1, then to lane ^ 2.
-#pragma unroll
-      for (int k = 0; k < 4; k += 2) {
-        const uint32_t got = __shfl_xor_sync(0xffffffffu, lane & 1 ? v[k] : v[k + 1], 1);
-        (lane & 1 ? v[k] : v[k + 1]) = got;
-      }
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const uint32_t got = __shfl_xor_sync(0xffffffffu, lane & 2 ? v[k] : v[k + 2], 2);
-        (lane & 2 ? v[k] : v[k + 2]) = got;
-      }
-      if (store) {
-        *reinterpret_cast<uint4*>(row + 8 * (i + lane)) = make_uint4(v[0], v[1], v[2], v[3]);
-      }
-    }
-#pragma unroll
-    for (int i = kHeadDim / 32 * 4; i < kHeadDim / 8; ++i) {
-      if (store) {
-        *reinterpret_cast<uint32_t*>(row + 8 * i + 2 * lane) =
-            PackBf16(o[4 * i + 2 * half] * scale, o[4 * i + 2 * half + 1] * scale);
-      }
-    }
-  }
-}
-
 // ---- on the host ---------------------------------------------------------------------------
-
-// Calls use with the head size as a constant: one that CheckAttention lets pass.
-template <typename Use>
-void WithHeadDim(int head_dim, const Use& use) {
-  switch (head_dim) {
-    case 64:
-      return use(std::integral_constant<int, 64>());
-    case 72:
-      return use(std::integral_constant<int, 72>());
-    case 80:
-      return use(std::integral_constant<int, 80>());
-    default:
-      return use(std::integral_constant<int, 128>());
-  }
-}
 
 // Describes a tensor to the copy engine: `sizes` innermost first, `strides` in bytes between items
 // of all dimensions but the innermost. What a box has outside the tensor is filled with zeros.

@@ -13,12 +13,9 @@
 // scores: queries r and r + 8 of every 16 share a scale, and the keys j of a tile of 128 with equal
 // (j % 8) / 2.
 //
-// Three kernels. SampleKv reads up to kSamples keys and values of a head: any constant vector may
-// stand for the mean of the keys, so a sample of the tokens will do, and the channels' magnitudes
-// only have to be roughly even, since fp8 has an exponent and every tile of values gets a scale of
-// its own, from all its values. That saves a pass over keys and values. QuantizeKv writes int8 keys
-// and transposed fp8 values. SageKernel has the structure of attention_bf16.cu and quantises its
-// queries itself: they are read once.
+// Three kernels. SampleKv (attention_quantize.cuh) looks at some keys and values of each head.
+// QuantizeKv writes int8 keys and transposed fp8 values. SageKernel has the structure of
+// attention_bf16.cu and quantises its queries itself: they are read once.
 //
 // Differs from the paper: values have a scale a tile besides one a channel (folded into O's
 // rescaling, at no cost), and neither mean nor channel scales need all tokens.
@@ -27,17 +24,13 @@
 #include <algorithm>
 
 #include "runtime/ops/cuda/attention_hopper.cuh"
+#include "runtime/ops/cuda/attention_quantize.cuh"
 
 namespace sluice::cuda::hopper {
 namespace {
 
 constexpr int kTileKeys = QuantizedKvLayout::kTileKeys;
 constexpr int kKeyScales = QuantizedKvLayout::kKeyScales;
-constexpr float kLargestFp8 = 448;
-constexpr float kLargestInt8 = 127;
-constexpr float kFloor = 1e-7f;     // of a group's largest magnitude: groups of zeros stay finite
-constexpr float kLog2Fp8 = 8.807f;  // 2^8.807 = 447.9: probabilities fill the range of e4m3
-constexpr int kSamples = 512;
 
 // Pointers of QuantizedKvLayout.
 struct QuantizedKv {
@@ -50,96 +43,6 @@ struct QuantizedKv {
   int64_t padded_len, key_pitch;
   int tiles;
 };
-
-struct KvSource {
-  const __nv_bfloat16 *k, *v;
-  int64_t k_stride, v_stride;
-  int kv_len, kv_heads;
-};
-
-// The bf16 elements 8 * i .. 8 * i + 7 of a row as floats.
-__device__ inline void Unpack(uint4 packed, float (&x)[8]) {
-  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = __uint_as_float(words[i] << 16);
-    x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-  }
-}
-
-__device__ inline float WarpMax(float x) {
-  for (int offset = 16; offset > 0; offset /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
-  }
-  return x;
-}
-
-__device__ inline uint32_t PackFp8(float x0, float x1, float x2, float x3) {
-  uint32_t packed;
-  asm("{\n"
-      ".reg .b16 low, high;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};\n"
-      "}\n"
-      : "=r"(packed)
-      : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
-  return packed;
-}
-
-// ---- SampleKv: block (kv head, 0 for keys or 1 for values) -----------------------------------
-
-constexpr int kSampleThreads = 512;
-
-template <int kHeadDim>
-__global__ void SampleKv(KvSource source, QuantizedKv to, unsigned* counter) {
-  constexpr int kPieces = kHeadDim / 8, kRows = kSampleThreads / kPieces;
-  __shared__ float partial[kRows][kHeadDim];
-  const int head = blockIdx.x, thread = threadIdx.x;
-  const bool values = blockIdx.y == 1;
-  if (head == 0 && !values && thread == 0) *counter = 0;
-  const __nv_bfloat16* x = (values ? source.v : source.k) + head % source.kv_heads * kHeadDim;
-  const int64_t stride = values ? source.v_stride : source.k_stride;
-  const int64_t first = int64_t{head / source.kv_heads} * source.kv_len;
-  const int step = (source.kv_len + kSamples - 1) / kSamples;
-  const int samples = (source.kv_len + step - 1) / step;
-  const int piece = thread % kPieces, row = thread / kPieces;
-  if (row < kRows) {
-    float acc[8] = {};
-#pragma unroll 16
-    for (int i = row; i < samples; i += kRows) {
-      const int64_t token = first + i * step;
-      float at[8];
-      Unpack(__ldg(reinterpret_cast<const uint4*>(x + token * stride) + piece), at);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) acc[j] = values ? fmaxf(acc[j], fabsf(at[j])) : acc[j] + at[j];
-    }
-#pragma unroll
-    for (int j = 0; j < 8; ++j) partial[row][8 * piece + j] = acc[j];
-  }
-  __syncthreads();
-  __shared__ float of_warp[kSampleThreads / 32];
-  float result = 0;
-  if (thread < kHeadDim) {
-    for (int r = 0; r < kRows; ++r) {
-      result = values ? fmaxf(result, partial[r][thread]) : result + partial[r][thread];
-    }
-  }
-  if (!values) {
-    if (thread < kHeadDim) to.key_mean[head * kHeadDim + thread] = result / samples;
-    return;
-  }
-  const float largest = WarpMax(result);
-  if (thread % 32 == 0) of_warp[thread / 32] = largest;
-  __syncthreads();
-  float of_head = 0;
-  for (float x : of_warp) of_head = fmaxf(of_head, x);
-  // A channel that looks silent in the sample must not amplify what it says elsewhere.
-  if (thread < kHeadDim) {
-    to.value_channels[head * kHeadDim + thread] =
-        of_head > 0 ? fmaxf(result, of_head / 1024) : 1.0f;
-  }
-}
 
 // ---- QuantizeKv: block (tile of 128 tokens, kv head) -----------------------------------------
 
@@ -530,7 +433,9 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
     Ring<kStages> k_ring, v_ring;
     for (uint32_t parity = 0;; parity ^= 1) {
       Wait(q_full + 8 * g, parity);
-      const int index = barriers.work[g];
+      // The lane that tells the copying thread, by q_empty, that a new number may be written reads
+      // it.
+      const int index = __shfl_sync(0xffffffffu, lane == 0 ? barriers.work[g] : 0, 0);
       if (index < 0) break;
       const Work work = WorkOf(shape, index, C::kRows);
       const int kv_head = (work.batch * shape.heads + work.head) / shape.group;
@@ -669,15 +574,11 @@ void Launch(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
                           layout.padded_len,
                           layout.key_pitch,
                           static_cast<int>(layout.padded_len / kTileKeys)};
-  const KvSource source = {static_cast<const __nv_bfloat16*>(args.k),
-                           static_cast<const __nv_bfloat16*>(args.v),
-                           args.k_stride,
-                           args.v_stride,
-                           static_cast<int>(args.kv_len),
-                           args.kv_heads};
+  const KvSource source = SourceOf(args);
   unsigned* counter = reinterpret_cast<unsigned*>(base + layout.counter);
   const unsigned kv_heads = static_cast<unsigned>(args.batch * args.kv_heads);
-  SampleKv<kHeadDim><<<dim3(kv_heads, 2), kSampleThreads, 0, stream>>>(source, kv, counter);
+  SampleKv<kHeadDim><<<dim3(kv_heads, 2), kSampleThreads, 0, stream>>>(source, kv.key_mean,
+                                                                       kv.value_channels, counter);
   CheckLaunch("sampling keys and values");
   QuantizeKv<kHeadDim><<<dim3(kv.tiles, kv_heads), kQuantizeThreads, 0, stream>>>(source, kv);
   CheckLaunch("quantising keys and values");
