@@ -390,6 +390,20 @@ TEST_F(CudaOpsTest, LowestPlacesAreThoseOfTheReference) {
   }
 }
 
+TEST_F(CudaOpsTest, StepsThatHaveNotRunForLongAreForgotten) {
+  const Tensor x(DType::kF32, {3, 8}, Device::kCuda);
+  const auto run = [&](const std::string& key) {
+    gpu_->Recurring(key, [&] { ZeroRows(*gpu_, x); });
+  };
+  for (int i = 0; i < 3; ++i) run("first");
+  const cuda::Recorder::Counts& counts = gpu_->recorder()->counts();
+  EXPECT_EQ(counts.replayed, 1);
+  for (int i = 0; i < 256; ++i) run("another " + std::to_string(i));
+  run("first");
+  EXPECT_EQ(counts.direct, 1 + 256 + 1);
+  EXPECT_EQ(counts.replayed, 1);
+}
+
 TEST_F(CudaOpsTest, TensorsElsewhereAndReadingThemHereAreRefused) {
   const Tensor x = RandomTensor(DType::kF32, {3, 8}, 1), weight = RandomTensor(DType::kF32, {8}, 2);
   const Tensor gx = OnGpu(x);
