@@ -1,7 +1,6 @@
 #include "compression/stc_cacher.h"
 
 #include <algorithm>
-#include <numeric>
 #include <span>
 #include <string>
 #include <utility>
@@ -14,21 +13,6 @@ namespace sluice {
 namespace {
 
 constexpr uint64_t kMostLayers = 4096;  // of a tower
-
-std::vector<float> Cosines(ExecContext& ctx, ConstTensorView a, ConstTensorView b,
-                           std::span<const float> center = {}) {
-  std::vector<float> cosines(a.dim(0));
-  const TensorView on_host(cosines.data(), DType::kF32, {a.dim(0)});
-  if (ctx.device() == Device::kCpu) {
-    RowCosines(ctx, a, b, on_host, center);
-  } else {
-    const Workspace::Scope scope(ctx.workspace());
-    const TensorView there = ctx.workspace().Allocate(DType::kF32, on_host.shape());
-    RowCosines(ctx, a, b, there, center);
-    Transfer(ctx, there, on_host);
-  }
-  return cosines;
-}
 
 ConstTensorView LastRows(const Tensor& x, int64_t count) {
   return x.view().Slice(x.dim(0) - count, x.dim(0));
@@ -51,20 +35,9 @@ StcCacher::StcCacher(const StcCacherOptions& options) : options_(options) {
   }
 }
 
-int64_t StcCacher::FreshOf(int64_t patches) const {
+int64_t StcCacher::FreshPatches(int64_t patches) const {
   return std::clamp<int64_t>(static_cast<int64_t>(static_cast<double>(patches) * options_.ratio), 1,
                              patches);
-}
-
-bool StcCacher::Changed(ExecContext& ctx, ConstTensorView keys,
-                        ConstTensorView reference_keys) const {
-  std::vector<float> middle(keys.dim(1));
-  MeanRow(ctx, reference_keys, middle);
-  const std::vector<float> cosines = Cosines(ctx, keys, reference_keys, middle);
-  const auto below = std::count_if(cosines.begin(), cosines.end(), [&](float cosine) {
-    return cosine < static_cast<float>(options_.refresh_below);
-  });
-  return below > FreshOf(keys.dim(0));
 }
 
 std::vector<bool> StcCacher::Schedule(int64_t frames) const {
@@ -85,47 +58,73 @@ std::vector<bool> StcCacher::ChooseWhole(ExecContext& ctx, int layers,
       *part = Placed(std::move(*part), ctx.device());
     }
   }
-  first_choice_.assign(frames, {});
   std::vector<bool> whole = Schedule(frames);
-  int64_t latest = -1;  // whole frame of this batch
+  if (options_.refresh_below > -1) AddChanged(ctx, first_keys, whole);
   for (int64_t f = 0; f < frames; ++f) {
-    if (!whole[f] && options_.refresh_below > -1) {
-      const ConstTensorView keys = first_keys[f];
-      // Behind a class token, if there is one.
-      const ConstTensorView reference =
-          latest < 0 ? LastRows(references_[0].keys, keys.dim(0)) : first_keys[latest];
-      whole[f] = Changed(ctx, keys, reference);
-      counts_.refreshes += whole[f];
-    }
-    if (whole[f]) {
-      latest = f;
-      ++counts_.whole;
-    } else {
-      counts_.patches += layers * first_keys[f].dim(0);
-      counts_.fresh += layers * FreshOf(first_keys[f].dim(0));
-    }
+    const int64_t patches = first_keys[f].dim(0);
+    counts_.whole += whole[f];
+    counts_.patches += whole[f] ? 0 : layers * patches;
+    counts_.fresh += whole[f] ? 0 : layers * FreshPatches(patches);
   }
   next_ += frames;
   counts_.frames += frames;
   return whole;
 }
 
-void StcCacher::ChooseFresh(ExecContext& ctx, int layer, int64_t frame, ConstTensorView keys,
-                            ConstTensorView reference_keys, std::vector<int32_t>& fresh) {
-  std::vector<int32_t>& choice = first_choice_[frame];
-  if (layer == 0 || !options_.shared_selection) {
-    const std::vector<float> cosines = Cosines(ctx, keys, reference_keys);
-    choice.resize(cosines.size());
-    std::iota(choice.begin(), choice.end(), 0);
-    const int64_t count = FreshOf(keys.dim(0));
-    std::nth_element(choice.begin(), choice.begin() + count - 1, choice.end(),
-                     [&](int32_t a, int32_t b) {
-                       return cosines[a] != cosines[b] ? cosines[a] < cosines[b] : a < b;
-                     });
-    choice.resize(count);
-    std::sort(choice.begin(), choice.end());
+void StcCacher::AddChanged(ExecContext& ctx, std::span<const ConstTensorView> first_keys,
+                           std::vector<bool>& whole) {
+  const auto frames = static_cast<int64_t>(first_keys.size());
+  // A frame refers to the one computed whole before it, so those behind a frame that is added are
+  // compared anew.
+  for (int64_t begin = 0; begin < frames;) {
+    const Workspace::Scope scope(ctx.workspace());
+    std::vector<int64_t> compared;
+    std::vector<RowPairs> pairs;
+    ConstTensorView reference, middle;
+    for (int64_t f = 0; f < frames; ++f) {
+      if (whole[f]) {
+        reference = first_keys[f];
+        middle = {};
+      } else if (f >= begin) {
+        // Behind a class token, if there is one.
+        if (reference.empty()) reference = LastRows(references_[0].keys, first_keys[f].dim(0));
+        if (middle.empty()) {
+          const TensorView mean = ctx.workspace().Allocate(DType::kF32, {reference.dim(1)});
+          MeanRow(ctx, reference, mean);
+          middle = mean;
+        }
+        compared.push_back(f);
+        pairs.push_back({first_keys[f], reference, middle});
+      }
+    }
+    if (pairs.empty()) return;
+    const int64_t patches = first_keys[0].dim(0);
+    const TensorView there =
+        ctx.workspace().Allocate(DType::kF32, {static_cast<int64_t>(pairs.size()), patches});
+    RowCosines(ctx, pairs, there);
+    const Tensor cosines = TransferTo(ctx, there, Device::kCpu);
+    const auto changed = std::find_if(compared.begin(), compared.end(), [&](const int64_t& f) {
+      const float* row = cosines.data<float>() + (&f - compared.data()) * patches;
+      const auto below = std::count_if(row, row + patches, [&](float cosine) {
+        return cosine < static_cast<float>(options_.refresh_below);
+      });
+      return below > FreshPatches(patches);
+    });
+    if (changed == compared.end()) return;
+    whole[*changed] = true;
+    ++counts_.refreshes;
+    begin = *changed + 1;
   }
-  fresh.insert(fresh.end(), choice.begin(), choice.end());
+}
+
+void StcCacher::ChooseFresh(ExecContext& ctx, int layer, std::span<const RowPairs> keys,
+                            TensorView fresh) const {
+  if (layer > 0 && options_.shared_selection) return;
+  const Workspace::Scope scope(ctx.workspace());
+  const TensorView cosines =
+      ctx.workspace().Allocate(DType::kF32, {fresh.dim(0), keys[0].a.dim(0)});
+  RowCosines(ctx, keys, cosines);
+  LowestPlaces(ctx, cosines, fresh);
 }
 
 void StcCacher::Persist(Archive& archive) {

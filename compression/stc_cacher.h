@@ -46,8 +46,9 @@ class StcCacher final : public FeatureReuse {
   std::vector<bool> Schedule(int64_t frames) const override;
   std::vector<bool> ChooseWhole(ExecContext& ctx, int layers,
                                 std::span<const ConstTensorView> first_keys) override;
-  void ChooseFresh(ExecContext& ctx, int layer, int64_t frame, ConstTensorView keys,
-                   ConstTensorView reference_keys, std::vector<int32_t>& fresh) override;
+  int64_t FreshPatches(int64_t patches) const override;
+  void ChooseFresh(ExecContext& ctx, int layer, std::span<const RowPairs> keys,
+                   TensorView fresh) const override;
   bool KeepsReference() const override { return !IsDue(next_); }
   LayerReference& reference(int layer) override { return references_[layer]; }
 
@@ -70,14 +71,14 @@ class StcCacher final : public FeatureReuse {
  private:
   bool IsDue(int64_t frame) const { return frame % options_.interval == 0; }
   bool HasReference() const { return !references_.empty() && !references_[0].keys.empty(); }
-  // Whether a frame with these first-layer keys must be computed whole.
-  bool Changed(ExecContext& ctx, ConstTensorView keys, ConstTensorView reference_keys) const;
-  int64_t FreshOf(int64_t patches) const;
+  // Adds the frames that changed too much to those computed whole. Waits for the GPU once, and
+  // again behind each frame that is added.
+  void AddChanged(ExecContext& ctx, std::span<const ConstTensorView> first_keys,
+                  std::vector<bool>& whole);
 
   const StcCacherOptions options_;
   std::vector<LayerReference> references_;
-  std::vector<std::vector<int32_t>> first_choice_;  // of each frame of the batch
-  int64_t next_ = 0;                                // number of the next frame, from the last Reset
+  int64_t next_ = 0;  // number of the next frame, from the last Reset
   Counts counts_;
 };
 

@@ -80,9 +80,6 @@ Session::Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> 
                        "; give so many or fewer");
     }
   }
-  if (options.turbo && vlm->info().device != Device::kCpu) {
-    throw InputError("[session] turbo merges tokens in host memory: run it with --device cpu");
-  }
   if (options.cacher) reuse = std::make_unique<StcCacher>(*options.cacher);
   int64_t tokens = vlm->encoder().tokens_per_frame();
   for (const std::string& spec : options.compressors) {

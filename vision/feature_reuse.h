@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "runtime/exec_context.h"
+#include "runtime/ops/similarity.h"
 #include "runtime/tensor.h"
 
 namespace sluice {
@@ -41,15 +42,20 @@ class FeatureReuse {
   // Called once for each batch of frames. Returns which of them are computed whole, one flag a
   // frame: all that are scheduled, maybe more. The first one is, unless there is a reference() of
   // an earlier batch. layers: of the tower. first_keys: the first layer's keys of each frame, [N,
-  // V] in the compute dtype.
+  // V] in the compute dtype. May wait for the GPU.
   virtual std::vector<bool> ChooseWhole(ExecContext& ctx, int layers,
                                         std::span<const ConstTensorView> first_keys) = 0;
 
-  // Appends to `fresh`, ascending, the patches of one frame that `layer` computes afresh: at least
-  // one, and as many for every frame of a batch. keys, reference_keys: [N, V], rows may be strided.
-  // frame: which of the batch. Threads may call this for different frames at once.
-  virtual void ChooseFresh(ExecContext& ctx, int layer, int64_t frame, ConstTensorView keys,
-                           ConstTensorView reference_keys, std::vector<int32_t>& fresh) = 0;
+  // How many of a frame's patches each layer computes afresh, of frames that are not computed
+  // whole: 1 to all.
+  virtual int64_t FreshPatches(int64_t patches) const = 0;
+  // Chooses which, of several frames: one row of `fresh` [F, FreshPatches(N)] i32 each, ascending,
+  // where the context works. What the layer before has chosen of these frames is still there.
+  // keys[i]: a frame's keys and those of its reference, [N, V], rows may be strided. Part of a step
+  // that recurs (runtime/ops/cuda/recorder.h): it waits for nothing. Threads may call this for
+  // different frames at once, with contexts of their own.
+  virtual void ChooseFresh(ExecContext& ctx, int layer, std::span<const RowPairs> keys,
+                           TensorView fresh) const = 0;
 
   // Whether the frame after this batch may need the last whole frame's reference().
   virtual bool KeepsReference() const = 0;

@@ -4,7 +4,7 @@
 // row becomes the mean of its members, weighted by how many patches each stands for (its size). All
 // frames of a batch lose as many, so that the batch stays dense; which ones, every frame decides
 // for itself. Behind the last layer every patch receives a copy of the token it went into, and the
-// grid is whole again.
+// grid is whole again. Tokens are chosen and merged in host memory, wherever the tower runs.
 #ifndef SLUICE_VISION_TOKEN_MERGE_H_
 #define SLUICE_VISION_TOKEN_MERGE_H_
 

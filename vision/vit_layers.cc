@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <functional>
 #include <numeric>
 #include <span>
@@ -79,6 +78,29 @@ void ForEach(ExecContext& ctx, int64_t count, const Body& body) {
   });
 }
 
+// What a view holds, in host memory: itself, or a copy.
+class HostCopy {
+ public:
+  HostCopy(ExecContext& ctx, ConstTensorView x) : view_(x) {
+    if (x.empty() || x.device() == Device::kCpu) return;
+    copy_ = TransferTo(ctx, x, Device::kCpu);
+    view_ = copy_;
+  }
+  operator ConstTensorView() const { return view_; }
+  const ConstTensorView* operator->() const { return &view_; }
+
+ private:
+  Tensor copy_;
+  ConstTensorView view_;
+};
+
+// 'W' for a frame computed whole, 'o' for another.
+std::string PatternOf(const std::vector<bool>& whole) {
+  std::string pattern;
+  for (const bool is_whole : whole) pattern += is_whole ? 'W' : 'o';
+  return pattern;
+}
+
 // y [M, V / heads] f32 = the mean of x's heads. x: [M, V].
 void MeanOverHeads(ExecContext& ctx, ConstTensorView x, int heads, TensorView y) {
   const int64_t head_dim = y.dim(1);
@@ -113,17 +135,17 @@ NormWeights::NormWeights(WeightStore& weights, const std::string& name, int64_t 
       bias(weights.TakePlaced(name + ".bias", {size})),
       eps(norm_eps) {}
 
-void NormWeights::Apply(ExecContext& ctx, ConstTensorView hidden, TensorView y,
+void NormWeights::Apply(ExecContext& ctx, std::span<const ConstTensorView> hidden, TensorView y,
                         ConstTensorView more) const {
-  TraceScope trace(&ctx.tracer(), "encode/norm", hidden.dim(0));
-  trace.AddWork(8.0 * hidden.shape().NumElements(),
-                static_cast<double>(hidden.SizeBytes()) + more.SizeBytes() + y.SizeBytes());
-  Run(ctx, hidden, y, more);
+  TraceScope trace(&ctx.tracer(), "encode/norm", y.dim(0));
+  trace.AddWork(
+      8.0 * y.shape().NumElements(),
+      4.0 * y.shape().NumElements() + static_cast<double>(more.SizeBytes()) + y.SizeBytes());
+  LayerNorm(ctx, hidden, weight, bias, eps, y, more);
 }
 
-void NormWeights::Run(ExecContext& ctx, ConstTensorView hidden, TensorView y,
-                      ConstTensorView more) const {
-  LayerNorm(ctx, hidden, weight, bias, eps, y, more);
+void NormWeights::Apply(ExecContext& ctx, ConstTensorView hidden, TensorView y) const {
+  Apply(ctx, {&hidden, 1}, y);
 }
 
 VitLayers::VitLayers(WeightStore& weights, const VitConfig& config)
@@ -153,11 +175,18 @@ double VitLayers::Run(ExecContext& ctx, TensorView hidden, const EncodeHooks& ho
   }
   if (hooks.reuse && !layers_.empty()) return RunReusing(ctx, *hooks.reuse, hidden);
   if (hooks.merge) return RunMerging(ctx, *hooks.merge, hidden);
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    RunLayer(ctx, layers_[i], hidden);
-    if (hooks.probe) ShowOnHost(ctx, hooks.probe, "layer." + std::to_string(i), hidden);
+  const int64_t frames = hidden.dim(0) / rows();
+  if (hooks.probe) {
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      RunLayer(ctx, layers_[i], hidden);
+      ShowOnHost(ctx, hooks.probe, "layer." + std::to_string(i), hidden);
+    }
+  } else {
+    ctx.Recurring("encode/layers " + std::to_string(frames), [&] {
+      for (const Layer& layer : layers_) RunLayer(ctx, layer, hidden);
+    });
   }
-  return static_cast<double>(hidden.dim(0) / rows()) * FlopsPerFrame();
+  return static_cast<double>(frames) * FlopsPerFrame();
 }
 
 void VitLayers::Attend(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
@@ -216,16 +245,17 @@ double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView h
   std::vector<ReusePlan> plans;
   const auto make_first_keys = [&] {
     plans = CutPlans(whole, ctx.num_threads());
-    ctx.Split(static_cast<int>(plans.size()), [&](ExecContext& own, int part) {
-      const ReusePlan& plan = plans[part];
-      const ReuseRoom room = room_of(plan);
-      for (int64_t i = 0; i < plan.frames(); ++i) {
-        const int64_t frame = plan.order[i];
-        layers_[0].norm1.Apply(own, hidden.Slice(frame * per_frame, (frame + 1) * per_frame),
-                               room.narrow.Slice(i * per_frame, (i + 1) * per_frame));
-      }
-      TracedLinear(own, "encode/keys", room.narrow.Slice(0, room.keys.dim(0)), layers_[0].keys,
-                   room.keys);
+    ctx.Recurring("encode/keys " + PatternOf(whole), [&] {
+      ctx.Split(static_cast<int>(plans.size()), [&](ExecContext& own, int part) {
+        const ReuseRoom room = room_of(plans[part]);
+        std::vector<ConstTensorView> in_order;
+        for (const int64_t frame : plans[part].order) {
+          in_order.push_back(hidden.Slice(frame * per_frame, (frame + 1) * per_frame));
+        }
+        const TensorView normalised = room.narrow.Slice(0, room.keys.dim(0));
+        layers_[0].norm1.Apply(own, in_order, normalised);
+        TracedLinear(own, "encode/keys", normalised, layers_[0].keys, room.keys);
+      });
     });
   };
   make_first_keys();
@@ -248,21 +278,40 @@ double VitLayers::RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView h
   }
 
   // The last whole frame becomes the reference of the next batch, if that may need one: in place,
-  // unless frames of this batch still read the one before it.
+  // unless other threads still read the one before it.
   const bool keep = reuse.KeepsReference() && plans.back().others() < plans.back().frames();
-  std::vector<LayerReference> kept(keep && plans[0].UsesEarlier() ? layers_.size() : 0);
+  const bool apart = keep && plans.size() > 1 && plans[0].UsesEarlier();
+  std::vector<LayerReference> kept(apart ? layers_.size() : 0);
+  const auto kept_of = [&](int layer) -> LayerReference& {
+    return apart ? kept[layer] : reuse.reference(layer);
+  };
+  std::string key = "encode/layers " + PatternOf(whole);
+  for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
+    if (plans[0].UsesEarlier()) CheckReference(reuse.reference(l), l);
+    if (keep) MakeReference(ctx, kept_of(l));
+  }
+  // Graphs work on the references of one stream.
+  if (keep || plans[0].UsesEarlier()) {
+    key += " " + std::to_string(reinterpret_cast<uintptr_t>(kept_of(0).keys.view().raw()));
+  }
   std::vector<double> flops_of(plans.size());
   ctx.Split(static_cast<int>(plans.size()), [&](ExecContext& own, int part) {
-    const auto kept_of = [&](int layer) -> LayerReference* {
-      if (!keep || part + 1 < static_cast<int>(plans.size())) return nullptr;
-      return kept.empty() ? &reuse.reference(layer) : &kept[layer];
+    const auto kept_by = [&](int layer) {
+      return keep && part + 1 == static_cast<int>(plans.size()) ? &kept_of(layer) : nullptr;
     };
-    flops_of[part] = RunPlan(own, reuse, plans[part], room_of(plans[part]), kept_of, hidden);
+    flops_of[part] = RunPlan(own, reuse, plans[part], key, room_of(plans[part]), kept_by, hidden);
   });
   for (size_t l = 0; l < kept.size(); ++l) {
     reuse.reference(static_cast<int>(l)) = std::move(kept[l]);
   }
   return std::accumulate(flops_of.begin(), flops_of.end(), flops);
+}
+
+void VitLayers::MakeReference(ExecContext& ctx, LayerReference& reference) const {
+  if (!reference.keys.empty()) return;
+  for (Tensor* part : {&reference.keys, &reference.values, &reference.update}) {
+    *part = Tensor(dtype_, {rows(), config_.hidden_size}, ctx.device());
+  }
 }
 
 // References may come from a file.
@@ -280,7 +329,7 @@ void VitLayers::CheckReference(const LayerReference& reference, int layer) const
 // it was. That distance is what is kept of frames that are not computed whole: rows that stay
 // behind cost no more than their norm and keys.
 double VitLayers::RunPlan(ExecContext& ctx, FeatureReuse& reuse, const ReusePlan& plan,
-                          const ReuseRoom& space,
+                          const std::string& key, const ReuseRoom& space,
                           const std::function<LayerReference*(int)>& kept_of,
                           TensorView hidden) const {
   Workspace& workspace = ctx.workspace();
@@ -295,7 +344,6 @@ double VitLayers::RunPlan(ExecContext& ctx, FeatureReuse& reuse, const ReusePlan
     return rows_of(x, place).Slice(class_tokens, per_frame);
   };
   const TensorView narrow = space.narrow, keys = space.keys;
-  double flops = 0;
   const int64_t others = plan.others(), other_rows = others * per_frame;
   const int64_t whole_rows = all_rows - other_rows;
 
@@ -304,14 +352,14 @@ double VitLayers::RunPlan(ExecContext& ctx, FeatureReuse& reuse, const ReusePlan
   const TensorView whole = room.Slice(0, whole_rows);
   // What the others are the distance to. Of an earlier reference only the way it went matters.
   const TensorView earlier = workspace.Allocate(DType::kF32, {per_frame, width});
-  if (plan.UsesEarlier()) std::memset(earlier.raw(), 0, earlier.SizeBytes());
   const auto reference_of = [&](int64_t i, ConstTensorView kept, ConstTensorView of_batch) {
     const int64_t place = plan.references[i];
     return place == ReusePlan::kEarlier ? kept : rows_of(of_batch, place);
   };
   const TensorView distance = workspace.Allocate(DType::kF32, {other_rows, width});
-  {
+  const auto begin = [&] {
     const TraceScope trace(&ctx.tracer(), "encode/reuse", all_rows);
+    if (plan.UsesEarlier()) ZeroRows(ctx, earlier);
     ForEach(ctx, frames, [&](int64_t place) {
       const ConstTensorView from = rows_of(hidden, plan.order[place]);
       if (place >= others) {
@@ -324,66 +372,51 @@ double VitLayers::RunPlan(ExecContext& ctx, FeatureReuse& reuse, const ReusePlan
                                                 : rows_of(hidden, plan.order[others + reference]),
                rows_of(distance, place));
     });
-  }
+  };
 
-  for (size_t l = 0; l < layers_.size(); ++l) {
+  // What each frame's rows are the sum of, with `distance` of the others.
+  std::vector<ConstTensorView> streams;
+  for (int64_t i = 0; i < others; ++i) streams.push_back(reference_of(i, earlier, whole));
+  for (int64_t i = others; i < frames; ++i) streams.push_back(rows_of(whole, i - others));
+  const std::span<const ConstTensorView> of_others = std::span(streams).first(others);
+  // One matrix of each other frame's reference.
+  const auto references_of = [&](ConstTensorView kept, ConstTensorView of_batch) {
+    std::vector<ConstTensorView> references;
+    for (int64_t i = 0; i < others; ++i) references.push_back(reference_of(i, kept, of_batch));
+    return references;
+  };
+
+  const int64_t fresh_patches = reuse.FreshPatches(config_.patches);
+  if (fresh_patches < 1 || fresh_patches > config_.patches) {
+    throw Error("[encode] feature reuse must compute 1 to " + std::to_string(config_.patches) +
+                " patches afresh, got " + std::to_string(fresh_patches));
+  }
+  const TensorView chosen = workspace.Allocate(DType::kI32, {others, fresh_patches});
+  const RowLists fresh = {.rows = chosen, .ahead = class_tokens};
+  const int64_t each = fresh.each(), fresh_rows = others * each, end = all_rows + fresh_rows;
+  // Residual stream of rows that are computed.
+  const TensorView active = room.Slice(0, whole_rows + fresh_rows);
+  const TensorView fresh_stream = active.Slice(whole_rows, active.dim(0));
+
+  const auto run_layer = [&](int l) {
     const Layer& layer = layers_[l];
-    const LayerReference& reference = reuse.reference(static_cast<int>(l));
-    if (plan.UsesEarlier()) CheckReference(reference, static_cast<int>(l));
+    const LayerReference& reference = reuse.reference(l);
     Workspace::Scope layer_scope(workspace);
     if (l > 0) {
-      {
-        const TraceScope trace(&ctx.tracer(), "encode/norm", all_rows);
-        // Rows of the others take longer, so every thread gets some of every frame.
-        ParallelFor(ctx, per_frame, 32, [&](int64_t begin, int64_t end) {
-          for (int64_t i = 0; i < frames; ++i) {
-            const TensorView to = rows_of(narrow, i).Slice(begin, end);
-            if (i < others) {
-              layer.norm1.Run(ctx, reference_of(i, earlier, whole).Slice(begin, end), to,
-                              rows_of(distance, i).Slice(begin, end));
-            } else {
-              layer.norm1.Run(ctx, rows_of(whole, i - others).Slice(begin, end), to);
-            }
-          }
-        });
-      }
+      layer.norm1.Apply(ctx, streams, narrow.Slice(0, all_rows), distance);
       TracedLinear(ctx, "encode/keys", narrow.Slice(0, all_rows), layer.keys, keys);
     }
     const TensorView whole_keys = keys.Slice(other_rows, all_rows);
-
-    std::vector<std::vector<int32_t>> fresh(others);  // rows of each
-    {
+    if (others > 0) {
       const TraceScope trace(&ctx.tracer(), "encode/choose", other_rows);
-      ForEach(ctx, others, [&](int64_t i) {
-        for (int32_t t = 0; t < class_tokens; ++t) fresh[i].push_back(t);
-        reuse.ChooseFresh(
-            ctx, static_cast<int>(l), plan.order[i], patches_of(keys, i),
-            reference_of(i, reference.keys, whole_keys).Slice(class_tokens, per_frame), fresh[i]);
-        for (size_t j = class_tokens; j < fresh[i].size(); ++j) fresh[i][j] += class_tokens;
-      });
-    }
-    const int64_t each = others > 0 ? fresh[0].size() : 0;
-    for (int64_t i = 0; i < others; ++i) {
-      const auto chosen = static_cast<int64_t>(fresh[i].size());
-      if (chosen == each && chosen > class_tokens) continue;
-      throw Error(
-          "[encode] feature reuse must choose as many patches of every frame, at least one; of "
-          "frame " +
-          std::to_string(plan.order[i]) + " it chose " + std::to_string(chosen - class_tokens));
-    }
-    const int64_t end = all_rows + others * each;
-    const TensorView active = room.Slice(0, whole_rows + others * each);
-    // The fresh rows of one frame.
-    const auto fresh_of = [&](auto x, int64_t first, int64_t i) {
-      return x.Slice(first + i * each, first + (i + 1) * each);
-    };
-    {
-      const TraceScope trace(&ctx.tracer(), "encode/gather", others * each);
-      ForEach(ctx, others, [&](int64_t i) {
-        GatherRows(ctx, rows_of(narrow, i), fresh[i], 1, fresh_of(narrow, all_rows, i));
-        AddListed(ctx, reference_of(i, earlier, whole), rows_of(distance, i), fresh[i],
-                  fresh_of(room, whole_rows, i));
-      });
+      std::vector<RowPairs> pairs;
+      const std::vector<ConstTensorView> their_keys = references_of(reference.keys, whole_keys);
+      for (int64_t i = 0; i < others; ++i) {
+        pairs.push_back({patches_of(keys, i), their_keys[i].Slice(class_tokens, per_frame), {}});
+      }
+      reuse.ChooseFresh(ctx, l, pairs, chosen);
+      GatherRows(ctx, narrow.Slice(0, other_rows), fresh, narrow.Slice(all_rows, end));
+      AddListed(ctx, of_others, distance, fresh, fresh_stream);
     }
     const TensorView queries_values = workspace.Allocate(dtype_, {active.dim(0), 2 * width});
     TracedLinear(ctx, "encode/qkv", narrow.Slice(other_rows, end), layer.queries_values,
@@ -392,15 +425,13 @@ double VitLayers::RunPlan(ExecContext& ctx, FeatureReuse& reuse, const ReusePlan
     const ConstTensorView new_values = queries_values.Columns(width, 2 * width);
     const ConstTensorView whole_values = new_values.Slice(0, whole_rows);
     const TensorView values = workspace.Allocate(dtype_, {other_rows, width});
-    {
+    if (others > 0) {
       const TraceScope trace(&ctx.tracer(), "encode/gather", other_rows);
-      ForEach(ctx, others, [&](int64_t i) {
-        CopyRows(ctx, reference_of(i, reference.values, whole_values), rows_of(values, i));
-        ScatterRows(ctx, fresh_of(new_values, whole_rows, i), fresh[i], 1, rows_of(values, i));
-      });
+      OverlayRows(ctx, references_of(reference.values, whole_values),
+                  new_values.Slice(whole_rows, active.dim(0)), fresh, values);
     }
     // The update of a frame to be kept is what it will have gained.
-    LayerReference* const kept = kept_of(static_cast<int>(l));
+    LayerReference* const kept = kept_of(l);
     const int64_t last = whole_rows - per_frame;
     TensorView before;
     if (kept) {
@@ -419,36 +450,40 @@ double VitLayers::RunPlan(ExecContext& ctx, FeatureReuse& reuse, const ReusePlan
     }
     TracedLinear(ctx, "encode/out", mixed, layer.out, active, {.accumulate = true});
     RunMlp(ctx, layer, active);
-    flops += (frames - others) * LayerFlops(per_frame) + others * LayerFlops(each);
 
     const TraceScope trace(&ctx.tracer(), "encode/reuse", other_rows);
     if (plan.UsesEarlier()) Add(ctx, earlier, reference.update, earlier);
-    ForEach(ctx, others, [&](int64_t i) {
-      SubtractListed(ctx, fresh_of(room, whole_rows, i), reference_of(i, earlier, whole), fresh[i],
-                     rows_of(distance, i));
-    });
+    if (others > 0) SubtractListed(ctx, fresh_stream, of_others, fresh, distance);
     if (kept) {
-      if (kept->keys.empty()) {
-        const Shape shape = {per_frame, width};
-        for (Tensor* part : {&kept->keys, &kept->values, &kept->update}) {
-          *part = Tensor(dtype_, shape, ctx.device());
-        }
-      }
       CopyRows(ctx, whole_keys.Slice(last, whole_rows), kept->keys);
       CopyRows(ctx, whole_values.Slice(last, whole_rows), kept->values);
       Subtract(ctx, whole.Slice(last, whole_rows), before, kept->update);
     }
-  }
-  const TraceScope trace(&ctx.tracer(), "encode/reuse", all_rows);
-  ForEach(ctx, frames, [&](int64_t place) {
-    const TensorView to = rows_of(hidden, plan.order[place]);
-    if (place < others) {
-      Add(ctx, reference_of(place, earlier, whole), rows_of(distance, place), to);
-    } else {
-      CopyRows(ctx, rows_of(whole, place - others), to);
-    }
+  };
+  const auto finish = [&] {
+    const TraceScope trace(&ctx.tracer(), "encode/reuse", all_rows);
+    ForEach(ctx, frames, [&](int64_t place) {
+      const TensorView to = rows_of(hidden, plan.order[place]);
+      if (place < others) {
+        Add(ctx, reference_of(place, earlier, whole), rows_of(distance, place), to);
+      } else {
+        CopyRows(ctx, rows_of(whole, place - others), to);
+      }
+    });
+  };
+
+  // Two steps: a GPU that has waited for the answer about changed frames goes on with the first
+  // layers while the host goes through the others.
+  const auto layers = static_cast<int>(layers_.size()), first = std::min(layers, 3);
+  ctx.Recurring(key + " first", [&] {
+    begin();
+    for (int l = 0; l < first; ++l) run_layer(l);
   });
-  return flops;
+  ctx.Recurring(key + " rest", [&] {
+    for (int l = first; l < layers; ++l) run_layer(l);
+    finish();
+  });
+  return layers * ((frames - others) * LayerFlops(per_frame) + others * LayerFlops(each));
 }
 
 double VitLayers::RunMerging(ExecContext& ctx, const TokenMerge& merge, TensorView hidden) const {
@@ -461,6 +496,10 @@ double VitLayers::RunMerging(ExecContext& ctx, const TokenMerge& merge, TensorVi
   std::vector<float> sizes(hidden.dim(0), 1);
   // Which token each row of a frame has gone into.
   std::vector<int32_t> place_of(hidden.dim(0));
+  ExecContext& host = ctx.host();  // tokens are chosen and merged in host memory
+  const auto placed = [&](void* at, Shape shape) {
+    return TensorView(at, DType::kF32, shape, -1, ctx.device());
+  };
   for (size_t i = 0; i < place_of.size(); ++i) place_of[i] = static_cast<int32_t>(i % count);
   const TensorView room = workspace.Allocate(DType::kF32, hidden.shape());
   TensorView tokens = hidden, spare = room;  // turn by turn
@@ -474,7 +513,9 @@ double VitLayers::RunMerging(ExecContext& ctx, const TokenMerge& merge, TensorVi
     TensorView bias;
     if (merge.weighs_keys() && count < rows()) {
       bias = workspace.Allocate(DType::kF32, {all});
-      for (int64_t i = 0; i < all; ++i) bias.data<float>()[i] = std::log(sizes[i]);
+      std::vector<float> logs(all);
+      for (int64_t i = 0; i < all; ++i) logs[i] = std::log(sizes[i]);
+      Transfer(ctx, ConstTensorView(logs.data(), DType::kF32, {all}), bias);
     }
     {
       Workspace::Scope attention_scope(workspace);
@@ -500,27 +541,33 @@ double VitLayers::RunMerging(ExecContext& ctx, const TokenMerge& merge, TensorVi
       const double work = 2.0 * frames * ((count + 1) / 2) * (count / 2) * head_dim;
       trace.AddWork(work, 8.0 * all * width);
       flops += work + 2.0 * frames * asked * count * width;
-      const TensorView metric = workspace.Allocate(DType::kF32, {all, head_dim});
-      MeanOverHeads(ctx, keys, heads, metric);
+      const Workspace::Scope host_scope(host.workspace());
+      const HostCopy of_keys(ctx, keys), of_received(ctx, received), of_tokens(ctx, tokens);
+      const TensorView metric = host.workspace().Allocate(DType::kF32, {all, head_dim});
+      MeanOverHeads(host, of_keys, heads, metric);
       std::vector<int32_t> places(all);
       std::vector<float> merged_sizes(frames * left);
-      const TensorView merged = {spare.raw(), DType::kF32, {frames * left, width}};
-      ParallelFor(ctx, frames, 1, [&](int64_t begin, int64_t end) {
+      const TensorView merged = placed(spare.raw(), {frames * left, width});
+      const TensorView to = ctx.device() == Device::kCpu
+                                ? merged
+                                : host.workspace().Allocate(DType::kF32, merged.shape());
+      ParallelFor(host, frames, 1, [&](int64_t begin, int64_t end) {
         for (int64_t f = begin; f < end; ++f) {
           const std::span<int32_t> chosen = std::span(places).subspan(f * count, count);
-          merge.ChoosePlaces(ctx, metric.Slice(f * count, (f + 1) * count),
-                             asked > 0
-                                 ? std::span<const float>(received.data<float>() + f * count, count)
-                                 : std::span<const float>(),
-                             class_tokens, remove, chosen);
-          MergeRows(tokens.Slice(f * count, (f + 1) * count),
+          merge.ChoosePlaces(
+              host, metric.Slice(f * count, (f + 1) * count),
+              asked > 0 ? std::span<const float>(of_received->data<float>() + f * count, count)
+                        : std::span<const float>(),
+              class_tokens, remove, chosen);
+          MergeRows(of_tokens->Slice(f * count, (f + 1) * count),
                     std::span(sizes).subspan(f * count, count), chosen,
-                    merged.Slice(f * left, (f + 1) * left),
+                    to.Slice(f * left, (f + 1) * left),
                     std::span(merged_sizes).subspan(f * left, left));
           for (int64_t i = f * rows(); i < (f + 1) * rows(); ++i) place_of[i] = chosen[place_of[i]];
         }
       });
-      spare = {tokens.raw(), DType::kF32, hidden.shape()};
+      if (to.device() != ctx.device()) Transfer(ctx, to, merged);
+      spare = placed(tokens.raw(), hidden.shape());
       tokens = merged;
       sizes = std::move(merged_sizes);
       count = left;
@@ -536,7 +583,7 @@ double VitLayers::RunMerging(ExecContext& ctx, const TokenMerge& merge, TensorVi
     CopyRows(ctx, tokens, moved);
     tokens = moved;
   }
-  GatherRows(ctx, tokens, place_of, frames, hidden);
+  GatherRows(ctx, tokens, ListRows(ctx, place_of, frames), hidden);
   return flops;
 }
 
@@ -552,7 +599,7 @@ void VitLayers::AverageAttention(ExecContext& ctx, ConstTensorView q, ConstTenso
     chosen.push_back(static_cast<int32_t>(i % queries * count / queries));
   }
   const TensorView few = ctx.workspace().Allocate(dtype_, {frames * queries, q.dim(1)});
-  GatherRows(ctx, q, chosen, frames, few);
+  GatherRows(ctx, q, ListRows(ctx, chosen, frames), few);
   const int head_dim = config_.hidden_size / config_.num_heads;
   AttentionReceived(ctx, few, k, frames, config_.num_heads, head_dim,
                     1.0f / std::sqrt(static_cast<float>(head_dim)), key_bias, received);

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -26,11 +27,10 @@ struct NormWeights {
   NormWeights() = default;
   // Takes `name`.weight and `name`.bias.
   NormWeights(WeightStore& weights, const std::string& name, int64_t size, float norm_eps);
-  // y = LN(hidden + more), traced as "encode/norm". hidden, more: f32; y: f32 or bf16.
-  void Apply(ExecContext& ctx, ConstTensorView hidden, TensorView y,
+  // y = LN(hidden + more), traced as "encode/norm"; see LayerNorm for matrices that lie apart.
+  void Apply(ExecContext& ctx, std::span<const ConstTensorView> hidden, TensorView y,
              ConstTensorView more = {}) const;
-  // The same, not traced: threads may do it at once.
-  void Run(ExecContext& ctx, ConstTensorView hidden, TensorView y, ConstTensorView more = {}) const;
+  void Apply(ExecContext& ctx, ConstTensorView hidden, TensorView y) const;
 };
 
 struct VitConfig {
@@ -76,10 +76,13 @@ class VitLayers {
               int64_t frames, TensorView out, ConstTensorView key_bias = {}) const;
   struct ReuseRoom;
   double RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView hidden) const;
-  // kept_of(layer): where what is kept of the last frame computed whole goes, or null.
+  // key: of the steps it consists of. kept_of(layer): where what is kept of the last frame computed
+  // whole goes, or null.
   double RunPlan(ExecContext& ctx, FeatureReuse& reuse, const ReusePlan& plan,
-                 const ReuseRoom& space, const std::function<LayerReference*(int)>& kept_of,
-                 TensorView hidden) const;
+                 const std::string& key, const ReuseRoom& space,
+                 const std::function<LayerReference*(int)>& kept_of, TensorView hidden) const;
+  // Makes room for what is kept of a frame.
+  void MakeReference(ExecContext& ctx, LayerReference& reference) const;
   void CheckReference(const LayerReference& reference, int layer) const;
   double RunMerging(ExecContext& ctx, const TokenMerge& merge, TensorView hidden) const;
   // The attention that each of a frame's tokens receives from as many of its queries, [F, n] f32.

@@ -83,7 +83,7 @@ TensorView KeepRowsOf(ExecContext& ctx, TensorView x, std::span<const int32_t> r
   if (count > 0 && rows.back() >= count) {  // else all of them stand there already
     const Workspace::Scope scope(ctx.workspace());
     const TensorView moved = ctx.workspace().Allocate(x.dtype(), {count, x.dim(1)});
-    GatherRows(ctx, x, rows, 1, moved);
+    GatherRows(ctx, x, ListRows(ctx, rows, 1), moved);
     CopyRows(ctx, moved, x.Slice(0, count));
   }
   return x.Slice(0, count);

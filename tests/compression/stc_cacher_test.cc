@@ -5,11 +5,17 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
 
 #include "runtime/error.h"
+#include "runtime/transfer.h"
 #include "tests/support/tiny_towers.h"
 
 namespace sluice {
@@ -53,22 +59,35 @@ Tensor Film(int frames, uint32_t seed, int renewed = 3, const TinyTower& tiny = 
   return pixels;
 }
 
-VisualTokens Encode(const VisionEncoder& encoder, const Tensor& pixels, FeatureReuse* reuse,
-                    int batch = 100) {
-  ExecContext ctx({.num_threads = 2});
-  const int frames = static_cast<int>(pixels.dim(0));
-  VisualTokens all;
-  all.features = Tensor(DType::kF32, {frames * kTokens, encoder.output_size()});
-  for (int f = 0; f < frames; f += batch) {
-    const int end = std::min(frames, f + batch);
-    const auto names = NumberedFrames(end - f);
-    const VisualTokens part =
-        encoder.Encode(ctx, pixels.view().Slice(f, end), names, {.reuse = reuse});
-    std::copy_n(part.features.data<float>(), part.features.shape().NumElements(),
-                all.features.data<float>() + f * kTokens * encoder.output_size());
+// Where a test runs; the context lasts, so that on a GPU steps recur and are replayed.
+class Place {
+ public:
+  explicit Place(Device device) : ctx_({.num_threads = 2, .device = device}) {}
+
+  std::unique_ptr<VisionEncoder> Load(const TinyTower& tiny, DType dtype) const {
+    return tiny.Load(dtype, ctx_.device());
   }
-  return all;
-}
+  // Tokens in host memory.
+  Tensor Encode(const VisionEncoder& encoder, ConstTensorView pixels, FeatureReuse* reuse,
+                int batch = 100) {
+    const int frames = static_cast<int>(pixels.dim(0));
+    Tensor all(DType::kF32, {frames * kTokens, encoder.output_size()});
+    for (int f = 0; f < frames; f += batch) {
+      const int end = std::min(frames, f + batch);
+      const Workspace::Scope scope(ctx_.workspace());
+      const TensorView there = ctx_.workspace().Allocate(DType::kF32, {end - f, 3, kSide, kSide});
+      Transfer(ctx_, pixels.Slice(f, end), there);
+      const VisualTokens part =
+          encoder.Encode(ctx_, there, NumberedFrames(end - f), {.reuse = reuse});
+      Transfer(ctx_, part.features, all.view().Slice(f * kTokens, end * kTokens));
+    }
+    return all;
+  }
+  ExecContext& ctx() { return ctx_; }
+
+ private:
+  ExecContext ctx_;
+};
 
 double Distance(const Tensor& got, const Tensor& want, int frame) {
   const auto of_frame = [&](const Tensor& x) {
@@ -172,29 +191,55 @@ Tensor RestlessFilm(int frames, uint32_t seed) {
   return pixels;
 }
 
-class StcCacherFamiliesTest : public ::testing::TestWithParam<TinyTower> {};
+// Skips where there is no such device.
+template <typename Param>
+class StcCacherDeviceTest : public ::testing::TestWithParam<Param> {
+ protected:
+  void SetUp() override {
+    if (device() == Device::kCuda && cuda::DeviceCount() == 0) {
+      GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+    }
+    place_ = std::make_unique<Place>(device());
+  }
+  Device device() const {
+    if constexpr (std::is_same_v<Param, Device>) {
+      return this->GetParam();
+    } else {
+      return std::get<Device>(this->GetParam());
+    }
+  }
+
+  std::unique_ptr<Place> place_;
+};
+
+class StcCacherFamiliesTest : public StcCacherDeviceTest<std::tuple<TinyTower, Device>> {
+ protected:
+  const TinyTower& tiny() const { return std::get<TinyTower>(GetParam()); }
+};
 
 TEST_P(StcCacherFamiliesTest, EqualsTheFourTensorFormInDoublePrecision) {
-  const TinyTower& tiny = GetParam();
-  const auto encoder = tiny.Load(DType::kF32);
-  const Tensor pixels = RestlessFilm(5, 11);
+  constexpr int kFrames = 9;
+  const auto encoder = place_->Load(tiny(), DType::kF32);
+  const Tensor pixels = RestlessFilm(kFrames, 11);
   for (const bool shared : {false, true}) {
     for (const int interval : {2, 3}) {
       for (const double ratio : {0.05, 0.4}) {
-        StcCacher cacher({.interval = interval,
-                          .ratio = ratio,
-                          .shared_selection = shared,
-                          .refresh_below = -1});
-        const VisualTokens got = Encode(*encoder, pixels, &cacher, 4);
-        DoubleTower tower(tiny, interval, ratio, shared);
-        for (int f = 0; f < 5; ++f) {
-          const Tensor want = tiny.Tokens(tower.Run(pixels, f));
-          // f32 sums of some hundred products through three layers.
-          EXPECT_LE(
-              RelativeDifference(got.features.view().Slice(f * kTokens, (f + 1) * kTokens), want),
-              1e-5)
-              << "frame " << f << " interval " << interval << " ratio " << ratio << " shared "
-              << shared;
+        std::vector<Tensor> want;
+        DoubleTower tower(tiny(), interval, ratio, shared);
+        for (int f = 0; f < kFrames; ++f) want.push_back(tiny().Tokens(tower.Run(pixels, f)));
+        for (const int batch : {1, 4}) {
+          StcCacher cacher({.interval = interval,
+                            .ratio = ratio,
+                            .shared_selection = shared,
+                            .refresh_below = -1});
+          const Tensor got = place_->Encode(*encoder, pixels, &cacher, batch);
+          for (int f = 0; f < kFrames; ++f) {
+            // f32 sums of some hundred products through three layers.
+            EXPECT_LE(RelativeDifference(got.view().Slice(f * kTokens, (f + 1) * kTokens), want[f]),
+                      1e-5)
+                << "frame " << f << " interval " << interval << " ratio " << ratio << " shared "
+                << shared << " in batches of " << batch;
+          }
         }
       }
     }
@@ -203,102 +248,188 @@ TEST_P(StcCacherFamiliesTest, EqualsTheFourTensorFormInDoublePrecision) {
 
 TEST_P(StcCacherFamiliesTest, ComputingEveryPatchAfreshIsTheDenseTower) {
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
-    const auto encoder = GetParam().Load(dtype);
-    const Tensor pixels = Film(6, 1, 8, GetParam());
-    const VisualTokens dense = Encode(*encoder, pixels, nullptr);
+    const auto encoder = place_->Load(tiny(), dtype);
+    const Tensor pixels = Film(6, 1, 8, tiny());
+    const Tensor dense = place_->Encode(*encoder, pixels, nullptr);
     StcCacher cacher({.interval = 3, .ratio = 1, .refresh_below = -1});
-    const VisualTokens cached = Encode(*encoder, pixels, &cacher);
+    const Tensor cached = place_->Encode(*encoder, pixels, &cacher);
     // The same products on other numbers of rows; in bf16 a sum may round the other way (2^-9).
     for (int f = 0; f < 6; ++f) {
-      EXPECT_LE(Distance(cached.features, dense.features, f), dtype == DType::kF32 ? 1e-5 : 1e-2);
+      EXPECT_LE(Distance(cached, dense, f), dtype == DType::kF32 ? 1e-5 : 1e-2);
     }
-    EXPECT_EQ(cacher.counts().patches, 6 * GetParam().layers * GetParam().patches() * 4 / 6);
+    EXPECT_EQ(cacher.counts().patches, 6 * tiny().layers * tiny().patches() * 4 / 6);
     EXPECT_EQ(cacher.counts().fresh, cacher.counts().patches);
     EXPECT_EQ(cacher.counts().whole, 2);
   }
 }
 
 TEST_P(StcCacherFamiliesTest, TracesTheOperationsOfItsProducts) {
-  const auto encoder = GetParam().Load(DType::kF32);
+  const auto encoder = place_->Load(tiny(), DType::kF32);
   StcCacher cacher({.interval = 3, .ratio = 0.3});
-  ExecContext ctx({.num_threads = 1});
-  encoder->Encode(ctx, RestlessFilm(5, 2), NumberedFrames(5), {.reuse = &cacher});
+  place_->Encode(*encoder, RestlessFilm(5, 2), &cacher);
+  const auto& stages = place_->ctx().tracer().stages();
   double parts = 0;
   for (const char* stage :
        {"patch_embedding", "keys", "qkv", "attention", "out", "mlp", "projector"}) {
-    parts += ctx.tracer().stages().at(std::string("encode/") + stage).flops;
+    parts += stages.at(std::string("encode/") + stage).flops;
   }
-  EXPECT_NEAR(parts / ctx.tracer().stages().at("encode").flops, 1, 1e-9);
+  EXPECT_NEAR(parts / stages.at("encode").flops, 1, 1e-9);
 }
 
-INSTANTIATE_TEST_SUITE_P(Families, StcCacherFamiliesTest, ::testing::Values(kTinySiglip, kTinyClip),
-                         [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(Families, StcCacherFamiliesTest,
+                         ::testing::Combine(::testing::Values(kTinySiglip, kTinyClip),
+                                            ::testing::Values(Device::kCpu, Device::kCuda)),
+                         [](const auto& info) {
+                           return std::get<TinyTower>(info.param).name + "_" +
+                                  Name(std::get<Device>(info.param));
+                         });
 
-class StcCacherTypesTest : public ::testing::TestWithParam<DType> {};
+class StcCacherTypesTest : public StcCacherDeviceTest<std::tuple<DType, Device>> {
+ protected:
+  DType dtype() const { return std::get<DType>(GetParam()); }
+};
 
 TEST_P(StcCacherTypesTest, AFrameThatEqualsItsReferenceHasItsFeaturesAtEveryRatio) {
-  const auto encoder = kTinySiglip.Load(GetParam());
+  const auto encoder = place_->Load(kTinySiglip, dtype());
   const Tensor pixels = Film(4, 2, 0);
-  const VisualTokens dense = Encode(*encoder, pixels, nullptr);
+  const Tensor dense = place_->Encode(*encoder, pixels, nullptr);
   for (const double ratio : {0.01, 0.3, 0.9}) {
     StcCacher cacher({.interval = 4, .ratio = ratio});
-    const VisualTokens cached = Encode(*encoder, pixels, &cacher);
+    const Tensor cached = place_->Encode(*encoder, pixels, &cacher);
     // What is kept is rounded to the compute dtype once a layer.
     for (int f = 0; f < 4; ++f) {
-      EXPECT_LE(Distance(cached.features, dense.features, f),
-                GetParam() == DType::kF32 ? 1e-5 : 1e-2);
+      EXPECT_LE(Distance(cached, dense, f), dtype() == DType::kF32 ? 1e-5 : 1e-2);
     }
     EXPECT_EQ(cacher.counts().refreshes, 0);
   }
 }
 
 TEST_P(StcCacherTypesTest, HowFramesAreBatchedMakesNoDifference) {
-  const auto encoder = kTinySiglip.Load(GetParam());
+  const auto encoder = place_->Load(kTinySiglip, dtype());
   const Tensor pixels = RestlessFilm(9, 3);
   StcCacher together({.interval = 4, .ratio = 0.3});
-  const VisualTokens want = Encode(*encoder, pixels, &together);
+  const Tensor want = place_->Encode(*encoder, pixels, &together);
   for (const int batch : {1, 2, 5}) {
     StcCacher apart({.interval = 4, .ratio = 0.3});
-    const VisualTokens got = Encode(*encoder, pixels, &apart, batch);
+    const Tensor got = place_->Encode(*encoder, pixels, &apart, batch);
     for (int f = 0; f < 9; ++f) {
-      EXPECT_LE(Distance(got.features, want.features, f), GetParam() == DType::kF32 ? 1e-5 : 2e-2)
+      EXPECT_LE(Distance(got, want, f), dtype() == DType::kF32 ? 1e-5 : 2e-2)
           << "frame " << f << " in batches of " << batch;
     }
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Types, StcCacherTypesTest, ::testing::Values(DType::kF32, DType::kBF16),
-                         [](const auto& info) { return Name(info.param); });
+INSTANTIATE_TEST_SUITE_P(Types, StcCacherTypesTest,
+                         ::testing::Combine(::testing::Values(DType::kF32, DType::kBF16),
+                                            ::testing::Values(Device::kCpu, Device::kCuda)),
+                         [](const auto& info) {
+                           return std::string(Name(std::get<DType>(info.param))) + "_" +
+                                  Name(std::get<Device>(info.param));
+                         });
 
-TEST(StcCacherTest, ErrorsFallAsMorePatchesAreComputed) {
-  const auto encoder = kTinySiglip.Load(DType::kF32);
+class StcCacherTest : public StcCacherDeviceTest<Device> {};
+
+TEST_P(StcCacherTest, ErrorsFallAsMorePatchesAreComputed) {
+  const auto encoder = place_->Load(kTinySiglip, DType::kF32);
   const Tensor pixels = Film(2, 4, 9);
-  const VisualTokens dense = Encode(*encoder, pixels, nullptr);
+  const Tensor dense = place_->Encode(*encoder, pixels, nullptr);
   double last = 1e9;
   for (const double ratio : {0.04, 0.2, 0.4, 1.0}) {
     StcCacher cacher({.interval = 2, .ratio = ratio, .refresh_below = -1});
-    const double error = Distance(Encode(*encoder, pixels, &cacher).features, dense.features, 1);
+    const double error = Distance(place_->Encode(*encoder, pixels, &cacher), dense, 1);
     EXPECT_LT(error, last) << ratio;
     last = error;
   }
 }
 
-TEST(StcCacherTest, ACutIsComputedWholeOutOfTurn) {
-  const auto encoder = kTinySiglip.Load(DType::kF32);
+TEST_P(StcCacherTest, ACutIsComputedWholeOutOfTurn) {
+  const auto encoder = place_->Load(kTinySiglip, DType::kF32);
   Tensor pixels = Film(6, 5, 1);
   const Tensor other = Film(6, 500, 1);
   constexpr int64_t kFrame = 3 * kSide * kSide;
   std::copy_n(other.data<float>(), 3 * kFrame, pixels.data<float>() + 3 * kFrame);
-  const VisualTokens dense = Encode(*encoder, pixels, nullptr);
-  StcCacher cacher({.interval = 100, .ratio = 0.2});
-  const VisualTokens cached = Encode(*encoder, pixels, &cacher, 2);
-  EXPECT_EQ(cacher.counts().whole, 2);
-  EXPECT_EQ(cacher.counts().refreshes, 1);
-  EXPECT_LE(Distance(cached.features, dense.features, 3), 1e-5);
+  const Tensor dense = place_->Encode(*encoder, pixels, nullptr);
+  for (const int batch : {1, 2, 6}) {
+    StcCacher cacher({.interval = 100, .ratio = 0.2});
+    const Tensor cached = place_->Encode(*encoder, pixels, &cacher, batch);
+    EXPECT_EQ(cacher.counts().whole, 2) << batch;
+    EXPECT_EQ(cacher.counts().refreshes, 1) << batch;
+    EXPECT_LE(Distance(cached, dense, 3), 1e-5) << batch;
+  }
 }
 
+TEST_P(StcCacherTest, InterleavedStreamsAreEachAsIfAlone) {
+  const auto encoder = place_->Load(kTinySiglip, DType::kF32);
+  constexpr int kFrames = 12;  // enough for steps to be replayed on a GPU
+  const Tensor a = RestlessFilm(kFrames, 6), b = RestlessFilm(kFrames, 7);
+  StcCacher alone_a({}), alone_b({}), mixed_a({}), mixed_b({});
+  const Tensor want_a = place_->Encode(*encoder, a, &alone_a, 1);
+  const Tensor want_b = place_->Encode(*encoder, b, &alone_b, 1);
+  for (int f = 0; f < kFrames; ++f) {
+    for (const auto& [film, cacher, want] :
+         {std::tuple(&a, &mixed_a, &want_a), std::tuple(&b, &mixed_b, &want_b)}) {
+      const Tensor one = place_->Encode(*encoder, film->view().Slice(f, f + 1), cacher);
+      EXPECT_TRUE(std::equal(one.data<float>(), one.data<float>() + kTokens * kTinySiglip.out,
+                             want->data<float>() + f * kTokens * kTinySiglip.out))
+          << f;
+    }
+  }
+}
+
+TEST_P(StcCacherTest, ResetComputesTheNextFrameWholeAndMemoryStaysFlat) {
+  const auto encoder = place_->Load(kTinySiglip, DType::kBF16);
+  StcCacher cacher({.interval = 50, .ratio = 0.2, .refresh_below = -1});
+  place_->Encode(*encoder, Film(3, 8), &cacher);
+  const int64_t bytes = cacher.SizeBytes();
+  EXPECT_EQ(bytes,
+            kTinySiglip.layers * 3 * kTinySiglip.patches() * kTinySiglip.width *
+                2);  // keys, values, update in bf16
+  place_->Encode(*encoder, Film(40, 9), &cacher, 7);
+  EXPECT_EQ(cacher.SizeBytes(), bytes);
+  EXPECT_EQ(cacher.counts().whole, 1);
+  cacher.Reset();
+  EXPECT_EQ(cacher.SizeBytes(), 0);
+  place_->Encode(*encoder, Film(1, 10), &cacher);
+  EXPECT_EQ(cacher.counts().whole, 2);
+}
+
+// With a refresh in the middle.
+TEST_P(StcCacherTest, ReplayedStepsGiveTheBitsOfDirectOnes) {
+  if (device() == Device::kCpu) return;  // nothing is replayed there
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    for (const TinyTower& tiny : {kTinySiglip, kTinyClip}) {
+      constexpr int kFrames = 24;
+      const auto encoder = place_->Load(tiny, dtype);
+      Tensor pixels = RestlessFilm(kFrames, 21);
+      constexpr int64_t kFrame = 3 * kSide * kSide, kCut = 13;
+      const Tensor other = RestlessFilm(kFrames - kCut, 500);
+      std::copy_n(other.data<float>(), other.shape().NumElements(),
+                  pixels.data<float>() + kCut * kFrame);
+      for (const int batch : {1, 3, 4}) {
+        StcCacher lasting({.interval = 6, .ratio = 0.3}), direct({.interval = 6, .ratio = 0.3});
+        const Tensor got = place_->Encode(*encoder, pixels, &lasting, batch);
+        for (int f = 0; f < kFrames; f += batch) {
+          Place once(device());
+          const Tensor want =
+              once.Encode(*encoder, pixels.view().Slice(f, std::min(kFrames, f + batch)), &direct);
+          ASSERT_EQ(std::memcmp(got.data<float>() + f * kTokens * tiny.out, want.data<float>(),
+                                want.SizeBytes()),
+                    0)
+              << "frame " << f << " in batches of " << batch << " " << Name(dtype);
+        }
+        EXPECT_EQ(lasting.counts().refreshes, direct.counts().refreshes);
+        EXPECT_GE(lasting.counts().refreshes, 1);
+      }
+    }
+  }
+  EXPECT_GT(place_->ctx().recorder()->counts().replayed, 50);
+}
+
+INSTANTIATE_TEST_SUITE_P(Devices, StcCacherTest, ::testing::Values(Device::kCpu, Device::kCuda),
+                         [](const auto& info) { return Name(info.param); });
+
 // What all keys of a tower have in common says nothing of the picture.
-TEST(StcCacherTest, ACutShowsHoweverMuchKeysHaveInCommon) {
+TEST(StcCacherChangeTest, ACutShowsHoweverMuchKeysHaveInCommon) {
   constexpr int64_t kPatches = 50, kWidth = 96;
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
     for (const float common : {0.0f, 10.0f}) {
@@ -331,44 +462,7 @@ TEST(StcCacherTest, ACutShowsHoweverMuchKeysHaveInCommon) {
   }
 }
 
-TEST(StcCacherTest, InterleavedStreamsAreEachAsIfAlone) {
-  const auto encoder = kTinySiglip.Load(DType::kF32);
-  const Tensor a = RestlessFilm(5, 6), b = RestlessFilm(5, 7);
-  StcCacher alone_a({}), alone_b({}), mixed_a({}), mixed_b({});
-  const VisualTokens want_a = Encode(*encoder, a, &alone_a, 1);
-  const VisualTokens want_b = Encode(*encoder, b, &alone_b, 1);
-  ExecContext ctx({.num_threads = 2});
-  const auto name = NumberedFrames(1);
-  for (int f = 0; f < 5; ++f) {
-    for (const auto& [film, cacher, want] :
-         {std::tuple(&a, &mixed_a, &want_a), std::tuple(&b, &mixed_b, &want_b)}) {
-      const VisualTokens one =
-          encoder->Encode(ctx, film->view().Slice(f, f + 1), name, {.reuse = cacher});
-      EXPECT_TRUE(std::equal(one.features.data<float>(),
-                             one.features.data<float>() + kTokens * kTinySiglip.out,
-                             want->features.data<float>() + f * kTokens * kTinySiglip.out));
-    }
-  }
-}
-
-TEST(StcCacherTest, ResetComputesTheNextFrameWholeAndMemoryStaysFlat) {
-  const auto encoder = kTinySiglip.Load(DType::kBF16);
-  StcCacher cacher({.interval = 50, .ratio = 0.2, .refresh_below = -1});
-  Encode(*encoder, Film(3, 8), &cacher);
-  const int64_t bytes = cacher.SizeBytes();
-  EXPECT_EQ(bytes,
-            kTinySiglip.layers * 3 * kTinySiglip.patches() * kTinySiglip.width *
-                2);  // keys, values, update in bf16
-  Encode(*encoder, Film(40, 9), &cacher, 7);
-  EXPECT_EQ(cacher.SizeBytes(), bytes);
-  EXPECT_EQ(cacher.counts().whole, 1);
-  cacher.Reset();
-  EXPECT_EQ(cacher.SizeBytes(), 0);
-  Encode(*encoder, Film(1, 10), &cacher);
-  EXPECT_EQ(cacher.counts().whole, 2);
-}
-
-TEST(StcCacherTest, SettingsOutOfRangeAreRefused) {
+TEST(StcCacherOptionsTest, SettingsOutOfRangeAreRefused) {
   EXPECT_THAT([] { StcCacher cacher({.interval = 0}); },
               ThrowsMessage<InputError>(HasSubstr("interval must be at least 1")));
   for (const double ratio : {0.0, -1.0, 1.01, std::nan("")}) {

@@ -13,6 +13,7 @@
 #include "compression/stc_cacher.h"
 #include "runtime/error.h"
 #include "runtime/ops/attention.h"
+#include "runtime/transfer.h"
 #include "tests/support/tiny_towers.h"
 
 namespace sluice {
@@ -32,8 +33,11 @@ using ::testing::ThrowsMessage;
 
 VisualTokens Encode(const VisionEncoder& encoder, const Tensor& pixels, const TokenMerge* merge,
                     ExecContext& ctx) {
-  return encoder.Encode(ctx, pixels, NumberedFrames(static_cast<int>(pixels.dim(0))),
-                        {.merge = merge});
+  const Tensor there = TransferTo(ctx, pixels, ctx.device());
+  VisualTokens tokens =
+      encoder.Encode(ctx, there, NumberedFrames(static_cast<int>(pixels.dim(0))), {.merge = merge});
+  tokens.features = TransferTo(ctx, tokens.features, Device::kCpu);
+  return tokens;
 }
 
 // The tower and the method once more, in double precision: tokens as lists of their members.
@@ -142,11 +146,15 @@ Rows MergedTower(const TinyTower& tiny, const TurboOptions& options, Rows h) {
   return grid;
 }
 
-class TurboTowerTest : public ::testing::TestWithParam<TinyTower> {};
+class TurboTowerTest : public ::testing::TestWithParam<TinyTower> {
+ protected:
+  // f32 sums of some hundred products through three layers, against double precision.
+  void CompareWithTheMethod(Device device);
+};
 
-TEST_P(TurboTowerTest, EqualsTheMethodInDoublePrecision) {
+void TurboTowerTest::CompareWithTheMethod(Device device) {
   const TinyTower& tiny = GetParam();
-  const auto encoder = tiny.Load(DType::kF32);
+  const auto encoder = tiny.Load(DType::kF32, device);
   for (const bool proportional : {true, false}) {
     for (const double lambda : {0.0, 0.3, 2.0}) {
       for (const double remove : {1, 5, 100}) {
@@ -157,11 +165,10 @@ TEST_P(TurboTowerTest, EqualsTheMethodInDoublePrecision) {
         const TurboTower turbo(options);
         const Tensor pixels = RandomPixels(2, static_cast<uint32_t>(remove) + 7);
         for (const KernelChoice kernels : {KernelChoice::kFast, KernelChoice::kReference}) {
-          ExecContext ctx({.num_threads = 2, .kernels = kernels});
+          ExecContext ctx({.num_threads = 2, .kernels = kernels, .device = device});
           const VisualTokens got = Encode(*encoder, pixels, &turbo, ctx);
           for (int f = 0; f < 2; ++f) {
             const Tensor want = tiny.Tokens(MergedTower(tiny, options, tiny.Embed(pixels, f)));
-            // f32 sums of some hundred products through three layers.
             EXPECT_LE(RelativeDifference(
                           got.features.view().Slice(f * kTinyTokens, (f + 1) * kTinyTokens), want),
                       2e-5)
@@ -171,6 +178,13 @@ TEST_P(TurboTowerTest, EqualsTheMethodInDoublePrecision) {
       }
     }
   }
+}
+
+TEST_P(TurboTowerTest, EqualsTheMethodInDoublePrecision) { CompareWithTheMethod(Device::kCpu); }
+
+TEST_P(TurboTowerTest, EqualsTheMethodInDoublePrecisionOnAGpu) {
+  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  CompareWithTheMethod(Device::kCuda);
 }
 
 TEST_P(TurboTowerTest, RemovingNothingIsTheDenseTowerBitForBit) {

@@ -2,6 +2,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <random>
 #include <string>
@@ -14,6 +16,7 @@
 #include "runtime/ops/norm.h"
 #include "runtime/ops/rope.h"
 #include "runtime/ops/rows.h"
+#include "runtime/ops/similarity.h"
 #include "runtime/transfer.h"
 #include "tests/support/tensor_testing.h"
 
@@ -189,56 +192,215 @@ TEST_F(CudaOpsTest, ProductsEqualTheReference) {
   }
 }
 
-TEST_F(CudaOpsTest, ListedRowsMoveAndAddAsInTheReference) {
+TEST_F(CudaOpsTest, SumsAndCopiesEqualTheReference) {
   for (const auto& [m, d] : kSizes) {
     for (const DType dtype : kTypes) {
-      for (const int groups : {1, 2}) {
+      for (const int64_t gap : {0, 3, 8}) {
         SCOPED_TRACE((Shape{m, d}.ToString() + " " + Name(dtype)));
-        // A random third of the rows of each of the equal groups.
-        const int64_t length = m, count = (length + 2) / 3;
-        std::mt19937 random(static_cast<uint32_t>(m));
-        std::vector<int32_t> indices;
-        for (int g = 0; g < groups; ++g) {
-          std::vector<int32_t> all(length);
-          std::iota(all.begin(), all.end(), 0);
-          std::shuffle(all.begin(), all.end(), random);
-          indices.insert(indices.end(), all.begin(), all.begin() + count);
-        }
-        const auto listed = static_cast<int64_t>(indices.size());
-        const Tensor x = RandomTensor(dtype, {groups * m, d}, 1),
-                     some = RandomTensor(dtype, {listed, d}, 2);
-        const Tensor gx = OnGpu(x), gsome = OnGpu(some);
-        const Tensor want(dtype, {listed, d}), got(dtype, {listed, d}, Device::kCuda);
-        GatherRows(reference_, x, indices, groups, want);
-        GatherRows(*gpu_, gx, indices, groups, got);
-        ExpectEqual(got, want, "gather_rows");
-        ScatterRows(reference_, some, indices, groups, x);
-        ScatterRows(*gpu_, gsome, indices, groups, gx);
-        ExpectEqual(gx, x, "scatter_rows");
-        if (groups > 1) continue;
-
-        const Tensor a = RandomTensor(DType::kF32, {m, d}, 3),
-                     b = RandomTensor(DType::kF32, {m, d}, 4);
-        const Tensor part = RandomTensor(DType::kF32, {listed, d}, 5);
-        const Tensor ga = OnGpu(a), gb = OnGpu(b), gpart = OnGpu(part);
-        Tensor sum(DType::kF32, {m, d}), gsum(DType::kF32, {m, d}, Device::kCuda);
-        Add(reference_, a, x, sum);
-        Add(*gpu_, ga, gx, gsum);
+        const Tensor a = Rows(DType::kF32, m, d, gap, 3), b = Rows(DType::kF32, m, d, gap, 4);
+        const Tensor x = Rows(dtype, m, d, gap, 5);
+        const Tensor ga = OnGpu(a), gb = OnGpu(b), gx = OnGpu(x);
+        const auto cut = [width = d](const Tensor& t) { return t.view().Columns(0, width); };
+        const Tensor sum(DType::kF32, {m, d}), gsum(DType::kF32, {m, d}, Device::kCuda);
+        Add(reference_, cut(a), cut(x), sum);
+        Add(*gpu_, cut(ga), cut(gx), gsum);
         ExpectEqual(gsum, sum, "add");
         const Tensor off(dtype, {m, d}), goff(dtype, {m, d}, Device::kCuda);
-        Subtract(reference_, a, b, off);
-        Subtract(*gpu_, ga, gb, goff);
+        Subtract(reference_, cut(a), cut(b), off);
+        Subtract(*gpu_, cut(ga), cut(gb), goff);
         ExpectEqual(goff, off, "subtract");
-        SubtractListed(reference_, part, b, indices, sum);
-        SubtractListed(*gpu_, gpart, gb, indices, gsum);
-        ExpectEqual(gsum, sum, "subtract_listed");
-        const Tensor few(DType::kF32, {listed, d}), gfew(DType::kF32, {listed, d}, Device::kCuda);
-        AddListed(reference_, a, b, indices, few);
-        AddListed(*gpu_, ga, gb, indices, gfew);
-        ExpectEqual(gfew, few, "add_listed");
+        CopyRows(reference_, cut(x), off);
+        CopyRows(*gpu_, cut(gx), goff);
+        EXPECT_EQ(Values(TransferTo(*gpu_, goff, Device::kCpu)), Values(off)) << "copy_rows";
+        ZeroRows(*gpu_, cut(gx));
+        ZeroRows(reference_, cut(x));
+        EXPECT_EQ(Values(TransferTo(*gpu_, gx, Device::kCpu)), Values(x)) << "zero_rows";
       }
     }
   }
+}
+
+TEST_F(CudaOpsTest, ListedRowsMoveAndAddAsInTheReference) {
+  for (const auto& [m, d] : kSizes) {
+    for (const DType dtype : kTypes) {
+      // One group, some, more than one launch takes.
+      for (const int64_t groups : {1, 2, 19}) {
+        for (const int64_t ahead : {0, 1}) {
+          if (m <= ahead || (groups > 2 && m * d > 10000)) continue;
+          SCOPED_TRACE((Shape{groups, m, d}.ToString() + " " + Name(dtype)));
+          // A random third of the rows of each group, ascending.
+          const int64_t count = (m - ahead + 2) / 3;
+          std::mt19937 random(static_cast<uint32_t>(m));
+          std::vector<int32_t> indices;
+          for (int64_t g = 0; g < groups; ++g) {
+            std::vector<int32_t> all(m - ahead);
+            std::iota(all.begin(), all.end(), 0);
+            std::shuffle(all.begin(), all.end(), random);
+            std::sort(all.begin(), all.begin() + count);
+            indices.insert(indices.end(), all.begin(), all.begin() + count);
+          }
+          const Workspace::Scope scope(reference_.workspace()), gpu_scope(gpu_->workspace());
+          RowLists lists = ListRows(reference_, indices, groups);
+          RowLists there = ListRows(*gpu_, indices, groups);
+          lists.ahead = there.ahead = ahead;
+          const int64_t listed = groups * lists.each();
+          // Columns of something wider, as values are of a product.
+          const Tensor wide = RandomTensor(dtype, {listed, 2 * d}, 2), gwide = OnGpu(wide);
+          const auto some = wide.view().Columns(d, 2 * d), gsome = gwide.view().Columns(d, 2 * d);
+          const Tensor x = RandomTensor(dtype, {groups * m, d}, 1), gx = OnGpu(x);
+          const Tensor want(dtype, {listed, d}), got(dtype, {listed, d}, Device::kCuda);
+          GatherRows(reference_, x, lists, want);
+          GatherRows(*gpu_, gx, there, got);
+          ExpectEqual(got, want, "gather_rows");
+
+          std::vector<Tensor> apart, gapart, apart32, gapart32;
+          for (int64_t g = 0; g < groups; ++g) {
+            apart.push_back(RandomTensor(dtype, {m, d}, 20 + g));
+            gapart.push_back(OnGpu(apart.back()));
+            apart32.push_back(RandomTensor(DType::kF32, {m, d}, 50 + g));
+            gapart32.push_back(OnGpu(apart32.back()));
+          }
+          const auto views = [](const std::vector<Tensor>& tensors) {
+            return std::vector<ConstTensorView>(tensors.begin(), tensors.end());
+          };
+          OverlayRows(reference_, views(apart), some, lists, x);
+          OverlayRows(*gpu_, views(gapart), gsome, there, gx);
+          ExpectEqual(gx, x, "overlay_rows");
+          if (dtype != DType::kF32) continue;
+
+          const Tensor few(DType::kF32, {listed, d}), gfew(DType::kF32, {listed, d}, Device::kCuda);
+          AddListed(reference_, views(apart32), x, lists, few);
+          AddListed(*gpu_, views(gapart32), gx, there, gfew);
+          ExpectEqual(gfew, few, "add_listed");
+          SubtractListed(reference_, some, views(apart32), lists, x);
+          SubtractListed(*gpu_, gsome, views(gapart32), there, gx);
+          ExpectEqual(gx, x, "subtract_listed");
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaOpsTest, NormsOfMatricesThatLieApartEqualTheReference) {
+  for (const auto& [m, d] : kSizes) {
+    for (const int count : {1, 3, 18}) {
+      if (m == 0 || (count > 3 && m * d > 10000)) continue;
+      const Tensor weight = RandomTensor(DType::kF32, {d}, 2),
+                   bias = RandomTensor(DType::kF32, {d}, 3);
+      const Tensor gw = OnGpu(weight), gb = OnGpu(bias);
+      std::vector<Tensor> x, gx;
+      for (int i = 0; i < count; ++i) {
+        x.push_back(Rows(DType::kF32, m, d, i % 2 * 4, 10 + i));
+        gx.push_back(OnGpu(x.back()));
+      }
+      const auto views = [width = d](const std::vector<Tensor>& tensors) {
+        std::vector<ConstTensorView> all;
+        for (const Tensor& t : tensors) all.push_back(t.view().Columns(0, width));
+        return all;
+      };
+      for (const int covered : {0, 1, count - 1}) {
+        const Tensor more = RandomTensor(DType::kF32, {covered * m, d}, 4), gmore = OnGpu(more);
+        const Tensor want(DType::kBF16, {count * m, d}),
+            got(DType::kBF16, {count * m, d}, Device::kCuda);
+        LayerNorm(reference_, views(x), weight, bias, 1e-6f, want, more);
+        LayerNorm(*gpu_, views(gx), gw, gb, 1e-6f, got, gmore);
+        ExpectEqual(
+            got, want,
+            "layer_norm of " + std::to_string(count) + " matrices " + Shape{m, d}.ToString());
+      }
+    }
+  }
+}
+
+TEST_F(CudaOpsTest, CosinesAndMeansEqualTheReference) {
+  for (const auto& [m, d] : kSizes) {
+    for (const DType dtype : kTypes) {
+      for (const int count : {1, 2, 17}) {
+        if (m == 0 || (count > 2 && m * d > 10000)) continue;
+        SCOPED_TRACE((Shape{count, m, d}.ToString() + " " + Name(dtype)));
+        const Tensor mean(DType::kF32, {d}), gmean(DType::kF32, {d}, Device::kCuda);
+        std::vector<Tensor> keep;
+        std::vector<RowPairs> pairs, gpairs;
+        for (int i = 0; i < count; ++i) {
+          for (const int64_t gap : {int64_t{0}, int64_t{8} * (i % 2)}) {
+            keep.push_back(Rows(dtype, m, d, gap, 10 * i + static_cast<int>(keep.size())));
+            keep.push_back(OnGpu(keep.back()));
+          }
+          const auto at = [&, width = d](int back) {
+            return keep[keep.size() - back].view().Columns(0, width);
+          };
+          pairs.push_back({at(4), at(2), {}});
+          gpairs.push_back({at(3), at(1), {}});
+        }
+        MeanRow(reference_, pairs[0].b, mean);
+        MeanRow(*gpu_, gpairs[0].b, gmean);
+        const Tensor mean_back = TransferTo(*gpu_, gmean, Device::kCpu);
+        // Sums of up to 1000 values of N(0, 4^2) in another order.
+        for (int64_t i = 0; i < d; ++i) {
+          ASSERT_NEAR(mean_back.data<float>()[i], mean.data<float>()[i], 2e-5) << i;
+        }
+        for (const bool centred : {false, true}) {
+          for (int i = 0; i < count; ++i) {
+            pairs[i].center = centred ? mean.view() : ConstTensorView();
+            gpairs[i].center = centred ? gmean.view() : ConstTensorView();
+          }
+          const Tensor cosines(DType::kF32, {count, m}),
+              on_gpu(DType::kF32, {count, m}, Device::kCuda);
+          RowCosines(reference_, pairs, cosines);
+          RowCosines(*gpu_, gpairs, on_gpu);
+          const Tensor back = TransferTo(*gpu_, on_gpu, Device::kCpu);
+          // Sums of up to 3584 products in another order, relative to the norms. With one value a
+          // row, and that the mean itself, the cosine is a sign of next to nothing.
+          if (centred && (m == 1 || d == 1)) continue;
+          for (int64_t i = 0; i < count * m; ++i) {
+            ASSERT_NEAR(back.data<float>()[i], cosines.data<float>()[i], 1e-5)
+                << i << " centred " << centred;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaOpsTest, LowestPlacesAreThoseOfTheReference) {
+  for (const int64_t count : {1, 2, 31, 196, 576, 729, 1024, 1025, 4096, 5000, 16384}) {
+    for (const int64_t rows : {1, 3}) {
+      const Tensor values = RandomTensor(DType::kF32, {rows, count}, static_cast<uint32_t>(count));
+      float* data = values.data<float>();
+      // Ties, zeros of both signs, and what is no number.
+      for (int64_t i = 0; i < rows * count; i += 3) data[i] = std::round(data[i]);
+      for (int64_t i = 5; i < rows * count; i += 11) data[i] = i % 2 ? 0.f : -0.f;
+      for (int64_t i = 7; i < rows * count; i += 50) {
+        data[i] = i % 4 == 1 ? std::nanf("") : i % 4 == 2 ? INFINITY : -INFINITY;
+      }
+      const Tensor on_gpu = OnGpu(values);
+      for (const int64_t k : {int64_t{1}, (count + 3) / 4, count / 2, count - 1, count}) {
+        if (k < 1) continue;
+        const Tensor want(DType::kI32, {rows, k}), got(DType::kI32, {rows, k}, Device::kCuda);
+        LowestPlaces(reference_, values, want);
+        LowestPlaces(*gpu_, on_gpu, got);
+        const Tensor back = TransferTo(*gpu_, got, Device::kCpu);
+        for (int64_t i = 0; i < rows * k; ++i) {
+          ASSERT_EQ(back.data<int32_t>()[i], want.data<int32_t>()[i])
+              << k << " of " << count << " at " << i;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaOpsTest, StepsThatHaveNotRunForLongAreForgotten) {
+  const Tensor x(DType::kF32, {3, 8}, Device::kCuda);
+  const auto run = [&](const std::string& key) {
+    gpu_->Recurring(key, [&] { ZeroRows(*gpu_, x); });
+  };
+  for (int i = 0; i < 3; ++i) run("first");
+  const cuda::Recorder::Counts& counts = gpu_->recorder()->counts();
+  EXPECT_EQ(counts.replayed, 1);
+  for (int i = 0; i < 256; ++i) run("another " + std::to_string(i));
+  run("first");
+  EXPECT_EQ(counts.direct, 1 + 256 + 1);
+  EXPECT_EQ(counts.replayed, 1);
 }
 
 TEST_F(CudaOpsTest, TensorsElsewhereAndReadingThemHereAreRefused) {

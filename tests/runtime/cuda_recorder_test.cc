@@ -31,7 +31,7 @@ class CudaRecorderTest : public ::testing::Test {
     gpu_->Recurring("gather", [&] {
       const Workspace::Scope scope(gpu_->workspace());
       const TensorView middle = gpu_->workspace().Allocate(DType::kF32, to.shape());
-      GatherRows(*gpu_, there_, rows, 1, middle);
+      GatherRows(*gpu_, there_, ListRows(*gpu_, rows, 1), middle);
       CopyRows(*gpu_, middle, to);
     });
   }
@@ -97,7 +97,8 @@ TEST_F(CudaRecorderTest, AStepThatThrowsLeavesTheContextUsable) {
   for (int i = 0; i < 4; ++i) {
     EXPECT_THROW(gpu_->Recurring("fails",
                                  [&] {
-                                   GatherRows(*gpu_, there_, std::vector<int32_t>{1}, 1, to);
+                                   const std::vector<int32_t> row = {1};
+                                   GatherRows(*gpu_, there_, ListRows(*gpu_, row, 1), to);
                                    throw std::runtime_error("no");
                                  }),
                  std::runtime_error);

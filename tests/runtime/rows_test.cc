@@ -4,7 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstring>
+#include <cmath>
 #include <vector>
 
 #include "runtime/error.h"
@@ -26,28 +26,43 @@ class RowsTest : public ::testing::TestWithParam<std::tuple<DType, KernelChoice>
   ExecContext ctx_{{.num_threads = 3, .kernels = std::get<1>(GetParam())}};
 };
 
-TEST_P(RowsTest, GatheredRowsComeBackToTheirPlacesWhenScattered) {
+TEST_P(RowsTest, GatheredRowsComeBackToTheirPlaces) {
   constexpr int64_t kGroups = 3, kLength = 50, kWidth = 37;
-  const std::vector<int32_t> indices = {0, 7, 49, 3, 4, 48, 1, 2, 25};
-  const Tensor storage = RandomTensor(dtype(), {kGroups * kLength, kWidth + 5}, 1);
-  const TensorView x = Strided(storage, kGroups * kLength, kWidth, 5);
-  Tensor gathered(dtype(), {9, kWidth}), back(dtype(), {kGroups * kLength, kWidth});
-  GatherRows(ctx_, x, indices, kGroups, gathered);
-  CopyRows(ctx_, RandomTensor(dtype(), {kGroups * kLength, kWidth}, 2), back);
-  const Tensor before = back.Clone();
-  ScatterRows(ctx_, gathered, indices, kGroups, back);
-  for (int64_t i = 0; i < 9; ++i) {
-    const int64_t row = i / 3 * kLength + indices[i];
-    for (int64_t d = 0; d < kWidth; ++d) {
-      ASSERT_EQ(At(gathered, i, d), At(x, row, d)) << i;
-      ASSERT_EQ(At(back, row, d), At(x, row, d)) << i;
+  for (const int64_t ahead : {0, 1, 2}) {
+    const std::vector<int32_t> indices = {0, 7, 47, 3, 4, 46, 1, 2, 25};
+    const Workspace::Scope scope(ctx_.workspace());
+    RowLists lists = ListRows(ctx_, indices, kGroups);
+    lists.ahead = ahead;
+    const int64_t each = 3 + ahead;
+    ASSERT_EQ(lists.each(), each);
+    const Tensor storage = RandomTensor(dtype(), {kGroups * kLength, kWidth + 5}, 1);
+    const TensorView x = Strided(storage, kGroups * kLength, kWidth, 5);
+    const Tensor gathered(dtype(), {kGroups * each, kWidth}),
+        back(dtype(), {kGroups * kLength, kWidth});
+    GatherRows(ctx_, x, lists, gathered);
+    // The others come from matrices that lie apart.
+    std::vector<Tensor> rest;
+    for (uint32_t g = 0; g < kGroups; ++g) {
+      rest.push_back(RandomTensor(dtype(), {kLength, kWidth}, 2 + g));
+    }
+    const std::vector<ConstTensorView> views(rest.begin(), rest.end());
+    OverlayRows(ctx_, views, gathered, lists, back);
+    for (int64_t g = 0; g < kGroups; ++g) {
+      for (int64_t row = 0; row < kLength; ++row) {
+        int64_t at = row < ahead ? row : -1;
+        for (int64_t i = 0; i < 3; ++i) {
+          if (row == ahead + indices[g * 3 + i]) at = ahead + i;
+        }
+        for (int64_t d = 0; d < kWidth; ++d) {
+          const double want = At(x, g * kLength + row, d);
+          if (at >= 0) {
+            ASSERT_EQ(At(gathered, g * each + at, d), want);
+          }
+          ASSERT_EQ(At(back, g * kLength + row, d), at >= 0 ? want : At(rest[g], row, d));
+        }
+      }
     }
   }
-  int64_t changed = 0;
-  for (int64_t row = 0; row < kGroups * kLength; ++row) {
-    changed += At(back, row, 0) != At(before, row, 0);
-  }
-  EXPECT_EQ(changed, 9);
 }
 
 TEST_P(RowsTest, SumsAndDifferencesAreRoundedOnce) {
@@ -69,24 +84,54 @@ TEST_P(RowsTest, SumsAndDifferencesAreRoundedOnce) {
 
 TEST(RowsDifferenceTest, ListedRowsAreTakenAndNoOthers) {
   ExecContext ctx({.num_threads = 2});
-  const std::vector<int32_t> indices = {4, 0, 9};
-  const Tensor a = RandomTensor(DType::kF32, {3, 21}, 8),
-               b = RandomTensor(DType::kF32, {12, 21}, 9);
-  const Tensor y = RandomTensor(DType::kF32, {12, 21}, 10), before = y.Clone();
-  SubtractListed(ctx, a, b, indices, y);
-  for (int32_t row = 0; row < 12; ++row) {
-    const auto at = std::find(indices.begin(), indices.end(), row) - indices.begin();
-    for (int64_t d = 0; d < 21; ++d) {
-      const double want = at == 3 ? At(before, row, d) : At(a, at, d) - At(b, row, d);
-      ASSERT_FLOAT_EQ(At(y, row, d), want) << row;
+  const std::vector<int32_t> indices = {3, 0, 8, 1, 5, 2};
+  RowLists lists = ListRows(ctx, indices, 2);
+  lists.ahead = 1;
+  constexpr int64_t kRows = 12, kEach = 4;
+  const Tensor a = RandomTensor(DType::kF32, {2 * kEach, 21}, 8);
+  const Tensor b0 = RandomTensor(DType::kF32, {kRows, 21}, 9),
+               b1 = RandomTensor(DType::kF32, {kRows, 21}, 19);
+  const std::vector<ConstTensorView> b = {b0, b1};
+  const Tensor y = RandomTensor(DType::kF32, {2 * kRows, 21}, 10), before = y.Clone();
+  SubtractListed(ctx, a, b, lists, y);
+  const Tensor sums(DType::kF32, {2 * kEach, 21});
+  AddListed(ctx, b, before, lists, sums);
+  for (int64_t g = 0; g < 2; ++g) {
+    for (int64_t row = 0; row < kRows; ++row) {
+      int64_t at = row == 0 ? 0 : -1;
+      for (int64_t i = 0; i < 3; ++i) {
+        if (row == 1 + indices[g * 3 + i]) at = 1 + i;
+      }
+      for (int64_t d = 0; d < 21; ++d) {
+        const double was = At(before, g * kRows + row, d);
+        const double want = at < 0 ? was : At(a, g * kEach + at, d) - At(b[g], row, d);
+        ASSERT_FLOAT_EQ(At(y, g * kRows + row, d), want) << row;
+        if (at < 0) continue;
+        ASSERT_FLOAT_EQ(At(sums, g * kEach + at, d), was + At(b[g], row, d));
+      }
     }
   }
-  const Tensor sums(DType::kF32, {3, 21});
-  AddListed(ctx, before, b, indices, sums);
-  for (int64_t i = 0; i < 3 * 21; ++i) {
-    const int64_t row = indices[i / 21], d = i % 21;
-    ASSERT_FLOAT_EQ(sums.data<float>()[i], At(before, row, d) + At(b, row, d));
-  }
+  ZeroRows(ctx, y);
+  for (int64_t i = 0; i < y.shape().NumElements(); ++i) ASSERT_EQ(y.data<float>()[i], 0);
+}
+
+TEST(LowestPlacesTest, ThePlacesOfTheLowestAscendAndTheFirstOfEqualsWins) {
+  ExecContext ctx({.num_threads = 2});
+  Tensor values(DType::kF32, {2, 6});
+  const std::vector<float> numbers = {0.5f, 1, -2, 0.0f, -0.0f, 1, 3, 3, 3.5f, std::nanf(""), 3, 3};
+  std::copy(numbers.begin(), numbers.end(), values.data<float>());
+  const Tensor two(DType::kI32, {2, 2}), five(DType::kI32, {2, 5});
+  LowestPlaces(ctx, values, two);
+  EXPECT_EQ(std::vector<int32_t>(two.data<int32_t>(), two.data<int32_t>() + 4),
+            (std::vector<int32_t>{2, 3, 0, 1}));
+  LowestPlaces(ctx, values, five);
+  EXPECT_EQ(std::vector<int32_t>(five.data<int32_t>(), five.data<int32_t>() + 10),
+            (std::vector<int32_t>{0, 1, 2, 3, 4, 0, 1, 2, 4, 5}));
+  EXPECT_THAT(
+      [&] {
+        LowestPlaces(ctx, values, Tensor(DType::kI32, {2, 7}));
+      },
+      ThrowsMessage<Error>(HasSubstr("between 1 and all of 6 values, got 7")));
 }
 
 // Sums of D products of N(0, 1) values in f32: relative error about sqrt(D) 6e-8 of the norms.
@@ -95,8 +140,9 @@ TEST_P(RowsTest, CosinesAgreeWithDoublePrecision) {
     const Tensor storage = RandomTensor(dtype(), {197, width + 3}, 5);
     const TensorView a = Strided(storage, 197, width, 3);
     const Tensor b = RandomTensor(dtype(), {197, width}, 6);
-    Tensor cosines(DType::kF32, {197});
-    RowCosines(ctx_, a, b, cosines);
+    const Tensor cosines(DType::kF32, {2, 197});
+    const RowPairs pairs[] = {{b, b, {}}, {a, b, {}}};
+    RowCosines(ctx_, pairs, cosines);
     for (int64_t i = 0; i < 197; ++i) {
       double ab = 0, aa = 0, bb = 0;
       for (int64_t d = 0; d < width; ++d) {
@@ -104,7 +150,8 @@ TEST_P(RowsTest, CosinesAgreeWithDoublePrecision) {
         aa += At(a, i, d) * At(a, i, d);
         bb += At(b, i, d) * At(b, i, d);
       }
-      ASSERT_NEAR(cosines.data<float>()[i], ab / std::sqrt(aa * bb), 5e-6) << "width " << width;
+      ASSERT_NEAR(At(cosines, 0, i), 1, 5e-6) << "width " << width;
+      ASSERT_NEAR(At(cosines, 1, i), ab / std::sqrt(aa * bb), 5e-6) << "width " << width;
     }
   }
 }
@@ -115,15 +162,16 @@ TEST_P(RowsTest, CosinesAroundACenterAgreeWithDoublePrecision) {
     const Tensor storage = RandomTensor(dtype(), {49, width + 3}, 8);
     const TensorView a = Strided(storage, 49, width, 3);
     const Tensor b = RandomTensor(dtype(), {49, width}, 9);
-    std::vector<float> center(width);
+    const Tensor center(DType::kF32, {width});
     MeanRow(ctx_, b, center);
     std::vector<double> middle(width);
     for (int64_t d = 0; d < width; ++d) {
       for (int64_t i = 0; i < 49; ++i) middle[d] += At(b, i, d) / 49;
-      ASSERT_NEAR(center[d], middle[d], 1e-6) << "width " << width;
+      ASSERT_NEAR(center.data<float>()[d], middle[d], 1e-6) << "width " << width;
     }
-    Tensor cosines(DType::kF32, {49});
-    RowCosines(ctx_, a, b, cosines, center);
+    const Tensor cosines(DType::kF32, {1, 49});
+    const RowPairs pair = {a, b, center};
+    RowCosines(ctx_, {&pair, 1}, cosines);
     for (int64_t i = 0; i < 49; ++i) {
       double ab = 0, aa = 0, bb = 0;
       for (int64_t d = 0; d < width; ++d) {
@@ -140,9 +188,11 @@ TEST_P(RowsTest, CosinesAroundACenterAgreeWithDoublePrecision) {
 }
 
 TEST_P(RowsTest, ACosineWithNothingIsNothing) {
-  Tensor none(dtype(), {2, 8}), cosines(DType::kF32, {2});
-  std::memset(none.view().raw(), 0, none.SizeBytes());
-  RowCosines(ctx_, none, RandomTensor(dtype(), {2, 8}, 7), cosines);
+  const Tensor none(dtype(), {2, 8}), some = RandomTensor(dtype(), {2, 8}, 7);
+  const Tensor cosines(DType::kF32, {1, 2});
+  ZeroRows(ctx_, none);
+  const RowPairs pair = {none, some, {}};
+  RowCosines(ctx_, {&pair, 1}, cosines);
   EXPECT_EQ(cosines.data<float>()[0], 0);
 }
 
@@ -186,17 +236,21 @@ TEST(RowsCheckTest, NamesWhatDoesNotFit) {
   const std::vector<int32_t> far = {0, 4}, three = {0, 1, 2};
   EXPECT_THAT([&] { CopyRows(ctx, x, narrow); },
               ThrowsMessage<Error>(HasSubstr("y must be [4, 8] f32, got [4, 8] bf16")));
-  EXPECT_THAT([&] { GatherRows(ctx, x, far, 1, two); },
+  EXPECT_THAT([&] { GatherRows(ctx, x, ListRows(ctx, far, 1), two); },
               ThrowsMessage<Error>(HasSubstr("indices must lie in [0, 4), got 4")));
-  EXPECT_THAT([&] { GatherRows(ctx, x, three, 2, two); },
-              ThrowsMessage<Error>(HasSubstr("multiples of 2 groups")));
+  EXPECT_THAT([&] { GatherRows(ctx, x, ListRows(ctx, three, 2), two); },
+              ThrowsMessage<Error>(HasSubstr("a multiple of 2 groups")));
   EXPECT_THAT([&] { Subtract(ctx, x, two, x); }, ThrowsMessage<Error>(HasSubstr("b must be")));
   EXPECT_THAT([&] { Add(ctx, x, x, two); }, ThrowsMessage<Error>(HasSubstr("y must be")));
-  std::vector<float> short_row(1);
+  const Tensor short_row(DType::kF32, {1});
   EXPECT_THAT([&] { MeanRow(ctx, x, short_row); },
-              ThrowsMessage<Error>(HasSubstr("[mean_row] mean must hold")));
-  EXPECT_THAT([&] { RowCosines(ctx, x, x, two); },
-              ThrowsMessage<Error>(HasSubstr("cosines must be [4] f32")));
+              ThrowsMessage<Error>(HasSubstr("[mean_row] mean must be [8] f32")));
+  const RowPairs pair = {x, x, {}};
+  EXPECT_THAT(
+      [&] {
+        RowCosines(ctx, {&pair, 1}, two);
+      },
+      ThrowsMessage<Error>(HasSubstr("cosines must be [1, 4] f32")));
 }
 
 }  // namespace

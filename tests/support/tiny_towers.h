@@ -35,9 +35,9 @@ struct TinyTower {
     static const Checkpoint clip = Checkpoint::Open(GoldenDirectory("tiny_next_video"));
     return class_tokens ? clip : siglip;
   }
-  std::unique_ptr<VisionEncoder> Load(DType dtype) const {
+  std::unique_ptr<VisionEncoder> Load(DType dtype, Device device = Device::kCpu) const {
     WeightStore weights(
-        files(), [](const std::string& tensor) { return std::optional(tensor); }, dtype);
+        files(), [](const std::string& tensor) { return std::optional(tensor); }, dtype, device);
     const auto fill = [&](auto config) {
       config.hidden_size = width;
       config.intermediate_size = inner;

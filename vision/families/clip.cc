@@ -32,6 +32,8 @@ class ClipEncoder : public VisionEncoder {
   double EncodeBatch(ExecContext& ctx, ConstTensorView pixels, TensorView tokens,
                      const EncodeHooks& hooks) const;
   void Embed(ExecContext& ctx, ConstTensorView pixels, TensorView hidden) const;
+  void Project(ExecContext& ctx, ConstTensorView hidden, TensorView tokens,
+               const TensorProbe& probe) const;
   void SelectFeature(ExecContext& ctx, ConstTensorView hidden, TensorView feature,
                      const TensorProbe& probe) const;
   double FlopsAroundLayers() const;  // of a frame
@@ -91,16 +93,14 @@ VisualTokens ClipEncoder::Encode(ExecContext& ctx, ConstTensorView pixels,
   ForBatches(count, layers_.rows(), hooks.probe != nullptr, [&](int64_t begin, int64_t end) {
     const TensorView to = tokens.features.view().Slice(begin * per_frame, end * per_frame);
     const ConstTensorView some = pixels.Slice(begin, end);
-    if (ctx.device() == Device::kCpu || hooks.reuse || hooks.merge || hooks.probe) {
+    if (ctx.device() == Device::kCpu || hooks.probe) {
       flops += EncodeBatch(ctx, some, to, hooks);
       return;
     }
-    // Results go where they lie each time, so that the step recurs.
+    // Results go where they lie each time, so that the steps of a batch recur.
     const Workspace::Scope scope(ctx.workspace());
     const TensorView same = ctx.workspace().Allocate(DType::kF32, to.shape());
-    ctx.Recurring("encode " + std::to_string(end - begin),
-                  [&] { EncodeBatch(ctx, some, same, hooks); });
-    flops += static_cast<double>(end - begin) * FlopsPerFrame();
+    flops += EncodeBatch(ctx, some, same, hooks);
     CopyRows(ctx, same, to);
   });
   trace.AddWork(flops, static_cast<double>(pixels.SizeBytes() + tokens.features.SizeBytes()));
@@ -114,9 +114,19 @@ double ClipEncoder::EncodeBatch(ExecContext& ctx, ConstTensorView pixels, Tensor
   Workspace::Scope scope(workspace);
   const int64_t rows = pixels.dim(0) * layers_.rows();
   const TensorView hidden = workspace.Allocate(DType::kF32, {rows, config_.hidden_size});
-  Embed(ctx, pixels, hidden);
+  const std::string frames = std::to_string(pixels.dim(0));
+  ctx.Recurring("encode/embed " + frames, [&] { Embed(ctx, pixels, hidden); });
   ShowOnHost(ctx, probe, "embeddings", hidden);
   const double flops = layers_.Run(ctx, hidden, hooks);
+  const auto project = [&] { Project(ctx, hidden, tokens, probe); };
+  probe ? project() : ctx.Recurring("encode/project " + frames, project);
+  return flops + static_cast<double>(pixels.dim(0)) * FlopsAroundLayers();
+}
+
+void ClipEncoder::Project(ExecContext& ctx, ConstTensorView hidden, TensorView tokens,
+                          const TensorProbe& probe) const {
+  Workspace& workspace = ctx.workspace();
+  Workspace::Scope scope(workspace);
   const TensorView feature = workspace.Allocate(dtype_, {tokens.dim(0), config_.hidden_size});
   SelectFeature(ctx, hidden, feature, probe);
   const TensorView middle = workspace.Allocate(dtype_, tokens.shape());
@@ -124,7 +134,6 @@ double ClipEncoder::EncodeBatch(ExecContext& ctx, ConstTensorView pixels, Tensor
                {.activation = Activation::kGeluErf});
   TracedLinear(ctx, "encode/projector", middle, projector2_, tokens);
   ShowOnHost(ctx, probe, "projector", tokens);
-  return flops + static_cast<double>(pixels.dim(0)) * FlopsAroundLayers();
 }
 
 void ClipEncoder::Embed(ExecContext& ctx, ConstTensorView pixels, TensorView hidden) const {

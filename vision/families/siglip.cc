@@ -30,6 +30,8 @@ class SiglipEncoder : public VisionEncoder {
   double EncodeBatch(ExecContext& ctx, ConstTensorView pixels, TensorView pooled,
                      const EncodeHooks& hooks) const;
   void EmbedPatches(ExecContext& ctx, ConstTensorView pixels, TensorView hidden) const;
+  void Project(ExecContext& ctx, ConstTensorView hidden, TensorView pooled,
+               const TensorProbe& probe) const;
   double FlopsAroundLayers() const;  // of a frame
 
   SiglipConfig config_;
@@ -80,16 +82,14 @@ VisualTokens SiglipEncoder::Encode(ExecContext& ctx, ConstTensorView pixels,
   ForBatches(count, layers_.rows(), hooks.probe != nullptr, [&](int64_t begin, int64_t end) {
     const TensorView to = tokens.features.view().Slice(begin * per_frame, end * per_frame);
     const ConstTensorView some = pixels.Slice(begin, end);
-    if (ctx.device() == Device::kCpu || hooks.reuse || hooks.merge || hooks.probe) {
+    if (ctx.device() == Device::kCpu || hooks.probe) {
       flops += EncodeBatch(ctx, some, to, hooks);
       return;
     }
-    // Results go where they lie each time, so that the step recurs.
+    // Results go where they lie each time, so that the steps of a batch recur.
     const Workspace::Scope scope(ctx.workspace());
     const TensorView same = ctx.workspace().Allocate(DType::kF32, to.shape());
-    ctx.Recurring("encode " + std::to_string(end - begin),
-                  [&] { EncodeBatch(ctx, some, same, hooks); });
-    flops += static_cast<double>(end - begin) * FlopsPerFrame();
+    flops += EncodeBatch(ctx, some, same, hooks);
     CopyRows(ctx, same, to);
   });
   trace.AddWork(flops, static_cast<double>(pixels.SizeBytes() + tokens.features.SizeBytes()));
@@ -103,11 +103,21 @@ double SiglipEncoder::EncodeBatch(ExecContext& ctx, ConstTensorView pixels, Tens
   Workspace::Scope scope(workspace);
   const int64_t rows = pixels.dim(0) * patches_per_frame();
   const TensorView hidden = workspace.Allocate(DType::kF32, {rows, config_.hidden_size});
-  EmbedPatches(ctx, pixels, hidden);
+  const std::string frames = std::to_string(pixels.dim(0));
+  ctx.Recurring("encode/embed " + frames, [&] { EmbedPatches(ctx, pixels, hidden); });
   ShowOnHost(ctx, probe, "embeddings", hidden);
   const double flops = layers_.Run(ctx, hidden, hooks);
   ShowOnHost(ctx, probe, "tower", hidden);
+  const auto project = [&] { Project(ctx, hidden, pooled, probe); };
+  probe ? project() : ctx.Recurring("encode/project " + frames, project);
+  return flops + static_cast<double>(pixels.dim(0)) * FlopsAroundLayers();
+}
 
+void SiglipEncoder::Project(ExecContext& ctx, ConstTensorView hidden, TensorView pooled,
+                            const TensorProbe& probe) const {
+  Workspace& workspace = ctx.workspace();
+  Workspace::Scope scope(workspace);
+  const int64_t rows = hidden.dim(0);
   ConstTensorView feature = hidden;
   if (dtype_ != DType::kF32) {
     const TensorView narrow = workspace.Allocate(dtype_, hidden.shape());
@@ -126,7 +136,6 @@ double SiglipEncoder::EncodeBatch(ExecContext& ctx, ConstTensorView pixels, Tens
                 static_cast<double>(projected.SizeBytes()) + pooled.SizeBytes());
   pool_.Run(ctx, projected, pooled);
   ShowOnHost(ctx, probe, "pooled", pooled);
-  return flops + static_cast<double>(pixels.dim(0)) * FlopsAroundLayers();
 }
 
 void SiglipEncoder::EmbedPatches(ExecContext& ctx, ConstTensorView pixels,

@@ -91,7 +91,7 @@ __global__ void RmsNormKernel(RmsNormArgs args) {
 }
 
 template <typename Out, int kVector>
-void Launch(const RmsNormArgs& args, const RmsNormLaunch& launch, cudaStream_t stream) {
+void Launch(const RmsNormArgs& args, const NormLaunch& launch, cudaStream_t stream) {
   const auto run = [&](auto kept) {
     RmsNormKernel<Out, kVector, kept()>
         <<<static_cast<unsigned>(args.m), launch.threads, 0, stream>>>(args);
@@ -129,7 +129,7 @@ void RmsNorm(const RmsNormArgs& args, Stream stream) {
   const bool aligned = at_four(args.x, 4) && at_four(args.weight, 4) &&
                        at_four(args.y, SizeOf(args.y_dtype)) && args.x_stride % 4 == 0 &&
                        args.y_stride % 4 == 0;
-  const RmsNormLaunch launch = ChooseRmsNorm(args.d, aligned);
+  const NormLaunch launch = ChooseRmsNorm(args.d, aligned);
   const bool bf16 = args.y_dtype == DType::kBF16;
   if (launch.vector == 4) {
     bf16 ? Launch<__nv_bfloat16, 4>(args, launch, stream) : Launch<float, 4>(args, launch, stream);
@@ -141,25 +141,112 @@ void RmsNorm(const RmsNormArgs& args, Stream stream) {
 
 namespace {
 
-// One block a row, which comes from the second-level cache for the second and third pass: mean,
-// squares about it (a single pass over x and x^2 would cancel where |mean| is large), result.
-template <typename Out>
+// y[m, i] = (x[m, i] + more[m, i] - mean) / sqrt(var + eps) * weight[i] + bias[i]
+//
+// One block a row (blockIdx.x) of a matrix (blockIdx.y), laid out as above; the row stays in
+// registers for its mean, the squares about it (a single pass over x and x^2 would cancel where
+// |mean| is large) and the result, or is read again for each. Bytes moved: M * D * (4 + SizeOf(y))
+// + 8 * D, and M * D * 4 with `more`.
+template <typename Out, int kVector, int kKept>
 __global__ void LayerNormKernel(LayerNormArgs args) {
-  const float* x = args.x + blockIdx.x * args.x_stride;
-  const float* more = args.more ? args.more + blockIdx.x * args.more_stride : nullptr;
-  Out* y = static_cast<Out*>(args.y) + blockIdx.x * args.y_stride;
-  const auto at = [&](int64_t i) { return more ? x[i] + more[i] : x[i]; };
+  using Vector = Floats<kVector>;
+  const int matrix = blockIdx.y;
+  const int64_t row = matrix * args.m + blockIdx.x;  // of y and of what is added
+  const auto* x =
+      reinterpret_cast<const Vector*>(args.x[matrix] + blockIdx.x * args.x_stride[matrix]);
+  const auto* more = matrix < args.more_matrices
+                         ? reinterpret_cast<const Vector*>(args.more + row * args.more_stride)
+                         : nullptr;
+  const auto* weight = reinterpret_cast<const Vector*>(args.weight);
+  const auto* bias = reinterpret_cast<const Vector*>(args.bias);
+  auto* y = reinterpret_cast<Outs<Out, kVector>*>(static_cast<Out*>(args.y) + row * args.y_stride);
+  const int64_t vectors = args.d / kVector;
+  const auto load = [&](int64_t at) {
+    Vector v = x[at];
+    if (more) {
+      const Vector w = more[at];
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) v.v[i] += w.v[i];
+    }
+    return v;
+  };
+  // Weight and bias are asked for together with the row, so that the end need not wait for them.
+  constexpr int kEarly = kKept <= 4 ? kKept : 0;
+  Vector kept[kKept > 0 ? kKept : 1], weights[kEarly > 0 ? kEarly : 1],
+      biases[kEarly > 0 ? kEarly : 1];
+#pragma unroll
+  for (int k = 0; k < kKept; ++k) {
+    const int64_t at = threadIdx.x + int64_t{k} * blockDim.x;
+    if (at < vectors) {
+      kept[k] = load(at);
+      if constexpr (kEarly > 0) {
+        weights[k] = weight[at];
+        biases[k] = bias[at];
+      }
+    }
+  }
+  // Calls use(place, vector, which) for all vectors of the thread.
+  const auto each = [&](const auto& use) {
+    if constexpr (kKept > 0) {
+#pragma unroll
+      for (int k = 0; k < kKept; ++k) {
+        const int64_t at = threadIdx.x + int64_t{k} * blockDim.x;
+        if (at < vectors) use(at, kept[k], k);
+      }
+    } else {
+      for (int64_t at = threadIdx.x; at < vectors; at += blockDim.x) use(at, load(at), 0);
+    }
+  };
+
   float sum = 0;
-  for (int64_t i = threadIdx.x; i < args.d; i += blockDim.x) sum += at(i);
+  each([&](int64_t, const Vector& v, int) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) sum += v.v[i];
+  });
   const float mean = BlockSum(sum) / static_cast<float>(args.d);
   float squares = 0;
-  for (int64_t i = threadIdx.x; i < args.d; i += blockDim.x) {
-    const float off = at(i) - mean;
-    squares += off * off;
-  }
+  each([&](int64_t, const Vector& v, int) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) squares += (v.v[i] - mean) * (v.v[i] - mean);
+  });
   const float scale = rsqrtf(BlockSum(squares) / static_cast<float>(args.d) + args.eps);
-  for (int64_t i = threadIdx.x; i < args.d; i += blockDim.x) {
-    y[i] = FromFloat<Out>((at(i) - mean) * scale * args.weight[i] + args.bias[i]);
+  each([&](int64_t at, const Vector& v, int k) {
+    Vector w, b;
+    if constexpr (kEarly > 0) {
+      w = weights[k];
+      b = biases[k];
+    } else {
+      w = weight[at];
+      b = bias[at];
+    }
+    Outs<Out, kVector> out;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      out.v[i] = FromFloat<Out>((v.v[i] - mean) * scale * w.v[i] + b.v[i]);
+    }
+    y[at] = out;
+  });
+}
+
+template <typename Out, int kVector>
+void Launch(const LayerNormArgs& args, const NormLaunch& launch, cudaStream_t stream) {
+  const auto run = [&](auto kept) {
+    const dim3 grid(static_cast<unsigned>(args.m), static_cast<unsigned>(args.matrices));
+    LayerNormKernel<Out, kVector, kept()><<<grid, launch.threads, 0, stream>>>(args);
+  };
+  switch (launch.kept_vectors) {
+    case 0:
+      return run(std::integral_constant<int, 0>());
+    case 1:
+      return run(std::integral_constant<int, 1>());
+    case 2:
+      return run(std::integral_constant<int, 2>());
+    case 3:
+      return run(std::integral_constant<int, 3>());
+    case 4:
+      return run(std::integral_constant<int, 4>());
+    default:
+      return run(std::integral_constant<int, 8>());
   }
 }
 
@@ -167,9 +254,18 @@ __global__ void LayerNormKernel(LayerNormArgs args) {
 
 void LayerNorm(const LayerNormArgs& args, Stream stream) {
   if (args.m == 0) return;
-  const int threads = static_cast<int>(std::clamp<int64_t>((args.d + 31) / 32 * 32, 32, 512));
+  const auto at_four = [](const void* p, size_t element, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(p) % (4 * element) == 0 && stride % 4 == 0;
+  };
+  bool aligned = at_four(args.weight, 4, 0) && at_four(args.bias, 4, 0) &&
+                 at_four(args.y, SizeOf(args.y_dtype), args.y_stride) &&
+                 (args.more == nullptr || at_four(args.more, 4, args.more_stride));
+  for (int64_t i = 0; i < args.matrices; ++i) aligned &= at_four(args.x[i], 4, args.x_stride[i]);
+  const NormLaunch launch = ChooseLayerNorm(args.d, aligned);
   WithType(args.y_dtype, [&](auto out) {
-    LayerNormKernel<decltype(out)><<<static_cast<unsigned>(args.m), threads, 0, stream>>>(args);
+    using Out = decltype(out);
+    launch.vector == 4 ? Launch<Out, 4>(args, launch, stream)
+                       : Launch<Out, 1>(args, launch, stream);
   });
   CheckLaunch("layer_norm");
 }

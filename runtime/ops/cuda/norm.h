@@ -27,28 +27,32 @@ void RmsNorm(const RmsNormArgs& args, Stream stream);
 
 // y = (x + more - mean) / sqrt(var + eps) * weight + bias. All pointers are device memory.
 struct LayerNormArgs {
-  const float* x = nullptr;                        // [M, D] f32, rows x_stride elements apart
-  const float* more = nullptr;                     // the same, more_stride apart; or null
+  static constexpr int64_t kMostMatrices = 16;
+  const float* x[kMostMatrices] = {};  // [M, D] f32 each, rows x_stride elements apart
+  int64_t x_stride[kMostMatrices] = {};
+  const float* more = nullptr;  // [more_matrices * M, D] f32, added to the first; or null
   const float *weight = nullptr, *bias = nullptr;  // [D] f32
-  void* y = nullptr;                               // [M, D] f32 or bf16, y_stride apart
+  void* y = nullptr;                               // [matrices * M, D] f32 or bf16
   DType y_dtype = DType::kF32;
+  int64_t matrices = 1, more_matrices = 0;
   int64_t m = 0, d = 0;  // M < 2^31
-  int64_t x_stride = 0, more_stride = 0, y_stride = 0;
+  int64_t more_stride = 0, y_stride = 0;
   float eps = 0;
 };
 // As RmsNorm; its caller has checked the sizes.
 void LayerNorm(const LayerNormArgs& args, Stream stream);
 
 // How the kernel is launched: one block a row.
-struct RmsNormLaunch {
+struct NormLaunch {
   int threads = 0;       // of a block, a multiple of 32
   int vector = 1;        // elements a thread reads at once: 4 where rows are aligned to 16 bytes
-  int kept_vectors = 0;  // vectors a thread keeps in registers; 0: the row is read twice
+  int kept_vectors = 0;  // vectors a thread keeps in registers; 0: the row is read again
 };
 
-// A pure function, so that it can be printed and tested. `aligned`: x, weight and y begin, and
-// their rows follow, at multiples of four elements.
-RmsNormLaunch ChooseRmsNorm(int64_t d, bool aligned);
+// Pure functions, so that they can be printed and tested. `aligned`: all operands begin, and their
+// rows follow, at multiples of four elements.
+NormLaunch ChooseRmsNorm(int64_t d, bool aligned);
+NormLaunch ChooseLayerNorm(int64_t d, bool aligned);
 
 }  // namespace sluice::cuda
 

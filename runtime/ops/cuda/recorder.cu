@@ -12,12 +12,14 @@
 namespace sluice::cuda {
 namespace {
 
-constexpr size_t kFirstNumbers = size_t{1} << 16;
+constexpr size_t kFirstNumbers = size_t{1} << 12;
 constexpr uint64_t kSeed = 0xcbf29ce484222325u;
 constexpr size_t kMostGraphs = 8;  // of a step
 // A step is not worth capturing whose ops differ from all its graphs so often, or more often than
 // in one of four cases.
 constexpr int64_t kFreeCaptures = 32;
+// Graphs take memory on the device, and steps of streams that have ended do not come again.
+constexpr size_t kMostRecordings = 256;
 
 }  // namespace
 
@@ -29,6 +31,7 @@ struct Recorder::Recording {
   };
   bool seen = false;
   int64_t captured = 0, replayed = 0;
+  uint64_t last_run = 0;
   std::vector<Graph> graphs;  // the one used last comes last
   // The step's numbers: written on the host, copied in front of each launch.
   int32_t* host = nullptr;
@@ -67,6 +70,7 @@ struct Recorder::Recording {
 
 struct Recorder::State {
   std::map<std::string, Recording> recordings;
+  uint64_t runs = 0;
   // Of the step that runs.
   Recording* current = nullptr;
   uint64_t hash = kSeed;
@@ -116,6 +120,12 @@ const int32_t* Recorder::Numbers(std::span<const int32_t> numbers) {
 void Recorder::Run(const std::string& key, const std::function<void()>& step) {
   if (active()) return step();  // a part of a step
   Recording& recording = state_->recordings[key];
+  recording.last_run = ++state_->runs;
+  if (state_->recordings.size() > kMostRecordings) {
+    state_->recordings.erase(std::min_element(
+        state_->recordings.begin(), state_->recordings.end(),
+        [](const auto& a, const auto& b) { return a.second.last_run < b.second.last_run; }));
+  }
   if (!recording.graphs.empty() && Replay(recording, step)) {
     ++recording.replayed;
     ++counts_.replayed;

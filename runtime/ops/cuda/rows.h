@@ -4,34 +4,30 @@
 #define SLUICE_RUNTIME_OPS_CUDA_ROWS_H_
 
 #include <cstdint>
+#include <span>
 
 #include "runtime/ops/cuda/device.h"
+#include "runtime/ops/rows.h"
 #include "runtime/tensor.h"
 
 namespace sluice::cuda {
 
-// Which rows, of matrices with `groups` groups of equal length: count indices on the device, each
-// counted from its group's first row. No indices: all rows.
-struct RowList {
-  const int32_t* indices = nullptr;
-  int64_t count = 0, groups = 1;
-};
-
+void CopyMatrix(ConstTensorView x, TensorView y, Stream stream);
+void ZeroRows(TensorView y, Stream stream);
 // y = x, rounded to y's dtype.
 void Convert(ConstTensorView x, TensorView y, Stream stream);
 // y[i] = table[ids[i]] in f32; ids on the device.
 void EmbedRows(ConstTensorView table, const int32_t* ids, TensorView y, Stream stream);
 
-// y[i] = x[list[i]], and y[list[i]] = x[i].
-void GatherRows(ConstTensorView x, const RowList& list, TensorView y, Stream stream);
-void ScatterRows(ConstTensorView x, const RowList& list, TensorView y, Stream stream);
-// y[to] = a[i] + sign * b[from], row by row. Where there is a list, `listed` tells which of a, b
-// and y have a row for each row of the matrix; the others have one for each index.
-struct Listed {
-  bool a = false, b = false, y = false;
-};
-void AddRows(ConstTensorView a, float sign, ConstTensorView b, TensorView y, const RowList& list,
-             Listed listed, Stream stream);
+void GatherRows(ConstTensorView x, const RowLists& lists, TensorView y, Stream stream);
+void OverlayRows(std::span<const ConstTensorView> rest, ConstTensorView x, const RowLists& lists,
+                 TensorView y, Stream stream);
+// y = a + sign * b.
+void AddRows(ConstTensorView a, float sign, ConstTensorView b, TensorView y, Stream stream);
+void SubtractListed(ConstTensorView a, std::span<const ConstTensorView> b, const RowLists& lists,
+                    TensorView y, Stream stream);
+void AddListed(std::span<const ConstTensorView> a, ConstTensorView b, const RowLists& lists,
+               TensorView y, Stream stream);
 
 }  // namespace sluice::cuda
 

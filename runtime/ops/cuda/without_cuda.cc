@@ -54,9 +54,20 @@ void Finish(const FinishArgs&, Stream) { Refuse(); }
 void SiluMul(ConstTensorView, TensorView, Stream) { Refuse(); }
 void Softmax(TensorView, Stream) { Refuse(); }
 void Rope(TensorView, int, const int32_t*, ConstTensorView, Stream) { Refuse(); }
-void GatherRows(ConstTensorView, const RowList&, TensorView, Stream) { Refuse(); }
-void ScatterRows(ConstTensorView, const RowList&, TensorView, Stream) { Refuse(); }
-void AddRows(ConstTensorView, float, ConstTensorView, TensorView, const RowList&, Listed, Stream) {
+void CopyMatrix(ConstTensorView, TensorView, Stream) { Refuse(); }
+void ZeroRows(TensorView, Stream) { Refuse(); }
+void GatherRows(ConstTensorView, const RowLists&, TensorView, Stream) { Refuse(); }
+void OverlayRows(std::span<const ConstTensorView>, ConstTensorView, const RowLists&, TensorView,
+                 Stream) {
+  Refuse();
+}
+void AddRows(ConstTensorView, float, ConstTensorView, TensorView, Stream) { Refuse(); }
+void SubtractListed(ConstTensorView, std::span<const ConstTensorView>, const RowLists&, TensorView,
+                    Stream) {
+  Refuse();
+}
+void AddListed(std::span<const ConstTensorView>, ConstTensorView, const RowLists&, TensorView,
+               Stream) {
   Refuse();
 }
 void Attention(const AttentionArgs&, void*, size_t, Stream) { Refuse(); }
@@ -83,7 +94,9 @@ void MeanOfRows(const float*, int64_t, int64_t, int64_t, float*, Stream) { Refus
 void GatherPatches(ConstTensorView, int64_t, int64_t, TensorView, Stream) { Refuse(); }
 void RepeatRows(ConstTensorView, TensorView, Stream) { Refuse(); }
 void BlendGrid(ConstTensorView, const GridTaps&, TensorView, Stream) { Refuse(); }
-void RowCosines(ConstTensorView, ConstTensorView, const float*, TensorView, Stream) { Refuse(); }
+void RowCosines(std::span<const RowPairs>, TensorView, Stream) { Refuse(); }
+void MeanRow(ConstTensorView, TensorView, Stream) { Refuse(); }
+void LowestPlaces(ConstTensorView, TensorView, Stream) { Refuse(); }
 void ArgMax(ConstTensorView, TensorView, Stream) { Refuse(); }
 
 }  // namespace sluice::cuda
