@@ -42,6 +42,8 @@ void Recorder::Note(uint64_t) { Refuse(); }
 const int32_t* Recorder::Numbers(std::span<const int32_t>) { Refuse(); }
 void* Allocate(size_t) { Refuse(); }
 void Free(void*) noexcept {}
+CaptureScope::CaptureScope() { Refuse(); }
+CaptureScope::~CaptureScope() = default;
 void CopyRows(void*, size_t, const void*, size_t, size_t, size_t, Stream) { Refuse(); }
 void RmsNorm(const RmsNormArgs&, Stream) { Refuse(); }
 void LayerNorm(const LayerNormArgs&, Stream) { Refuse(); }
