@@ -8,7 +8,9 @@
 #include "runtime/ops/cuda/kv.h"
 #include "runtime/ops/cuda/linear.h"
 #include "runtime/ops/cuda/linear_few.h"
+#include "runtime/ops/cuda/merge.h"
 #include "runtime/ops/cuda/norm.h"
+#include "runtime/ops/cuda/novelty.h"
 #include "runtime/ops/cuda/pictures.h"
 #include "runtime/ops/cuda/recorder.h"
 #include "runtime/ops/cuda/rope.h"
@@ -84,6 +86,18 @@ void MeanOfRows(const float*, int64_t, int64_t, int64_t, float*, Stream) { Refus
 void GatherPatches(ConstTensorView, int64_t, int64_t, TensorView, Stream) { Refuse(); }
 void RepeatRows(ConstTensorView, TensorView, Stream) { Refuse(); }
 void BlendGrid(ConstTensorView, const GridTaps&, TensorView, Stream) { Refuse(); }
+size_t NoveltyWorkspaceBytes(const NoveltyArgs&) { Refuse(); }
+void Novelty(const NoveltyArgs&, void*, Stream) { Refuse(); }
+void HistoryCosines(ConstTensorView, int64_t, ConstTensorView, TensorView, TensorView, TensorView,
+                    Stream) {
+  Refuse();
+}
+void LargestOfGroups(ConstTensorView, int64_t, TensorView, Stream) { Refuse(); }
+void JoinRows(ConstTensorView, int64_t, ConstTensorView, float, TensorView, TensorView, Stream) {
+  Refuse();
+}
+void MergeRows(const MergeRowsArgs&, Stream) { Refuse(); }
+void NearestOfPairs(ConstTensorView, int64_t, TensorView, TensorView, Stream) { Refuse(); }
 void RowCosines(ConstTensorView, ConstTensorView, const float*, TensorView, Stream) { Refuse(); }
 void ArgMax(ConstTensorView, TensorView, Stream) { Refuse(); }
 
