@@ -13,6 +13,7 @@
 #include "runtime/ops/cuda/novelty.h"
 #include "runtime/ops/cuda/pictures.h"
 #include "runtime/ops/cuda/recorder.h"
+#include "runtime/ops/cuda/resize.h"
 #include "runtime/ops/cuda/rope.h"
 #include "runtime/ops/cuda/rows.h"
 #include "runtime/ops/cuda/select.h"
@@ -98,6 +99,8 @@ void JoinRows(ConstTensorView, int64_t, ConstTensorView, float, TensorView, Tens
 }
 void MergeRows(const MergeRowsArgs&, Stream) { Refuse(); }
 void NearestOfPairs(ConstTensorView, int64_t, TensorView, TensorView, Stream) { Refuse(); }
+void Send(void*, const void*, size_t, Stream) { Refuse(); }
+void ResizeAndNormalise(const ResizeArgs&, Stream) { Refuse(); }
 void RowCosines(ConstTensorView, ConstTensorView, const float*, TensorView, Stream) { Refuse(); }
 void ArgMax(ConstTensorView, TensorView, Stream) { Refuse(); }
 
