@@ -16,6 +16,7 @@
 #include "runtime/ops/cuda/resize.h"
 #include "runtime/ops/cuda/rope.h"
 #include "runtime/ops/cuda/rows.h"
+#include "runtime/ops/cuda/sample.h"
 #include "runtime/ops/cuda/select.h"
 
 namespace sluice::cuda {
@@ -101,6 +102,10 @@ void MergeRows(const MergeRowsArgs&, Stream) { Refuse(); }
 void NearestOfPairs(ConstTensorView, int64_t, TensorView, TensorView, Stream) { Refuse(); }
 void Send(void*, const void*, size_t, Stream) { Refuse(); }
 void ResizeAndNormalise(const ResizeArgs&, Stream) { Refuse(); }
+size_t PenaltyWorkspaceBytes(int32_t) { Refuse(); }
+void Penalise(float*, int32_t, const int32_t*, int64_t, float, void*, Stream) { Refuse(); }
+size_t SummariseWorkspaceBytes() { Refuse(); }
+void SummariseLogits(const SummariseArgs&, Stream) { Refuse(); }
 void RowCosines(ConstTensorView, ConstTensorView, const float*, TensorView, Stream) { Refuse(); }
 void ArgMax(ConstTensorView, TensorView, Stream) { Refuse(); }
 
