@@ -19,14 +19,15 @@
 
 namespace sluice {
 
-// Tokens on their way through merging. All vectors are as long as there are tokens.
+// Tokens of `groups` frames on their way through merging, as many of each. All vectors are as long
+// as there are tokens.
 struct MergeState {
-  int64_t width = 0;
-  std::vector<float> features;  // [N, width]
+  int64_t groups = 1;
+  Tensor features;              // [G N, D] f32 where the context works
   std::vector<float> sizes;     // how many original tokens each stands for
   std::vector<float> values;    // what is subtracted from the similarity; averaged by size
   std::vector<int64_t> places;  // of the token that the others joined
-  int64_t count() const { return static_cast<int64_t>(sizes.size()); }
+  int64_t count() const { return static_cast<int64_t>(sizes.size()) / groups; }  // of a group
 };
 
 // One step of matching. places[i]: where token i of the metric goes among the N - remove tokens
@@ -41,12 +42,14 @@ void MatchTokens(const ExecContext& ctx, ConstTensorView metric, std::span<const
 void CutAt95thPercentile(std::span<float> values);
 void ScaleToMean(std::span<float> values, double mean);
 
-// Removes `remove` tokens, at most those of A. The metric is the features themselves.
-void MergeStep(const ExecContext& ctx, MergeState& state, int64_t remove);
+// Removes `remove` tokens of each group, at most those of A. The metric is the features themselves.
+// On a GPU pairs are found and rows are merged there; the choice is the host's, from a similarity
+// for each token of A.
+void MergeStep(ExecContext& ctx, MergeState& state, int64_t remove);
 
-// Steps, each removing at most half, until `keep` >= 1 tokens are left; then in the order of their
-// places.
-void MergeTo(const ExecContext& ctx, MergeState& state, int64_t keep);
+// Steps, each removing at most half, until `keep` >= 1 tokens of each group are left; then in the
+// order of their places.
+void MergeTo(ExecContext& ctx, MergeState& state, int64_t keep);
 
 }  // namespace sluice
 

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "runtime/error.h"
+#include "runtime/ops/rows.h"
 
 namespace sluice {
 
@@ -40,18 +41,31 @@ std::vector<FrameRun> FrameRuns(const VisualTokens& tokens) {
   return runs;
 }
 
-VisualTokens KeepTokens(const VisualTokens& tokens, std::span<const int64_t> kept) {
-  const int64_t width = tokens.features.dim(1);
+std::vector<FrameGroup> FrameGroups(const VisualTokens& tokens) {
+  std::vector<FrameGroup> groups;
+  for (const FrameRun& run : FrameRuns(tokens)) {
+    if (groups.empty() || groups.back().length() != run.end - run.begin) {
+      groups.push_back({run.begin, run.begin, 0});
+    }
+    groups.back().end = run.end;
+    ++groups.back().frames;
+  }
+  return groups;
+}
+
+VisualTokens KeepTokens(ExecContext& ctx, const VisualTokens& tokens,
+                        std::span<const int64_t> kept) {
   VisualTokens out;
   out.grid_rows = tokens.grid_rows;
   out.grid_cols = tokens.grid_cols;
-  out.features = Tensor(DType::kF32, {static_cast<int64_t>(kept.size()), width});
-  float* to = out.features.data<float>();
+  out.features = Tensor(DType::kF32, {static_cast<int64_t>(kept.size()), tokens.features.dim(1)},
+                        tokens.features.device());
   for (const int64_t token : kept) {
-    to = std::copy_n(tokens.features.data<float>() + token * width, width, to);
     out.origins.push_back(tokens.origins[token]);
     if (!tokens.scores.empty()) out.scores.push_back(tokens.scores[token]);
   }
+  const std::vector<int32_t> rows(kept.begin(), kept.end());
+  GatherRows(ctx, tokens.features, rows, 1, out.features);
   return out;
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime/exec_context.h"
 #include "vision/visual_tokens.h"
 
 namespace sluice {
@@ -27,8 +28,18 @@ int64_t CheckedKeptOf(const std::string& method, double keep, int64_t tokens);
 // The runs of tokens of the same frame, in order.
 std::vector<FrameRun> FrameRuns(const VisualTokens& tokens);
 
-// The listed tokens (ascending), rows copied unchanged.
-VisualTokens KeepTokens(const VisualTokens& tokens, std::span<const int64_t> kept);
+// Consecutive frames with equally many tokens: what an op over frames takes at once.
+struct FrameGroup {
+  int64_t begin, end;  // of the tokens
+  int64_t frames;
+  int64_t length() const { return (end - begin) / frames; }
+};
+// All frames, in order.
+std::vector<FrameGroup> FrameGroups(const VisualTokens& tokens);
+
+// The listed tokens (ascending), rows copied unchanged where they lie, which is where `ctx` works.
+VisualTokens KeepTokens(ExecContext& ctx, const VisualTokens& tokens,
+                        std::span<const int64_t> kept);
 
 }  // namespace sluice
 

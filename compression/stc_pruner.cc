@@ -1,92 +1,14 @@
 #include "compression/stc_pruner.h"
 
 #include <algorithm>
-#include <cmath>
-#include <numeric>
+#include <cstring>
+#include <utility>
+#include <vector>
 
 #include "compression/frame_runs.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
-namespace {
-
-constexpr double kChannelShare = 0.5;
-
-// The channels with the lowest population variance over all rows, in ascending order of it; `means`
-// gets the mean of every channel.
-std::vector<int32_t> CalmChannels(ConstTensorView x, std::vector<float>& means) {
-  const int64_t rows = x.dim(0), width = x.dim(1);
-  std::vector<double> sums(width), squares(width);
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* row = x.data<float>() + i * x.stride0();
-    for (int64_t c = 0; c < width; ++c) {
-      sums[c] += row[c];
-      squares[c] += double{row[c]} * row[c];
-    }
-  }
-  means.resize(width);
-  std::vector<double> variances(width);
-  for (int64_t c = 0; c < width; ++c) {
-    const double mean = sums[c] / static_cast<double>(rows);
-    means[c] = static_cast<float>(mean);
-    variances[c] = squares[c] / static_cast<double>(rows) - mean * mean;
-  }
-  std::vector<int32_t> channels(width);
-  std::iota(channels.begin(), channels.end(), 0);
-  std::stable_sort(channels.begin(), channels.end(),
-                   [&](int32_t a, int32_t b) { return variances[a] < variances[b]; });
-  channels.resize(std::max<int64_t>(1, static_cast<int64_t>(kChannelShare * double(width))));
-  return channels;
-}
-
-float Norm(std::span<const float> v) {
-  float sum = 0;
-  for (float x : v) sum += x * x;
-  return std::max(std::sqrt(sum), 1e-12f);
-}
-
-// Sum of five Gaussians of the squared distance.
-float Gaussians(float squared_distance) {
-  const float x = std::max(squared_distance, 0.0f);
-  float sum = 0;
-  for (const float width : {0.25f, 0.5f, 1.0f, 2.0f, 4.0f}) sum += std::exp(-x / width);
-  return sum;
-}
-
-// Rows of `kept` become the mean of themselves and of the rows of `frame` nearest to them.
-void Join(ConstTensorView frame, std::span<const int64_t> kept, double join_from, float* out) {
-  const int64_t width = frame.dim(1), count = static_cast<int64_t>(kept.size());
-  const auto row = [&](int64_t token) {
-    return std::span(frame.data<float>() + token * frame.stride0(), width);
-  };
-  std::vector<double> sums(count * width);
-  std::vector<int64_t> sizes(count);
-  for (int64_t token = 0, next = 0; token < frame.dim(0); ++token) {
-    int64_t to = -1;
-    if (next < count && kept[next] == token) {
-      to = next++;
-    } else {
-      double best = join_from;
-      for (int64_t k = 0; k < count; ++k) {
-        const double dot =
-            std::inner_product(row(token).begin(), row(token).end(), row(kept[k]).begin(), 0.0f);
-        const double cosine = dot / (double{Norm(row(token))} * Norm(row(kept[k])));
-        if (cosine < best) continue;
-        best = cosine;
-        to = k;
-      }
-    }
-    if (to < 0) continue;
-    ++sizes[to];
-    for (int64_t d = 0; d < width; ++d) sums[to * width + d] += row(token)[d];
-  }
-  for (int64_t k = 0; k < count; ++k) {
-    for (int64_t d = 0; d < width; ++d) {
-      *out++ = static_cast<float>(sums[k * width + d] / static_cast<double>(sizes[k]));
-    }
-  }
-}
-
-}  // namespace
 
 std::string StcPruner::name() const {
   if (options_.join_from <= 1) return "stc-pruner-join";
@@ -98,78 +20,91 @@ StcPruner::StcPruner(const Options& options) : options_(options) {
   CheckKeep("stc-pruner", options.keep);
 }
 
-VisualTokens StcPruner::Compress(ExecContext&, VisualTokens tokens) {
-  before_compress_ = memory_;
+VisualTokens StcPruner::Compress(ExecContext& ctx, VisualTokens tokens) {
+  before_compress_ = sum_;
+  if (tokens.size() == 0) return tokens;
+  const ConstTensorView x = tokens.features;
+  const std::vector<FrameGroup> groups = FrameGroups(tokens);
+  int64_t left = 0;
+  for (const FrameGroup& group : groups) {
+    left += group.frames * KeptOf(options_.keep, group.length());
+  }
+  const bool by_rank = options_.history == History::kCompat;
+  Tensor sum(DType::kF32, {by_rank ? CalmChannels(x.dim(1)) : x.dim(1)}, ctx.device());
+  if (sum_) Transfer(ctx, *sum_, sum);
+
+  // The novelty of all tokens, then the places of those that stay: one copy brings both.
+  const Workspace::Scope scope(ctx.workspace());
+  const TensorView numbers = ctx.workspace().Allocate(DType::kI32, {tokens.size() + left});
+  const TensorView novelty(numbers.raw(), DType::kF32, {tokens.size()}, -1, ctx.device());
+  const TensorView places = numbers.Slice(tokens.size(), tokens.size() + left);
+  bool first = !sum_;
+  int64_t listed = 0;
+  for (const FrameGroup& group : groups) {
+    const TensorView mine = novelty.Slice(group.begin, group.end);
+    const int64_t count = group.frames * KeptOf(options_.keep, group.length());
+    Novelty(ctx, {.x = x.Slice(group.begin, group.end),
+                  .frames = group.frames,
+                  .history = first ? ConstTensorView() : sum.view(),
+                  .new_history = sum,
+                  .novelty = mine,
+                  .score = options_.score,
+                  .by_rank = by_rank});
+    LargestOfGroups(ctx, mine, group.frames, places.Slice(listed, listed + count));
+    listed += count;
+    first = false;
+  }
+  std::vector<int32_t> copied(tokens.size() + left);
+  Transfer(ctx, numbers, TensorView(copied.data(), DType::kI32, numbers.shape()));
+  tokens.scores.resize(tokens.size());
+  std::memcpy(tokens.scores.data(), copied.data(), tokens.size() * sizeof(float));
+  sum_ = std::make_shared<const Tensor>(std::move(sum));
+  if (left == tokens.size()) return tokens;
+
   std::vector<int64_t> kept;
-  std::vector<float> scores;
-  for (const FrameRun& run : FrameRuns(tokens)) {
-    for (const int64_t token : Choose(tokens.features.view().Slice(run.begin, run.end), scores)) {
-      kept.push_back(run.begin + token);
+  for (const FrameGroup& group : groups) {
+    const int64_t of_frame = KeptOf(options_.keep, group.length());
+    for (int64_t i = 0; i < group.frames * of_frame; ++i) {
+      const int64_t frame = group.begin + i / of_frame * group.length();
+      kept.push_back(frame + copied[tokens.size() + static_cast<int64_t>(kept.size())]);
     }
   }
-  tokens.scores = std::move(scores);
-  if (static_cast<int64_t>(kept.size()) == tokens.size()) return tokens;
-  VisualTokens fewer = KeepTokens(tokens, kept);
+  VisualTokens fewer = KeepTokens(ctx, tokens, kept);
   if (options_.join_from > 1) return fewer;
-  float* out = fewer.features.data<float>();
-  for (size_t first = 0; const FrameRun& run : FrameRuns(tokens)) {
-    std::vector<int64_t> mine;
-    for (; first < kept.size() && kept[first] < run.end; ++first) {
-      mine.push_back(kept[first] - run.begin);
-    }
-    Join(tokens.features.view().Slice(run.begin, run.end), mine, options_.join_from, out);
-    out += static_cast<int64_t>(mine.size()) * tokens.features.dim(1);
+  listed = 0;
+  for (const FrameGroup& group : groups) {
+    const int64_t end = listed + group.frames * KeptOf(options_.keep, group.length());
+    JoinRows(ctx, x.Slice(group.begin, group.end), group.frames, places.Slice(listed, end),
+             static_cast<float>(options_.join_from), fewer.features.view().Slice(listed, end));
+    listed = end;
   }
   return fewer;
 }
 
-std::vector<int64_t> StcPruner::Choose(ConstTensorView x, std::vector<float>& scores) {
-  const int64_t size = x.dim(0), kept = KeptOf(options_.keep, size);
-  std::vector<float> means;
-  const std::vector<int32_t> channels = CalmChannels(x, means);
-  const auto count = static_cast<int64_t>(channels.size());
-  const bool by_rank = options_.history == History::kCompat;
-
-  memory_.sum.resize(by_rank ? channels.size() : means.size());
-  for (size_t c = 0; c < memory_.sum.size(); ++c) {
-    memory_.sum[c] += means[by_rank ? channels[c] : c];
+void StcPruner::Persist(Archive& archive) {
+  std::vector<float> sum;
+  if (sum_) {
+    const Tensor here = Placed(sum_->view(), Device::kCpu);
+    sum.assign(here.data<float>(), here.data<float>() + here.dim(0));
   }
-  std::vector<float> temporal(count), spatial(count), rows(size * count), redundancy(size);
-  for (int64_t c = 0; c < count; ++c) temporal[c] = memory_.sum[by_rank ? c : channels[c]];
-  const float temporal_norm = Norm(temporal);
-  for (float& value : temporal) value /= temporal_norm;
-
-  for (int64_t i = 0; i < size; ++i) {
-    const float* from = x.data<float>() + i * x.stride0();
-    float* row = rows.data() + i * count;
-    for (int64_t c = 0; c < count; ++c) row[c] = from[channels[c]];
-    const float norm = Norm({row, static_cast<size_t>(count)});
-    for (int64_t c = 0; c < count; ++c) spatial[c] += row[c] /= norm;
-  }
-  for (float& value : spatial) value /= static_cast<float>(size);
-  const float spatial_norm = Norm(spatial);
-  for (int64_t i = 0; i < size; ++i) {
-    const float* row = rows.data() + i * count;
-    float to_spatial = 0, to_temporal = 0;
-    for (int64_t c = 0; c < count; ++c) {
-      to_spatial += row[c] * spatial[c];
-      to_temporal += row[c] * temporal[c];
+  archive.Array("sum", sum);
+  if (archive.loading()) {
+    sum_ = nullptr;
+    const Shape shape{static_cast<int64_t>(sum.size())};
+    if (!sum.empty()) {
+      sum_ = std::make_shared<const Tensor>(
+          Placed(ConstTensorView(sum.data(), DType::kF32, shape), Device::kCpu));
     }
-    redundancy[i] = options_.score == Score::kDualAnchor
-                        ? to_temporal + to_spatial / spatial_norm
-                        : Gaussians(2 - 2 * to_temporal) +
-                              Gaussians(1 + spatial_norm * spatial_norm - 2 * to_spatial);
   }
-  for (const float value : redundancy) scores.push_back(-value);
-  std::vector<int64_t> order(size);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t a, int64_t b) { return redundancy[a] < redundancy[b]; });
-  order.resize(kept);
-  std::sort(order.begin(), order.end());
-  return order;
+  before_compress_ = sum_;
 }
 
-void StcPruner::Undo() { memory_ = before_compress_; }
+int64_t StcPruner::SizeBytes() const {
+  size_t bytes = 0;
+  for (const auto* sum : {&sum_, &before_compress_}) {
+    if (*sum) bytes += (*sum)->SizeBytes();
+  }
+  return static_cast<int64_t>(bytes);
+}
 
 }  // namespace sluice

@@ -10,6 +10,7 @@
 //   kDualAnchor:  redundancy(y) = cos(y, t) + cos(y, s), s normalised        as the paper has it
 // Tokens carry their novelty as scores. The tokens of lowest redundancy stay, ties to the lower
 // index, rows unchanged and in order.
+// All of it runs where the tokens lie; only scores and the choice come to the host, once a call.
 //
 // With `join_from` tokens that go are not lost but averaged into what stays (ours): a model that
 // tells frames apart by their background misses it less.
@@ -20,17 +21,18 @@
 #ifndef SLUICE_COMPRESSION_STC_PRUNER_H_
 #define SLUICE_COMPRESSION_STC_PRUNER_H_
 
+#include <memory>
 #include <string>
-#include <vector>
 
 #include "compression/frame_runs.h"
 #include "compression/token_compressor.h"
+#include "runtime/ops/novelty.h"
 
 namespace sluice {
 
 class StcPruner final : public TokenCompressor {
  public:
-  enum class Score { kGaussian, kDualAnchor };
+  using Score = NoveltyScore;
   enum class History { kFixed, kCompat };
   struct Options {
     double keep = 1.0 / 3;  // below 1: a share of the tokens of a frame; else so many of them
@@ -49,26 +51,15 @@ class StcPruner final : public TokenCompressor {
     return CheckedKeptOf(name(), options_.keep, tokens);
   }
   VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) override;
-  void Undo() override;
-  void Persist(Archive& archive) override {
-    archive.Array("sum", memory_.sum);
-    before_compress_ = memory_;
-  }
-
-  int64_t SizeBytes() const override {
-    return static_cast<int64_t>((memory_.sum.size() + before_compress_.sum.size()) * sizeof(float));
-  }
+  void Undo() override { sum_ = before_compress_; }
+  void Persist(Archive& archive) override;
+  int64_t SizeBytes() const override;
 
  private:
-  // Which rows of a frame's [M, E] f32 stay, ascending; the frame joins the history.
-  // Appends every row's novelty, its redundancy with the sign turned, to `scores`.
-  std::vector<int64_t> Choose(ConstTensorView x, std::vector<float>& scores);
-
   const Options options_;
-  struct Memory {
-    std::vector<float> sum;  // of the means of all frames, by channel or by rank
-  };
-  Memory memory_, before_compress_;
+  // Sum of the means of all frames, by channel or by rank, wherever the latest frames lay; null
+  // before the first.
+  std::shared_ptr<const Tensor> sum_, before_compress_;
 };
 
 }  // namespace sluice

@@ -19,7 +19,8 @@ class TokenCompressor {
   // How many of a frame's `tokens` it leaves at most. Throws InputError where it was told to keep
   // more than there are.
   virtual int64_t TokensLeft(int64_t tokens) const = 0;
-  // Keeps order; never invents positions; may return nothing for a frame.
+  // Keeps order; never invents positions; may return nothing for a frame. Features lie where `ctx`
+  // works, and those that are returned do, too.
   virtual VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) = 0;
   // Forgets the latest Compress, as if it had not been called: what it returned did not find room.
   virtual void Undo() = 0;

@@ -1,12 +1,14 @@
 #include "compression/turbo_merge.h"
 
-#include <algorithm>
-#include <cmath>
+#include <cstring>
 #include <numeric>
+#include <utility>
 
 #include "compression/bipartite_merge.h"
 #include "compression/frame_runs.h"
 #include "runtime/error.h"
+#include "runtime/ops/novelty.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 
@@ -18,26 +20,23 @@ TurboMerge::TurboMerge(const Options& options) : options_(options) {
   }
 }
 
-std::vector<float> TurboMerge::Values(ConstTensorView x) {
-  const int64_t size = x.dim(0), width = x.dim(1);
-  sum_.resize(width);
-  for (int64_t i = 0; i < size; ++i) {
-    for (int64_t d = 0; d < width; ++d) sum_[d] += x.data<float>()[i * x.stride0() + d];
+std::vector<float> TurboMerge::Values(ExecContext& ctx, ConstTensorView x, int64_t frames) {
+  std::vector<float> values(x.dim(0));
+  if (options_.lambda == 0) return values;
+  Tensor sum(DType::kI32, {2 * x.dim(1)}, ctx.device());
+  if (sum_) Transfer(ctx, *sum_, sum);
+  const Workspace::Scope scope(ctx.workspace());
+  const TensorView cosines = ctx.workspace().Allocate(DType::kF32, {x.dim(0)});
+  HistoryCosines(ctx, x, frames, sum_ ? ConstTensorView(sum) : ConstTensorView(), sum, cosines);
+  Transfer(ctx, cosines, TensorView(values.data(), DType::kF32, cosines.shape()));
+  sum_ = std::make_shared<const Tensor>(std::move(sum));
+  for (float& value : values) value = 1 - value;
+  const int64_t size = x.dim(0) / frames;
+  for (int64_t f = 0; f < frames; ++f) {
+    const std::span<float> mine = std::span(values).subspan(f * size, size);
+    CutAt95thPercentile(mine);
+    ScaleToMean(mine, options_.lambda);
   }
-  const double sum_norm =
-      std::sqrt(std::inner_product(sum_.begin(), sum_.end(), sum_.begin(), 0.0));
-  std::vector<float> values(size);
-  for (int64_t i = 0; i < size; ++i) {
-    const float* row = x.data<float>() + i * x.stride0();
-    double dot = 0, norm = 0;
-    for (int64_t d = 0; d < width; ++d) {
-      dot += row[d] * sum_[d];
-      norm += double{row[d]} * row[d];
-    }
-    values[i] = static_cast<float>(1 - dot / std::max(std::sqrt(norm) * sum_norm, 1e-12));
-  }
-  CutAt95thPercentile(values);
-  ScaleToMean(values, options_.lambda);
   return values;
 }
 
@@ -45,25 +44,55 @@ VisualTokens TurboMerge::Compress(ExecContext& ctx, VisualTokens tokens) {
   before_compress_ = sum_;
   if (tokens.size() == 0) return tokens;
   std::vector<int64_t> kept;
-  std::vector<float> features;
-  const int64_t width = tokens.features.dim(1);
-  for (const FrameRun& run : FrameRuns(tokens)) {
-    const ConstTensorView frame = tokens.features.view().Slice(run.begin, run.end);
+  std::vector<Tensor> merged;
+  for (const FrameGroup& group : FrameGroups(tokens)) {
+    const ConstTensorView x = tokens.features.view().Slice(group.begin, group.end);
     MergeState state;
-    state.width = width;
-    state.features.assign(frame.data<float>(), frame.data<float>() + frame.dim(0) * width);
-    state.sizes.assign(frame.dim(0), 1);
-    state.values = Values(frame);
-    state.places.resize(frame.dim(0));
-    std::iota(state.places.begin(), state.places.end(), run.begin);
-    MergeTo(ctx, state, KeptOf(options_.keep, frame.dim(0)));
+    state.groups = group.frames;
+    state.values = Values(ctx, x, group.frames);
+    state.sizes.assign(x.dim(0), 1);
+    state.places.resize(x.dim(0));
+    std::iota(state.places.begin(), state.places.end(), group.begin);
+    state.features = TransferTo(ctx, x, ctx.device());
+    MergeTo(ctx, state, KeptOf(options_.keep, group.length()));
     kept.insert(kept.end(), state.places.begin(), state.places.end());
-    features.insert(features.end(), state.features.begin(), state.features.end());
+    merged.push_back(std::move(state.features));
   }
   if (static_cast<int64_t>(kept.size()) == tokens.size()) return tokens;
-  VisualTokens merged = KeepTokens(tokens, kept);
-  std::copy(features.begin(), features.end(), merged.features.data<float>());
-  return merged;
+  VisualTokens fewer = KeepTokens(ctx, tokens, kept);
+  int64_t begin = 0;
+  for (const Tensor& rows : merged) {
+    Transfer(ctx, rows, fewer.features.view().Slice(begin, begin + rows.dim(0)));
+    begin += rows.dim(0);
+  }
+  return fewer;
+}
+
+void TurboMerge::Persist(Archive& archive) {
+  std::vector<double> sum;
+  if (sum_) {
+    const Tensor here = Placed(sum_->view(), Device::kCpu);
+    sum.resize(here.dim(0) / 2);
+    std::memcpy(sum.data(), here.view().raw(), here.SizeBytes());
+  }
+  archive.Array("sum", sum);
+  if (archive.loading()) {
+    sum_ = nullptr;
+    const Shape shape{2 * static_cast<int64_t>(sum.size())};
+    if (!sum.empty()) {
+      sum_ = std::make_shared<const Tensor>(
+          Placed(ConstTensorView(sum.data(), DType::kI32, shape), Device::kCpu));
+    }
+  }
+  before_compress_ = sum_;
+}
+
+int64_t TurboMerge::SizeBytes() const {
+  size_t bytes = 0;
+  for (const auto* sum : {&sum_, &before_compress_}) {
+    if (*sum) bytes += (*sum)->SizeBytes();
+  }
+  return static_cast<int64_t>(bytes);
 }
 
 }  // namespace sluice

@@ -5,10 +5,11 @@
 // Turbo spares tokens of high semantic value, which it reads off the class token's attention. A
 // tower without one gives novelty instead (ours): a_i = 1 - cos(x_i, mean of all tokens so far),
 // scaled to mean 1 over the frame and cut at its 95th percentile; priority = cos - lambda a_i.
-// lambda = 0 is ToMe (arXiv 2210.09461).
+// lambda = 0 is ToMe (arXiv 2210.09461). Features stay where they lie.
 #ifndef SLUICE_COMPRESSION_TURBO_MERGE_H_
 #define SLUICE_COMPRESSION_TURBO_MERGE_H_
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -32,21 +33,17 @@ class TurboMerge final : public TokenCompressor {
   }
   VisualTokens Compress(ExecContext& ctx, VisualTokens tokens) override;
   void Undo() override { sum_ = before_compress_; }
-  void Persist(Archive& archive) override {
-    archive.Array("sum", sum_);
-    before_compress_ = sum_;
-  }
-
-  int64_t SizeBytes() const override {
-    return static_cast<int64_t>((sum_.size() + before_compress_.size()) * sizeof(double));
-  }
+  void Persist(Archive& archive) override;
+  int64_t SizeBytes() const override;
 
  private:
-  // [N] what sparing each row of a frame is worth; the frame joins the history.
-  std::vector<float> Values(ConstTensorView x);
+  // [F N] what sparing each row of frames of equal length is worth; they join the history, if
+  // novelty spares.
+  std::vector<float> Values(ExecContext& ctx, ConstTensorView x, int64_t frames);
 
   const Options options_;
-  std::vector<double> sum_, before_compress_;  // of all tokens so far
+  // Of all tokens so far: [D] double as [2 D] i32, wherever the latest lay; null before the first.
+  std::shared_ptr<const Tensor> sum_, before_compress_;
 };
 
 }  // namespace sluice

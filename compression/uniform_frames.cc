@@ -15,7 +15,7 @@ UniformFrames::UniformFrames(double every) {
   every_ = static_cast<int64_t>(every);
 }
 
-VisualTokens UniformFrames::Compress(ExecContext&, VisualTokens tokens) {
+VisualTokens UniformFrames::Compress(ExecContext& ctx, VisualTokens tokens) {
   before_compress_ = next_;
   std::vector<int64_t> kept;
   for (const FrameRun& run : FrameRuns(tokens)) {
@@ -24,7 +24,7 @@ VisualTokens UniformFrames::Compress(ExecContext&, VisualTokens tokens) {
     for (int64_t i = run.begin; i < run.end; ++i) kept.push_back(i);
   }
   if (static_cast<int64_t>(kept.size()) == tokens.size()) return tokens;
-  return KeepTokens(tokens, kept);
+  return KeepTokens(ctx, tokens, kept);
 }
 
 }  // namespace sluice

@@ -8,6 +8,7 @@
 #include <unordered_set>
 
 #include "runtime/error.h"
+#include "runtime/ops/cuda/sample.h"
 #include "runtime/ops/cuda/select.h"
 #include "runtime/transfer.h"
 
@@ -28,6 +29,30 @@ uint64_t NextRandom(uint64_t* state) {
   return z ^ z >> 31;
 }
 
+// The place of the largest logit, the first of equals. Throws Error unless all are finite or -inf,
+// and one is finite.
+int32_t Likeliest(std::span<const float> logits) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  int32_t best = -1;
+  for (int32_t id = 0; id < static_cast<int32_t>(logits.size()); ++id) {
+    if (std::isnan(logits[id]) || logits[id] == kInfinity) {
+      throw Error("[sampler] logits must be finite or -inf, logit of id " + std::to_string(id) +
+                  " is " + std::to_string(logits[id]));
+    }
+    if (logits[id] != -kInfinity && (best < 0 || logits[id] > logits[best])) best = id;
+  }
+  if (best < 0) {
+    throw Error("[sampler] at least one logit must be finite, all " +
+                std::to_string(logits.size()) + " are -inf");
+  }
+  return best;
+}
+
+// Differences are divided, not logits: no temperature, however small, makes an infinity.
+double Weight(float logit, float top, float temperature) {
+  return std::exp((static_cast<double>(logit) - top) / temperature);
+}
+
 }  // namespace
 
 Sampler::Sampler(const SamplingOptions& options, int32_t num_ids)
@@ -42,6 +67,8 @@ Sampler::Sampler(const SamplingOptions& options, int32_t num_ids)
   Require(num_ids > 0, "num_ids", "1 or more", num_ids);
 }
 
+double Sampler::NextDraw() { return static_cast<double>(NextRandom(&state_) >> 11) * 0x1.0p-53; }
+
 int32_t Sampler::Sample(ExecContext& ctx, TensorView logits, std::span<const int32_t> context) {
   if (logits.shape().rank() != 2 || logits.dim(0) != 1 || logits.dim(1) < num_ids_) {
     throw Error("[sampler] logits must be [1, " + std::to_string(num_ids_) + " or more], got " +
@@ -50,16 +77,110 @@ int32_t Sampler::Sample(ExecContext& ctx, TensorView logits, std::span<const int
   if (logits.device() == Device::kCpu) {
     return Sample(std::span(logits.data<float>(), logits.dim(1)), context);
   }
-  if (options_.temperature == 0 && options_.repetition_penalty == 1.0f) {
+  const TensorView known = logits.Columns(0, num_ids_);
+  OnGpu("sampler", ctx, {known});
+  if (options_.repetition_penalty != 1.0f && !context.empty()) {
     const Workspace::Scope scope(ctx.workspace());
-    const TensorView there = ctx.workspace().Allocate(DType::kI32, {1});
-    ctx.Queue(cuda::ArgMax, logits.Columns(0, num_ids_), there);
-    int32_t best = -1;
-    Transfer(ctx, there, TensorView(&best, DType::kI32, {1}));
-    if (best >= 0) return best;  // else what is wrong is told below
+    const auto bytes = static_cast<int64_t>(cuda::PenaltyWorkspaceBytes(num_ids_));
+    const TensorView seen = ctx.workspace().Allocate(DType::kU8, {bytes});
+    ctx.Queue(cuda::Penalise, static_cast<float*>(known.raw()), num_ids_, Within(ctx, context),
+              static_cast<int64_t>(context.size()), options_.repetition_penalty, seen.raw());
   }
-  const Tensor copy = TransferTo(ctx, logits, Device::kCpu);
-  return Sample(std::span(copy.data<float>(), copy.dim(1)), context);
+  return SampleOnGpu(ctx, known);
+}
+
+int32_t Sampler::SampleOnGpu(ExecContext& ctx, TensorView logits) {
+  const Workspace::Scope scope(ctx.workspace());
+  const auto copy = [&](ConstTensorView from, void* to) {
+    Transfer(ctx, from, TensorView(to, from.dtype(), from.shape()));
+  };
+  std::vector<float> whole;
+  const auto copy_all = [&] {
+    ++whole_copies_;
+    whole.resize(num_ids_);
+    copy(logits, whole.data());
+  };
+  if (options_.temperature == 0) {
+    const TensorView there = ctx.workspace().Allocate(DType::kI32, {1});
+    ctx.Queue(cuda::ArgMax, logits, there);
+    int32_t best = -1;
+    copy(there, &best);
+    if (best >= 0) return best;
+    copy_all();
+    return Likeliest(whole);  // tells what is wrong
+  }
+
+  // The summary, then the candidates, of which as many as are mostly enough come in the same copy.
+  struct {
+    cuda::LogitSummary summary;
+    cuda::Candidate candidates[cuda::kMostCandidates];
+  } result;
+  constexpr int64_t kFirst = sizeof(cuda::LogitSummary) + 512 * sizeof(cuda::Candidate);
+  const TensorView there = ctx.workspace().Allocate(DType::kU8, {sizeof result});
+  const TensorView scratch =
+      ctx.workspace().Allocate(DType::kU8, {static_cast<int64_t>(cuda::SummariseWorkspaceBytes())});
+  cuda::SummariseArgs args;
+  args.logits = static_cast<const float*>(logits.raw());
+  args.count = num_ids_;
+  args.temperature = options_.temperature;
+  args.wants_candidates = limits_count() || limits_mass();
+  args.top_k = limits_count() ? options_.top_k : 0;
+  args.top_p = options_.top_p;
+  args.summary = static_cast<cuda::LogitSummary*>(there.raw());
+  args.candidates = reinterpret_cast<cuda::Candidate*>(args.summary + 1);
+  args.workspace = scratch.raw();
+  ctx.Queue(cuda::SummariseLogits, args);
+  copy(there.Slice(0, args.wants_candidates ? kFirst : sizeof(cuda::LogitSummary)), &result);
+  const cuda::LogitSummary& summary = result.summary;
+  if (summary.broken || summary.top == -std::numeric_limits<float>::infinity()) {
+    copy_all();
+    return Likeliest(whole);  // tells what is wrong
+  }
+  const double draw = NextDraw();
+  double everything = 0;
+  for (const double mass : summary.masses) everything += mass;
+
+  if (args.wants_candidates) {
+    const int64_t count = summary.candidates;
+    if (count <= cuda::kMostCandidates) {
+      const int64_t bytes = sizeof(cuda::LogitSummary) + count * sizeof(cuda::Candidate);
+      if (bytes > kFirst) {
+        copy(there.Slice(kFirst, bytes), reinterpret_cast<uint8_t*>(&result) + kFirst);
+      }
+      std::sort(result.candidates, result.candidates + count,
+                [](const auto& a, const auto& b) { return a.id < b.id; });
+      std::vector<float> likely;
+      for (int64_t i = 0; i < count; ++i) likely.push_back(result.candidates[i].logit);
+      const auto place = Choose(likely, summary.top, draw, everything);
+      if (place) return result.candidates[*place].id;
+    }
+    copy_all();
+    return *Choose(whole, summary.top, draw, std::nullopt);
+  }
+
+  // The draw falls into a part, whose logits decide.
+  double left = draw * everything;
+  const int32_t length = cuda::SamplePartLength(num_ids_);
+  int last = cuda::kSampleParts - 1;
+  while (summary.masses[last] == 0) --last;
+  std::vector<float> part(length);
+  int32_t drawable = -1;
+  for (int p = 0; p <= last; ++p) {
+    if (left >= summary.masses[p] && p < last) {
+      left -= summary.masses[p];
+      continue;
+    }
+    const int32_t begin = p * length, end = std::min(begin + length, num_ids_);
+    copy(logits.Columns(begin, end), part.data());
+    for (int32_t id = begin; id < end; ++id) {
+      const double weight = Weight(part[id - begin], summary.top, options_.temperature);
+      left -= weight;
+      if (left < 0) return id;
+      if (weight > 0) drawable = id;
+    }
+  }
+  // Rounding may leave a little: the last id that can be drawn at all.
+  return drawable;
 }
 
 int32_t Sampler::Sample(std::span<float> logits, std::span<const int32_t> context) {
@@ -75,36 +196,21 @@ int32_t Sampler::Sample(std::span<float> logits, std::span<const int32_t> contex
       logit = logit < 0 ? logit * options_.repetition_penalty : logit / options_.repetition_penalty;
     }
   }
-  int32_t best = -1;
-  for (int32_t id = 0; id < num_ids_; ++id) {
-    if (std::isnan(logits[id]) || logits[id] == std::numeric_limits<float>::infinity()) {
-      throw Error("[sampler] logits must be finite or -inf, logit of id " + std::to_string(id) +
-                  " is " + std::to_string(logits[id]));
-    }
-    const bool possible = logits[id] != -std::numeric_limits<float>::infinity();
-    if (possible && (best < 0 || logits[id] > logits[best])) best = id;
-  }
-  if (best < 0) {
-    throw Error("[sampler] at least one logit must be finite, all " + std::to_string(num_ids_) +
-                " are -inf");
-  }
+  logits = logits.first(num_ids_);
+  const int32_t best = Likeliest(logits);
   if (options_.temperature == 0) return best;
+  return *Choose(logits, logits[best], NextDraw(), std::nullopt);
+}
 
-  // Differences are divided, not logits: no temperature, however small, makes an infinity.
-  const double top = logits[best];
-  const auto weight = [&](int32_t id) {
-    return std::exp((static_cast<double>(logits[id]) - top) / options_.temperature);
-  };
-  const double draw =
-      static_cast<double>(NextRandom(&state_) >> 11) * 0x1.0p-53;  // uniform in [0, 1)
-
-  const bool limit_count = options_.top_k > 0 && options_.top_k < num_ids_;
-  const bool limit_mass = options_.top_p < 1.0f;
-  order_.resize(num_ids_);
+std::optional<int32_t> Sampler::Choose(std::span<const float> logits, float top, double draw,
+                                       std::optional<double> everything) {
+  const auto weight = [&](int32_t id) { return Weight(logits[id], top, options_.temperature); };
+  const bool limit_count = limits_count();
+  order_.resize(logits.size());
   std::iota(order_.begin(), order_.end(), 0);
   double total = 0;
   size_t kept = order_.size();
-  if (!limit_count && !limit_mass) {
+  if (!limit_count && !limits_mass()) {
     for (const int32_t id : order_) total += weight(id);
   } else {
     // The likeliest ids leave a heap one by one, which costs V + kept x log V instead of a sort.
@@ -117,8 +223,10 @@ int32_t Sampler::Sample(std::span<float> logits, std::span<const int32_t> contex
       std::pop_heap(order_.begin(), heap_end, less_likely);
       return *--heap_end;
     };
-    // Summed before the heap shuffles them: its layout is the standard library's choice.
-    if (!limit_count) {
+    if (!limit_count && everything) {
+      total = *everything;
+    } else if (!limit_count) {
+      // Summed before the heap shuffles them: its layout is the standard library's choice.
       for (const int32_t id : order_) total += weight(id);
     }
     std::make_heap(order_.begin(), heap_end, less_likely);
@@ -131,7 +239,7 @@ int32_t Sampler::Sample(std::span<float> logits, std::span<const int32_t> contex
         total += weight(likely.back());
       }
     }
-    if (limit_mass) {
+    if (limits_mass()) {
       // An id stays while those before it hold less than top_p; the first always does.
       double mass = 0;
       size_t count = 0;
@@ -142,6 +250,8 @@ int32_t Sampler::Sample(std::span<float> logits, std::span<const int32_t> contex
         }
         mass += weight(likely[count++]);
       }
+      const bool suffices = limit_count || mass >= options_.top_p * total;
+      if (everything && !suffices) return std::nullopt;
       likely.resize(count);
       total = mass;
     }

@@ -111,16 +111,18 @@ std::vector<VisualTokens> EncodeAll(ExecContext& ctx, std::span<const Arrivals> 
 }
 
 VisualTokens Compress(ExecContext& ctx, Session& session, VisualTokens tokens, StepGuard& guard) {
-  // What looks into tokens does so in host memory.
-  const bool looks = !session.compressors.empty() || session.pyramid.mode() != PyramidMode::kOff;
-  if (looks && tokens.features.device() != Device::kCpu) {
-    tokens.features = TransferTo(ctx, tokens.features, Device::kCpu);
+  if (!session.compressors.empty()) {
+    const TraceScope trace(&ctx.tracer(), "compress", tokens.size());
+    for (const auto& compressor : session.compressors) {
+      tokens = compressor->Compress(ctx, std::move(tokens));
+      guard.Compressed(*compressor);
+    }
   }
-  if (session.compressors.empty()) return tokens;
-  const TraceScope trace(&ctx.tracer(), "compress", tokens.size());
-  for (const auto& compressor : session.compressors) {
-    tokens = compressor->Compress(ctx.host(), std::move(tokens));
-    guard.Compressed(*compressor);
+  // Rows that are remembered for a replay, or compared with the next frame's, stay on the host.
+  const PyramidMode mode = session.pyramid.mode();
+  const bool remembers = mode == PyramidMode::kReplay || mode == PyramidMode::kQueryFree;
+  if (remembers && tokens.features.device() != Device::kCpu) {
+    tokens.features = TransferTo(ctx, tokens.features, Device::kCpu);
   }
   return tokens;
 }

@@ -1,9 +1,11 @@
 #include "vision/preprocess.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "runtime/error.h"
 #include "runtime/transfer.h"
@@ -44,6 +46,20 @@ BicubicResizer MakeResizer(const Frame& frame, const PreprocessConfig& config) {
                          .height = config.height});
 }
 
+// Frames of the same size go together.
+void PreprocessOnGpu(ExecContext& ctx, std::span<const FramePtr> frames,
+                     const PreprocessConfig& config, const std::array<float, 3>& mean,
+                     const std::array<float, 3>& deviation, TensorView out) {
+  for (size_t begin = 0, end = 0; begin < frames.size(); begin = end) {
+    const BicubicResizer resizer = MakeResizer(*frames[begin], config);
+    std::vector<const uint8_t*> pictures;
+    for (; end < frames.size() && resizer.Fits(frames[end]->width, frames[end]->height); ++end) {
+      pictures.push_back(frames[end]->rgb.data());
+    }
+    resizer.RunOnGpu(ctx, pictures, mean, deviation, out.Slice(begin, end));
+  }
+}
+
 }  // namespace
 
 void ResizeBicubic(ExecContext& ctx, std::span<const uint8_t> in, int in_width, int in_height,
@@ -65,28 +81,32 @@ void Preprocess(ExecContext& ctx, std::span<const FramePtr> frames, const Prepro
     throw Error("[preprocess] out must be contiguous " + expected.ToString() + " f32, got " +
                 out.shape().ToString() + " " + Name(out.dtype()));
   }
-  if (out.device() != Device::kCpu) {
-    // Resized in host memory, which has the decoded picture, and copied.
-    const Tensor pixels(DType::kF32, out.shape());
-    Preprocess(ctx.host(), frames, config, pixels);
-    return Transfer(ctx, pixels, out);
-  }
   // Larger inputs would make the resized picture's longer side exceed 31 bits.
   if (config.fit == PictureFit::kCenterCrop && (width != height || width > kMaxCropSide)) {
     throw Error("[preprocess] a centre crop must be square with sides of at most " +
                 std::to_string(kMaxCropSide) + ", got " + std::to_string(width) + "x" +
                 std::to_string(height));
   }
+  std::array<float, 3> mean, deviation;
+  for (int c = 0; c < 3; ++c) {
+    mean[c] = config.mean[c] * 255.0f;
+    deviation[c] = config.std[c] * 255.0f;
+    if (!(deviation[c] > 0)) throw InputError("[preprocess] std must be positive");
+  }
+  for (const FramePtr& frame : frames) {
+    CheckPicture("preprocess", frame->rgb.size(), frame->width, frame->height);
+  }
+  if (OnGpu("preprocess", ctx, {out}))
+    return PreprocessOnGpu(ctx, frames, config, mean, deviation, out);
   float normalised[3][256];
   for (int c = 0; c < 3; ++c) {
-    const float mean = config.mean[c] * 255.0f, deviation = config.std[c] * 255.0f;
-    if (!(deviation > 0)) throw InputError("[preprocess] std must be positive");
-    for (int v = 0; v < 256; ++v) normalised[c][v] = (static_cast<float>(v) - mean) / deviation;
+    for (int v = 0; v < 256; ++v) {
+      normalised[c][v] = (static_cast<float>(v) - mean[c]) / deviation[c];
+    }
   }
   std::optional<BicubicResizer> resizer;
   for (size_t f = 0; f < frames.size(); ++f) {
     const Frame& frame = *frames[f];
-    CheckPicture("preprocess", frame.rgb.size(), frame.width, frame.height);
     if (!resizer || !resizer->Fits(frame.width, frame.height)) {
       resizer.emplace(MakeResizer(frame, config));
     }

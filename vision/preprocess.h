@@ -38,7 +38,8 @@ void ResizeBicubic(ExecContext& ctx, std::span<const uint8_t> in, int in_width, 
 
 // Resizes and normalises: (u8 - 255 mean) / (255 std) in f32. With kCenterCrop the longer side
 // becomes floor(width * longer / shorter), of which floor(half the surplus) is cut off in front.
-// out: [frames.size(), 3, height, width] f32.
+// out: [frames.size(), 3, height, width] f32 where `ctx` works; on a GPU the decoded pictures are
+// copied there, and the result is the same bit for bit.
 void Preprocess(ExecContext& ctx, std::span<const FramePtr> frames, const PreprocessConfig& config,
                 TensorView out);
 

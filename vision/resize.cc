@@ -101,7 +101,9 @@ HWY_AFTER_NAMESPACE();
 
 #include <cmath>
 
+#include "runtime/ops/cuda/resize.h"
 #include "runtime/parallel.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 
@@ -201,6 +203,60 @@ void BicubicResizer::Run(ExecContext& ctx, const uint8_t* rgb, const RowSink& si
          rows_.weights.data() + y * rows_.max_taps, rows_.count[y], row);
         sink(static_cast<int>(y), row);
       }
+    }
+  });
+}
+
+void BicubicResizer::RunOnGpu(ExecContext& ctx, std::span<const uint8_t* const> pictures,
+                              const std::array<float, 3>& mean,
+                              const std::array<float, 3>& deviation, TensorView out) const {
+  OnGpu("resize", ctx, {out});
+  // A batch of large pictures goes in parts that the scratch holds.
+  constexpr int64_t kMostBytes = int64_t{64} << 20;
+  const int64_t picture_bytes = int64_t{3} * in_width_ * in_height_;
+  const auto count = static_cast<int64_t>(pictures.size());
+  const int64_t at_once = std::clamp<int64_t>(kMostBytes / picture_bytes, 1, count);
+
+  cuda::ResizeArgs args;
+  args.in_width = in_width_;
+  args.in_height = in_height_;
+  args.out_width = out_width_;
+  args.out_height = out_height_;
+  args.top = rows_.first.front();
+  args.used_height = rows_.first.back() + rows_.count.back() - args.top;
+  std::copy(mean.begin(), mean.end(), args.mean);
+  std::copy(deviation.begin(), deviation.end(), args.deviation);
+
+  std::vector<int32_t> numbers;
+  for (const ResizeTaps* taps : {&columns_, &rows_}) {
+    for (const auto* list : {&taps->first, &taps->count, &taps->weights}) {
+      numbers.insert(numbers.end(), list->begin(), list->end());
+    }
+  }
+  const Workspace::Scope scope(ctx.workspace());
+  const auto scratch = [&](DType dtype, int64_t size) {
+    return ctx.workspace().Allocate(dtype, {size}).raw();
+  };
+  auto* const there = static_cast<int32_t*>(scratch(DType::kI32, numbers.size()));
+  auto* const rgb = static_cast<uint8_t*>(scratch(DType::kU8, at_once * picture_bytes));
+  args.rgb = rgb;
+  args.narrow = static_cast<uint8_t*>(
+      scratch(DType::kU8, at_once * int64_t{4} * args.used_height * out_width_));
+  const auto place = [](const ResizeTaps& taps, const int32_t* begin) {
+    const size_t size = taps.first.size();
+    return cuda::AxisTaps{taps.max_taps, begin, begin + size, begin + 2 * size};
+  };
+  args.columns = place(columns_, there);
+  args.rows = place(rows_, there + 2 * columns_.first.size() + columns_.weights.size());
+  ctx.Queue([&](cuda::Stream stream) {
+    cuda::Send(there, numbers.data(), numbers.size() * sizeof(int32_t), stream);
+    for (int64_t begin = 0; begin < count; begin += at_once) {
+      args.frames = static_cast<int>(std::min(at_once, count - begin));
+      for (int i = 0; i < args.frames; ++i) {
+        cuda::Send(rgb + i * picture_bytes, pictures[begin + i], picture_bytes, stream);
+      }
+      args.out = static_cast<float*>(out.Slice(begin, begin + args.frames).raw());
+      cuda::ResizeAndNormalise(args, stream);
     }
   });
 }

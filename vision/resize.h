@@ -2,11 +2,14 @@
 #ifndef SLUICE_VISION_RESIZE_H_
 #define SLUICE_VISION_RESIZE_H_
 
+#include <array>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "runtime/exec_context.h"
+#include "runtime/tensor.h"
 
 namespace sluice {
 
@@ -39,6 +42,13 @@ class BicubicResizer {
   using RowSink = std::function<void(int y, const uint8_t* rgbx)>;
   // rgb: [in_height, in_width, 3].
   void Run(ExecContext& ctx, const uint8_t* rgb, const RowSink& sink) const;
+
+  // On a GPU: the pictures, [in_height, in_width, 3] each in host memory, resized bit for bit as by
+  // Run, then (u8 - mean) / deviation by channel, rounded as on the CPU. out: [pictures, 3, height
+  // and width of the window] f32. The pictures may be changed once this returns.
+  void RunOnGpu(ExecContext& ctx, std::span<const uint8_t* const> pictures,
+                const std::array<float, 3>& mean, const std::array<float, 3>& deviation,
+                TensorView out) const;
 
   bool Fits(int in_width, int in_height) const {
     return in_width == in_width_ && in_height == in_height_;

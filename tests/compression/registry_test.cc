@@ -6,7 +6,10 @@
 #include <random>
 #include <string>
 
+#include "runtime/archive.h"
 #include "runtime/error.h"
+#include "runtime/transfer.h"
+#include "tests/support/temporary_directory.h"
 
 namespace sluice {
 namespace {
@@ -18,21 +21,22 @@ using testing::ThrowsMessage;
 constexpr int kRows = 3, kCols = 4, kWidth = 8;
 
 // Frames first..first+count-1 of random features.
-VisualTokens RandomTokens(int first, int count, uint32_t seed) {
+VisualTokens RandomTokens(int first, int count, uint32_t seed, int rows = kRows, int cols = kCols,
+                          int64_t width = kWidth) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
   VisualTokens tokens;
-  tokens.grid_rows = kRows;
-  tokens.grid_cols = kCols;
+  tokens.grid_rows = rows;
+  tokens.grid_cols = cols;
   for (int frame = first; frame < first + count; ++frame) {
-    for (int16_t row = 0; row < kRows; ++row) {
-      for (int16_t col = 0; col < kCols; ++col) {
+    for (int16_t row = 0; row < rows; ++row) {
+      for (int16_t col = 0; col < cols; ++col) {
         tokens.origins.push_back({frame, row, col, MediaTime::FromSeconds(0.5 * frame)});
       }
     }
   }
-  tokens.features = Tensor(DType::kF32, {tokens.size(), kWidth});
-  for (int64_t i = 0; i < tokens.size() * kWidth; ++i) {
+  tokens.features = Tensor(DType::kF32, {tokens.size(), width});
+  for (int64_t i = 0; i < tokens.size() * width; ++i) {
     tokens.features.data<float>()[i] = normal(random);
   }
   return tokens;
@@ -94,6 +98,104 @@ TEST_P(TokenCompressorTest, ContinuesAfterUndoAsIfTheUndoneBatchHadNeverCome) {
 TEST_P(TokenCompressorTest, TakesNoTokens) {
   ExecContext ctx({});
   EXPECT_EQ(GetParam().make(GetParam().default_value)->Compress(ctx, {}).size(), 0);
+}
+
+TEST_P(TokenCompressorTest, ContinuesAfterBeingSavedAsIfItHadNotBeen) {
+  ExecContext ctx({});
+  const TemporaryDirectory directory;
+  const auto saved = GetParam().make(GetParam().default_value);
+  const auto loaded = GetParam().make(GetParam().default_value);
+  saved->Compress(ctx, RandomTokens(0, 2, 1));
+  Archive out = Archive::ToFile(directory.path() / "state");
+  saved->Persist(out);
+  out.Finish();
+  Archive in = Archive::FromFile(directory.path() / "state");
+  loaded->Persist(in);
+  loaded->Undo();  // goes no further back
+  const VisualTokens a = saved->Compress(ctx, RandomTokens(2, 2, 7));
+  const VisualTokens b = loaded->Compress(ctx, RandomTokens(2, 2, 7));
+  ASSERT_EQ(a.size(), b.size());
+  for (int64_t i = 0; i < a.size() * kWidth; ++i) {
+    ASSERT_EQ(a.features.data<float>()[i], b.features.data<float>()[i]) << i;
+  }
+}
+
+// Tokens on the GPU stay there and become what they become on the CPU: the same tokens, and rows
+// that differ by the order of sums (copies not at all). Widths and frames of real models; the
+// second batch has a frame of another length, and the third is undone and comes again.
+TEST_P(TokenCompressorTest, DoesOnAGpuWhatItDoesOnTheCpu) {
+  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  ExecContext cpu({}), gpu({.device = Device::kCuda});
+  const auto here = GetParam().make(GetParam().default_value);
+  const auto there = GetParam().make(GetParam().default_value);
+  const auto compare = [&](VisualTokens in) {
+    VisualTokens copy = Copy(in);
+    copy.features = TransferTo(gpu, in.features, Device::kCuda);
+    VisualTokens want = here->Compress(cpu, std::move(in));
+    VisualTokens got = there->Compress(gpu, std::move(copy));
+    ASSERT_EQ(got.features.device(), Device::kCuda);
+    ASSERT_EQ(got.size(), want.size());
+    ASSERT_EQ(got.scores.size(), want.scores.size());
+    const Tensor rows = TransferTo(gpu, got.features, Device::kCpu);
+    const int64_t width = want.features.dim(1);
+    int64_t others = 0;
+    for (int64_t i = 0; i < want.size(); ++i) {
+      const TokenOrigin &a = got.origins[i], &b = want.origins[i];
+      if (a.frame != b.frame || a.row != b.row || a.col != b.col) {
+        ++others;
+        continue;
+      }
+      for (int64_t d = 0; d < width; ++d) {
+        ASSERT_NEAR(rows.data<float>()[i * width + d], want.features.data<float>()[i * width + d],
+                    1e-5)
+            << "token " << i << " channel " << d;
+      }
+    }
+    EXPECT_EQ(others, 0) << "of " << want.size() << " tokens";
+    for (size_t i = 0; i < want.scores.size(); ++i) {
+      ASSERT_NEAR(got.scores[i], want.scores[i], 1e-5) << "score " << i;
+    }
+  };
+  compare(RandomTokens(0, 1, 1, 14, 14, 896));
+  VisualTokens uneven = RandomTokens(1, 4, 2, 14, 14, 896);
+  for (size_t i = 100; i < uneven.origins.size(); ++i) {
+    uneven.origins[i].frame += i < 196 || i >= 400;
+  }
+  compare(std::move(uneven));
+  for (int twice = 0; twice < 2; ++twice) {
+    compare(RandomTokens(7, 8, 3, 14, 14, 896));
+    if (twice > 0) continue;
+    here->Undo();
+    there->Undo();
+  }
+  compare(RandomTokens(15, 2, 4, 27, 27, 896));
+}
+
+TEST_P(TokenCompressorTest, GoesOnElsewhereAfterBeingSavedOnAGpu) {
+  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  ExecContext cpu({}), gpu({.device = Device::kCuda});
+  const TemporaryDirectory directory;
+  const auto saved = GetParam().make(GetParam().default_value);
+  VisualTokens in = RandomTokens(0, 2, 1);
+  in.features = TransferTo(gpu, in.features, Device::kCuda);
+  saved->Compress(gpu, std::move(in));
+  Archive out = Archive::ToFile(directory.path() / "state");
+  saved->Persist(out);
+  out.Finish();
+  VisualTokens results[2];
+  for (ExecContext* ctx : {&cpu, &gpu}) {
+    const auto loaded = GetParam().make(GetParam().default_value);
+    Archive archive = Archive::FromFile(directory.path() / "state");
+    loaded->Persist(archive);
+    VisualTokens next = RandomTokens(2, 2, 7);
+    next.features = TransferTo(*ctx, next.features, ctx->device());
+    results[ctx == &gpu] = loaded->Compress(*ctx, std::move(next));
+  }
+  ASSERT_EQ(results[0].size(), results[1].size());
+  const Tensor rows = TransferTo(gpu, results[1].features, Device::kCpu);
+  for (int64_t i = 0; i < results[0].size() * kWidth; ++i) {
+    ASSERT_NEAR(rows.data<float>()[i], results[0].features.data<float>()[i], 1e-5) << i;
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(All, TokenCompressorTest,

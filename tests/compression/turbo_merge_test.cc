@@ -23,8 +23,8 @@ MergeState RandomState(int64_t count, int64_t width, uint32_t seed) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
   MergeState state;
-  state.width = width;
-  for (int64_t i = 0; i < count * width; ++i) state.features.push_back(normal(random));
+  state.features = Tensor(DType::kF32, {count, width});
+  for (int64_t i = 0; i < count * width; ++i) state.features.data<float>()[i] = normal(random);
   state.sizes.assign(count, 1);
   state.values.assign(count, 0);
   state.places.resize(count);
@@ -32,10 +32,16 @@ MergeState RandomState(int64_t count, int64_t width, uint32_t seed) {
   return state;
 }
 
+float* Row(const MergeState& s, int64_t i) {
+  return s.features.data<float>() + i * s.features.dim(1);
+}
+
+std::vector<float> Features(const MergeState& s) { return {Row(s, 0), Row(s, s.features.dim(0))}; }
+
 double Cosine(const MergeState& s, int64_t a, int64_t b) {
   double ab = 0, aa = 0, bb = 0;
-  for (int64_t d = 0; d < s.width; ++d) {
-    const double x = s.features[a * s.width + d], y = s.features[b * s.width + d];
+  for (int64_t d = 0; d < s.features.dim(1); ++d) {
+    const double x = Row(s, a)[d], y = Row(s, b)[d];
     ab += x * y;
     aa += x * x;
     bb += y * y;
@@ -49,7 +55,7 @@ std::map<int64_t, std::pair<std::vector<double>, double>> OneStep(const MergeSta
   std::map<int64_t, std::pair<std::vector<double>, double>> left;
   for (int64_t i = 0; i < s.count(); ++i) {
     auto& [sum, size] = left[s.places[i]];
-    for (int64_t d = 0; d < s.width; ++d) sum.push_back(s.features[i * s.width + d] * s.sizes[i]);
+    for (int64_t d = 0; d < s.features.dim(1); ++d) sum.push_back(Row(s, i)[d] * s.sizes[i]);
     size = s.sizes[i];
   }
   std::vector<std::pair<double, std::pair<int64_t, int64_t>>> edges;  // -priority, (from, to)
@@ -65,7 +71,7 @@ std::map<int64_t, std::pair<std::vector<double>, double>> OneStep(const MergeSta
     const auto [from, to] = edges[i].second;
     auto& [sum, size] = left[s.places[to]];
     const auto& gone = left[s.places[from]];
-    for (int64_t d = 0; d < s.width; ++d) sum[d] += gone.first[d];
+    for (int64_t d = 0; d < s.features.dim(1); ++d) sum[d] += gone.first[d];
     size += gone.second;
     left.erase(s.places[from]);
   }
@@ -76,6 +82,7 @@ std::map<int64_t, std::pair<std::vector<double>, double>> OneStep(const MergeSta
 }
 
 TEST(BipartiteMergeTest, AStepEqualsTheEquationsInDoublePrecision) {
+  ExecContext ctx({});
   for (const int64_t count : {2, 3, 9, 49, 50}) {
     for (const int64_t remove : {int64_t{0}, int64_t{1}, count / 4, count / 2}) {
       MergeState state = RandomState(count, 7, 3 * count + remove);
@@ -85,14 +92,14 @@ TEST(BipartiteMergeTest, AStepEqualsTheEquationsInDoublePrecision) {
         state.values[i] = static_cast<float>(random() % 100) / 100;
       }
       const auto want = OneStep(state, remove);
-      MergeStep(ExecContext({}), state, remove);
+      MergeStep(ctx, state, remove);
       ASSERT_EQ(state.count(), count - remove);
       for (int64_t i = 0; i < state.count(); ++i) {
         const auto found = want.find(state.places[i]);
         ASSERT_NE(found, want.end()) << "place " << state.places[i];
         EXPECT_EQ(state.sizes[i], found->second.second);
-        for (int64_t d = 0; d < state.width; ++d) {
-          EXPECT_NEAR(state.features[i * state.width + d], found->second.first[d], 1e-6);
+        for (int64_t d = 0; d < state.features.dim(1); ++d) {
+          EXPECT_NEAR(Row(state, i)[d], found->second.first[d], 1e-6);
         }
       }
     }
@@ -100,36 +107,39 @@ TEST(BipartiteMergeTest, AStepEqualsTheEquationsInDoublePrecision) {
 }
 
 TEST(BipartiteMergeTest, NothingIsLostAndAtMostHalfGoesInAStep) {
+  ExecContext ctx({});
   MergeState state = RandomState(49, 5, 1);
-  MergeStep(ExecContext({}), state, 1000);
+  MergeStep(ctx, state, 1000);
   EXPECT_EQ(state.count(), 25);
-  MergeTo(ExecContext({}), state, 3);
+  MergeTo(ctx, state, 3);
   EXPECT_EQ(state.count(), 3);
   EXPECT_EQ(std::accumulate(state.sizes.begin(), state.sizes.end(), 0.0f), 49);
   EXPECT_TRUE(std::is_sorted(state.places.begin(), state.places.end()));
-  MergeTo(ExecContext({}), state, 0);
+  MergeTo(ctx, state, 0);
   EXPECT_EQ(state.count(), 1);
   MergeState untouched = RandomState(9, 4, 2);
-  const std::vector<float> before = untouched.features;
-  MergeTo(ExecContext({}), untouched, 9);
-  EXPECT_EQ(untouched.features, before);
+  const std::vector<float> before = Features(untouched);
+  MergeTo(ctx, untouched, 9);
+  EXPECT_EQ(Features(untouched), before);
 }
 
 TEST(BipartiteMergeTest, EqualTokensMergeFirstAndStayWhatTheyAre) {
+  ExecContext ctx({});
   MergeState state = RandomState(10, 6, 3);
-  std::copy_n(state.features.begin() + 4 * 6, 6, state.features.begin() + 7 * 6);
-  const std::vector<float> twin(state.features.begin() + 7 * 6, state.features.begin() + 8 * 6);
-  MergeTo(ExecContext({}), state, 9);
+  std::copy_n(Row(state, 4), 6, Row(state, 7));
+  const std::vector<float> twin(Row(state, 7), Row(state, 8));
+  MergeTo(ctx, state, 9);
   const auto at = std::find(state.places.begin(), state.places.end(), 7) - state.places.begin();
   EXPECT_EQ(state.sizes[at], 2);
-  EXPECT_TRUE(std::equal(twin.begin(), twin.end(), state.features.begin() + at * 6));
+  EXPECT_TRUE(std::equal(twin.begin(), twin.end(), Row(state, at)));
 }
 
 TEST(BipartiteMergeTest, LargeValuesDecideWhoGoesButNotWhereTo) {
-  MergeState plain = RandomState(20, 6, 4), valued = plain;
+  ExecContext ctx({});
+  MergeState valued = RandomState(20, 6, 4);
   for (int64_t i = 0; i < 20; ++i) valued.values[i] = 100.0f * static_cast<float>((i * 7) % 20);
   const std::vector<float> values = valued.values;
-  MergeStep(ExecContext({}), valued, 3);
+  MergeStep(ctx, valued, 3);
   const std::set<int64_t> left(valued.places.begin(), valued.places.end());
   std::vector<int64_t> even;
   for (int64_t i = 0; i < 20; i += 2) even.push_back(i);
@@ -146,7 +156,7 @@ VisualTokens OneFrame(uint32_t seed) {
     tokens.origins.push_back({5, static_cast<int16_t>(t / 4), static_cast<int16_t>(t % 4), {}});
   }
   tokens.features = Tensor(DType::kF32, {12, 6});
-  std::copy(state.features.begin(), state.features.end(), tokens.features.data<float>());
+  std::copy_n(Row(state, 0), 12 * 6, tokens.features.data<float>());
   return tokens;
 }
 
@@ -170,9 +180,8 @@ TEST(TurboMergeTest, NovelTokensAreSparedAndLambdaZeroIsPlainMerging) {
   TurboMerge tome({.keep = 5, .lambda = 0});
   const VisualTokens merged = tome.Compress(ctx, OneFrame(2));
   MergeState state = RandomState(12, 6, 2);
-  MergeTo(ExecContext({}), state, 5);
-  EXPECT_TRUE(
-      std::equal(state.features.begin(), state.features.end(), merged.features.data<float>()));
+  MergeTo(ctx, state, 5);
+  EXPECT_TRUE(std::equal(Row(state, 0), Row(state, 5), merged.features.data<float>()));
 }
 
 TEST(TurboMergeTest, AsManyAsThereAreIsEverything) {

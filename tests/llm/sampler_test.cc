@@ -3,12 +3,16 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <map>
+#include <random>
+#include <string>
 #include <vector>
 
 #include "runtime/error.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -150,6 +154,80 @@ TEST(SamplerTest, OptionsOutOfRangeAreRefused) {
     EXPECT_THROW(Sampler(options, 10), InputError);
   }
   EXPECT_THROW(Sampler({}, 0), InputError);
+}
+
+// The same seed draws the same ids on both devices. Distributions: flat as noise, peaked as a
+// language model's, with ties, with ids that cannot be; small and large vocabularies.
+TEST(SamplerTest, AGpuDrawsWhatTheCpuDraws) {
+  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  ExecContext gpu({.device = Device::kCuda});
+  std::vector<SamplingOptions> all;
+  for (const float temperature : {0.0f, 0.01f, 0.7f, 2.0f}) {
+    for (const int top_k : {0, 1, 3, 50, 1000, 100000}) {
+      for (const float top_p : {0.0f, 0.5f, 0.9f, 0.999f, 1.0f}) {
+        all.push_back({.temperature = temperature, .top_k = top_k, .top_p = top_p});
+      }
+    }
+  }
+  int64_t draws = 0, whole = 0, different = 0;
+  for (const int32_t ids : {1, 7, 300, 49152, 152064}) {
+    for (const int kind : {0, 1, 2, 3}) {
+      std::mt19937 random(ids + kind);
+      std::normal_distribution<float> normal(0, kind == 0 ? 0.5f : 3.0f);
+      std::vector<float> logits(ids + 3, std::nanf(""));  // the last three have no token
+      for (int32_t id = 0; id < ids; ++id) {
+        float& logit = logits[id];
+        logit = normal(random) + (kind > 0 && id % 10007 == 5 ? 14.0f : 0.0f);
+        if (kind == 2) logit = std::round(logit);
+        if (kind == 3 && id % 3 != 1) logit = -kInfinity;
+      }
+      if (kind == 3 && ids == 1) logits[0] = -2;
+      std::vector<int32_t> context;
+      for (int i = 0; i < 500; ++i)
+        context.push_back(static_cast<int32_t>(random() % (ids + 5)) - 2);
+      const Tensor row(DType::kF32, {1, ids + 3}), there(DType::kF32, row.shape(), Device::kCuda);
+      for (size_t o = 0; o < all.size(); ++o) {
+        if (ids > 1000 && o % 3 != static_cast<size_t>(kind) % 3) continue;  // to save time
+        SamplingOptions options = all[o];
+        options.seed = o;
+        options.repetition_penalty = o % 2 == 0 ? 1.0f : 1.3f;
+        Sampler cpu_sampler(options, ids), gpu_sampler(options, ids);
+        for (int draw = 0; draw < 3; ++draw) {
+          std::vector<float> copy = logits;
+          const int32_t want = cpu_sampler.Sample(copy, context);
+          std::copy(logits.begin(), logits.end(), row.data<float>());
+          Transfer(gpu, row, there);
+          const int32_t got = gpu_sampler.Sample(gpu, there, context);
+          ++draws;
+          different += got != want;
+          EXPECT_EQ(got, want) << ids << " ids, kind " << kind << ", temperature "
+                               << options.temperature << ", k " << options.top_k << ", p "
+                               << options.top_p << ", penalty " << options.repetition_penalty;
+        }
+        whole += gpu_sampler.whole_copies();
+      }
+    }
+  }
+  RecordProperty("whole_copies", std::to_string(whole) + " of " + std::to_string(draws));
+  EXPECT_EQ(different, 0);
+  EXPECT_LT(whole, draws / 5);
+}
+
+TEST(SamplerTest, AGpuTellsWhatIsWrongWithLogits) {
+  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  ExecContext gpu({.device = Device::kCuda});
+  for (const float temperature : {0.0f, 1.0f}) {
+    for (const int top_k : {0, 2}) {
+      Sampler sampler({.temperature = temperature, .top_k = top_k}, 5);
+      for (const float wrong : {std::nanf(""), kInfinity, -kInfinity}) {
+        const Tensor row(DType::kF32, {1, 5});
+        std::fill_n(row.data<float>(), 5, wrong == -kInfinity ? wrong : 0);
+        row.data<float>()[3] = wrong;
+        const Tensor there = TransferTo(gpu, row, Device::kCuda);
+        EXPECT_THROW(sampler.Sample(gpu, there, {}), Error) << wrong << " " << temperature;
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "runtime/error.h"
+#include "runtime/transfer.h"
 #include "vision/resize.h"
 
 namespace sluice {
@@ -220,6 +221,54 @@ TEST(PreprocessTest, SizesThatDoNotFitTheBytesAreRefused) {
   frame->rgb = in;
   const std::vector<FramePtr> frames = {frame};
   EXPECT_THROW(Preprocess(ctx, frames, {.width = 8, .height = 8}, wrong), Error);
+}
+
+// Larger and smaller, wide and tall, one pixel, sizes that change within a batch, pictures that the
+// staging takes in several pieces, and more than are resized at once.
+TEST(PreprocessTest, APictureResizedOnAGpuIsTheSameBitForBit) {
+  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  ExecContext cpu({.num_threads = 2}), gpu({.device = Device::kCuda});
+  const std::vector<std::vector<Size>> batches = {
+      {{640, 480}, {640, 480}, {640, 480}},
+      {{384, 384}},
+      {{31, 17}, {1, 1}, {1, 1}, {9, 70}, {640, 360}},
+      {{1920, 1080}, {1920, 1080}, {1080, 1920}},
+      {{3, 2000}, {2000, 3}},
+      std::vector<Size>(12, {1920, 1080}),
+  };
+  uint32_t seed = 0;
+  for (const PictureFit fit : {PictureFit::kStretch, PictureFit::kCenterCrop}) {
+    for (const int side : {384, 24, 336}) {
+      for (const std::vector<Size>& batch : batches) {
+        if (batch.size() > 8 && side != 384) continue;
+        PreprocessConfig config;
+        config.width = side;
+        config.height = fit == PictureFit::kStretch ? side + 6 : side;
+        config.fit = fit;
+        config.mean = {0.5f, 0.48145466f, 0.4578275f};
+        config.std = {0.5f, 0.26862954f, 0.27577711f};
+        std::vector<FramePtr> frames;
+        for (const Size size : batch) {
+          auto frame = std::make_shared<Frame>();
+          frame->width = size.width;
+          frame->height = size.height;
+          frame->rgb = RandomPicture(size, ++seed);
+          frames.push_back(frame);
+        }
+        const Shape shape{static_cast<int64_t>(batch.size()), 3, config.height, config.width};
+        const Tensor want(DType::kF32, shape), there(DType::kF32, shape, Device::kCuda);
+        Preprocess(cpu, frames, config, want);
+        Preprocess(gpu, frames, config, there);
+        const Tensor got = TransferTo(gpu, there, Device::kCpu);
+        int64_t different = 0;
+        for (int64_t i = 0; i < shape.NumElements(); ++i) {
+          different += got.data<float>()[i] != want.data<float>()[i];
+        }
+        EXPECT_EQ(different, 0) << shape.ToString() << " from " << batch[0].width << "x"
+                                << batch[0].height;
+      }
+    }
+  }
 }
 
 }  // namespace

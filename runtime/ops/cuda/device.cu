@@ -2,6 +2,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <limits>
+#include <map>
+#include <mutex>
 
 #include "runtime/ops/cuda/device.h"
 #include "runtime/ops/cuda/status.cuh"
@@ -30,6 +33,128 @@ CUmemAllocationProp OnDevice0() {
 }
 
 constexpr size_t kPieceBytes = size_t{32} << 20;  // a multiple of the 2 MB that devices map by
+
+// Where Allocate's memory comes from: the driver's pool, which takes and gives back in the order of
+// streams. Nobody says which streams use a block, so all are assumed to. Blocks are given back in a
+// stream of their own that waits for what all others have queued, and taken in another one, to
+// which the pool may hand only blocks whose turn has passed: nothing is ever queued there that
+// waits, so what is taken can be used at once.
+//
+// One a process, as the device and its streams are; never destroyed, since tensors may outlive what
+// ends before them.
+class Pool {
+ public:
+  static Pool& Get() {
+    static Pool* const pool = new Pool;
+    return *pool;
+  }
+
+  void* Take(size_t bytes) {
+    const std::lock_guard lock(mutex_);
+    Open();
+    void* memory = nullptr;
+    cudaError_t error = cudaMallocFromPoolAsync(&memory, bytes, pool_, taking_);
+    if (error == cudaErrorMemoryAllocation) {
+      // What is freed may still be in use: then it has to be waited for.
+      cudaGetLastError();
+      Check(cudaStreamSynchronize(giving_), "waiting for memory");
+      error = cudaMallocFromPoolAsync(&memory, bytes, pool_, taking_);
+    }
+    if (error == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      return nullptr;
+    }
+    Check(error, "allocating device memory");
+    Check(cudaStreamSynchronize(taking_), "allocating device memory");
+    return memory;
+  }
+
+  void Give(void* memory) noexcept {
+    const std::lock_guard lock(mutex_);
+    captures_ > 0 ? given_while_captured_.push_back(memory) : GiveInOrder(memory);
+  }
+
+  // Lets the device have what is free. Returns false when nothing was.
+  bool Trim() {
+    const std::lock_guard lock(mutex_);
+    if (!pool_) return false;
+    Check(cudaStreamSynchronize(giving_), "waiting for memory");
+    uint64_t before = 0, after = 0;
+    cudaMemPoolGetAttribute(pool_, cudaMemPoolAttrReservedMemCurrent, &before);
+    Check(cudaMemPoolTrimTo(pool_, 0), "giving back memory");
+    cudaMemPoolGetAttribute(pool_, cudaMemPoolAttrReservedMemCurrent, &after);
+    return after < before;
+  }
+
+  void Add(Stream stream) {
+    const std::lock_guard lock(mutex_);
+    Mark(stream);
+  }
+
+  void Remove(Stream stream) {
+    const std::lock_guard lock(mutex_);
+    const auto found = marks_.find(stream);
+    if (found == marks_.end()) return;
+    if (giving_) WaitFor(stream, found->second);
+    cudaEventDestroy(found->second);
+    marks_.erase(found);
+  }
+
+  void BeginCapture() {
+    const std::lock_guard lock(mutex_);
+    ++captures_;
+  }
+
+  void EndCapture() {
+    const std::lock_guard lock(mutex_);
+    if (--captures_ > 0) return;
+    for (void* const memory : given_while_captured_) GiveInOrder(memory);
+    given_while_captured_.clear();
+  }
+
+ private:
+  void Open() {
+    if (pool_) return;
+    Check(cudaStreamCreateWithFlags(&taking_, cudaStreamNonBlocking), "making a stream");
+    Check(cudaStreamCreateWithFlags(&giving_, cudaStreamNonBlocking), "making a stream");
+    Mark(nullptr);
+    cudaMemPoolProps properties = {};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location.type = cudaMemLocationTypeDevice;
+    cudaMemPool_t pool = nullptr;
+    Check(cudaMemPoolCreate(&pool, &properties), "making a pool of memory");
+    uint64_t keep = std::numeric_limits<uint64_t>::max();
+    int off = 0;
+    Check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep), "keeping memory");
+    Check(cudaMemPoolSetAttribute(pool, cudaMemPoolReuseAllowInternalDependencies, &off),
+          "keeping streams apart");
+    pool_ = pool;
+  }
+
+  void Mark(Stream stream) {
+    cudaEvent_t mark = nullptr;
+    Check(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming), "making an event");
+    marks_.emplace(stream, mark);
+  }
+
+  void WaitFor(Stream stream, cudaEvent_t mark) noexcept {
+    cudaEventRecord(mark, stream);
+    cudaStreamWaitEvent(giving_, mark);
+  }
+
+  // Errors mean that the driver is going away, and the memory with it.
+  void GiveInOrder(void* memory) noexcept {
+    for (const auto& [stream, mark] : marks_) WaitFor(stream, mark);
+    cudaFreeAsync(memory, giving_);
+  }
+
+  std::mutex mutex_;
+  cudaMemPool_t pool_ = nullptr;  // made when first needed
+  Stream taking_ = nullptr, giving_ = nullptr;
+  std::map<Stream, cudaEvent_t> marks_;  // of all streams that may use memory
+  int captures_ = 0;
+  std::vector<void*> given_while_captured_;
+};
 
 }  // namespace
 
@@ -72,7 +197,9 @@ bool GrowingMemory::GrowTo(size_t bytes) {
   const size_t more = (bytes - size_ + kPieceBytes - 1) / kPieceBytes * kPieceBytes;
   const CUmemAllocationProp properties = OnDevice0();
   CUmemGenericAllocationHandle handle = 0;
-  if (Driver<decltype(cuMemCreate)>("cuMemCreate")(&handle, more, &properties, 0) != CUDA_SUCCESS) {
+  const auto create = Driver<decltype(cuMemCreate)>("cuMemCreate");
+  if (create(&handle, more, &properties, 0) != CUDA_SUCCESS &&
+      !(Pool::Get().Trim() && create(&handle, more, &properties, 0) == CUDA_SUCCESS)) {
     return false;
   }
   const CUdeviceptr at = reinterpret_cast<CUdeviceptr>(data_) + size_;
@@ -97,6 +224,8 @@ bool GrowingMemory::GrowTo(size_t bytes) {
 void CopyNow(void* to, const void* from, size_t bytes) {
   Check(cudaDeviceSynchronize(), "waiting for the device");
   Check(cudaMemcpy(to, from, bytes, cudaMemcpyDefault), "copying");
+  // From pageable memory the copy may still be under way.
+  Check(cudaStreamSynchronize(nullptr), "copying");
 }
 
 int DeviceCount() {
@@ -131,23 +260,23 @@ void Synchronize(Stream stream) { Check(cudaStreamSynchronize(stream), "waiting 
 Stream NewStream() {
   cudaStream_t stream = nullptr;
   Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+  Pool::Get().Add(stream);
   return stream;
 }
 
-void EndStream(Stream stream) noexcept { cudaStreamDestroy(stream); }
-
-void* Allocate(size_t bytes) {
-  void* memory = nullptr;
-  const cudaError_t error = cudaMalloc(&memory, bytes);
-  if (error == cudaErrorMemoryAllocation) {
-    cudaGetLastError();
-    return nullptr;
-  }
-  Check(error, "allocating device memory");
-  return memory;
+void EndStream(Stream stream) noexcept {
+  Pool::Get().Remove(stream);
+  cudaStreamDestroy(stream);
 }
 
-void Free(void* memory) noexcept { cudaFree(memory); }
+void* Allocate(size_t bytes) { return Pool::Get().Take(bytes); }
+
+void Free(void* memory) noexcept {
+  if (memory) Pool::Get().Give(memory);
+}
+
+CaptureScope::CaptureScope() { Pool::Get().BeginCapture(); }
+CaptureScope::~CaptureScope() { Pool::Get().EndCapture(); }
 
 void CopyRows(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t row_bytes,
               size_t rows, Stream stream) {

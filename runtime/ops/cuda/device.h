@@ -29,9 +29,23 @@ void Synchronize(Stream stream);
 Stream NewStream();
 void EndStream(Stream stream) noexcept;
 
-// Memory of the current device, aligned to 256 bytes. Null when the device has no such memory.
+// Memory of the current device, aligned to 256 bytes, that any stream may use at once. Null when
+// the device has no such memory. Neither call waits for what runs, so that both may come between
+// steps: a block that is freed serves again when all is done that was queued in any stream until
+// then, so its owner need not know which streams still read it. Blocks that are free stay with the
+// process. Any thread may call.
 void* Allocate(size_t bytes);
-void Free(void* memory) noexcept;  // waits for what runs
+void Free(void* memory) noexcept;
+
+// To be held while a stream is captured into a graph. What is freed meanwhile is given back
+// afterwards: that marks a place in every stream, which must not become part of the graph.
+class CaptureScope {
+ public:
+  CaptureScope();
+  ~CaptureScope();
+  CaptureScope(const CaptureScope&) = delete;
+  CaptureScope& operator=(const CaptureScope&) = delete;
+};
 
 // A range of addresses that memory is mapped into as it is needed, so that what grows stays in one
 // piece. One thread at a time.

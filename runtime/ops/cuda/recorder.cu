@@ -158,6 +158,7 @@ bool Recorder::Replay(Recording& recording, const std::function<void()>& step) {
 
 void Recorder::Capture(Recording& recording, const std::function<void()>& step) {
   recording.MakeRoom(kFirstNumbers);
+  const CaptureScope capture;  // until the graph, which may use what the step freed, is launched
   for (;;) {
     Check(cudaEventSynchronize(recording.copied), "waiting for a copy");
     cudaGraph_t graph = nullptr;

@@ -8,12 +8,16 @@
 #include "runtime/ops/cuda/kv.h"
 #include "runtime/ops/cuda/linear.h"
 #include "runtime/ops/cuda/linear_few.h"
+#include "runtime/ops/cuda/merge.h"
 #include "runtime/ops/cuda/norm.h"
+#include "runtime/ops/cuda/novelty.h"
 #include "runtime/ops/cuda/pictures.h"
 #include "runtime/ops/cuda/quantise.h"
 #include "runtime/ops/cuda/recorder.h"
+#include "runtime/ops/cuda/resize.h"
 #include "runtime/ops/cuda/rope.h"
 #include "runtime/ops/cuda/rows.h"
+#include "runtime/ops/cuda/sample.h"
 #include "runtime/ops/cuda/select.h"
 
 namespace sluice::cuda {
@@ -43,6 +47,8 @@ void Recorder::Note(uint64_t) { Refuse(); }
 const int32_t* Recorder::Numbers(std::span<const int32_t>) { Refuse(); }
 void* Allocate(size_t) { Refuse(); }
 void Free(void*) noexcept {}
+CaptureScope::CaptureScope() { Refuse(); }
+CaptureScope::~CaptureScope() = default;
 void CopyRows(void*, size_t, const void*, size_t, size_t, size_t, Stream) { Refuse(); }
 void RmsNorm(const RmsNormArgs&, Stream) { Refuse(); }
 void LayerNorm(const LayerNormArgs&, Stream) { Refuse(); }
@@ -97,6 +103,24 @@ void BlendGrid(ConstTensorView, const GridTaps&, TensorView, Stream) { Refuse();
 void RowCosines(std::span<const RowPairs>, TensorView, Stream) { Refuse(); }
 void MeanRow(ConstTensorView, TensorView, Stream) { Refuse(); }
 void LowestPlaces(ConstTensorView, TensorView, Stream) { Refuse(); }
+size_t NoveltyWorkspaceBytes(const NoveltyArgs&) { Refuse(); }
+void Novelty(const NoveltyArgs&, void*, Stream) { Refuse(); }
+void HistoryCosines(ConstTensorView, int64_t, ConstTensorView, TensorView, TensorView, TensorView,
+                    Stream) {
+  Refuse();
+}
+void LargestOfGroups(ConstTensorView, int64_t, TensorView, Stream) { Refuse(); }
+void JoinRows(ConstTensorView, int64_t, ConstTensorView, float, TensorView, TensorView, Stream) {
+  Refuse();
+}
+void MergeRows(const MergeRowsArgs&, Stream) { Refuse(); }
+void NearestOfPairs(ConstTensorView, int64_t, TensorView, TensorView, Stream) { Refuse(); }
+void Send(void*, const void*, size_t, Stream) { Refuse(); }
+void ResizeAndNormalise(const ResizeArgs&, Stream) { Refuse(); }
+size_t PenaltyWorkspaceBytes(int32_t) { Refuse(); }
+void Penalise(float*, int32_t, const int32_t*, int64_t, float, void*, Stream) { Refuse(); }
+size_t SummariseWorkspaceBytes() { Refuse(); }
+void SummariseLogits(const SummariseArgs&, Stream) { Refuse(); }
 void ArgMax(ConstTensorView, TensorView, Stream) { Refuse(); }
 
 }  // namespace sluice::cuda
