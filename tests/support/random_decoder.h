@@ -21,7 +21,7 @@ namespace sluice {
 
 struct RandomDecoder {
   // Computes in f32. REQUIRES: config.tie_word_embeddings.
-  explicit RandomDecoder(const LlamaConfig& config) {
+  explicit RandomDecoder(const LlamaConfig& config, Device device = Device::kCpu) {
     const int64_t width = config.hidden_size, inner = config.intermediate_size;
     const int64_t q = int64_t{config.num_heads} * config.head_dim;
     const int64_t kv = int64_t{config.num_kv_heads} * config.head_dim;
@@ -44,7 +44,7 @@ struct RandomDecoder {
       Add(layer + "mlp.down_proj.weight", {width, inner}, 1.1f * one, 0);
     }
     // Tests of several builds may run at once.
-    const auto directory = std::filesystem::path(testing::TempDir()) /
+    const auto directory = std::filesystem::path(::testing::TempDir()) /
                            ("sluice_random_decoder_" + std::to_string(getpid()));
     std::filesystem::create_directories(directory);
     std::map<std::string, ConstTensorView> views;
@@ -53,7 +53,7 @@ struct RandomDecoder {
     const Checkpoint checkpoint = Checkpoint::Open(directory);
     WeightStore weights(
         checkpoint, [](const std::string& name) { return std::optional<std::string>(name); },
-        DType::kF32);
+        DType::kF32, device);
     decoder = LoadLlamaDecoder(weights, config);
     std::filesystem::remove_all(directory);
   }
