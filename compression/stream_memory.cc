@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <numeric>
 #include <utility>
@@ -11,6 +12,7 @@
 #include "runtime/ops/attention.h"
 #include "runtime/ops/rope.h"
 #include "runtime/ops/rows.h"
+#include "runtime/parallel.h"
 #include "runtime/transfer.h"
 
 namespace sluice {
@@ -229,13 +231,23 @@ void StreamMemory::Load(ExecContext& ctx, const KvCache& cache, std::span<const 
 void StreamMemory::BringBack(ExecContext& ctx, std::span<const int32_t> blocks, int layer,
                              TensorView keys, TensorView values) {
   const int64_t rows = keys.dim(0), count = static_cast<int64_t>(blocks.size());
-  // Calls use(block, its place among these, its first row).
+  std::vector<int64_t> begins(count);  // the first row of each
+  for (int64_t i = 1; i < count; ++i) begins[i] = begins[i - 1] + blocks_[blocks[i - 1]].tokens;
+  // Calls use(block, its place among these, its first row), on several threads: one alone copies
+  // slower than the GPU computes.
   const auto for_each = [&](const auto& use) {
-    int64_t row = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const Block& block = blocks_[blocks[i]];
-      use(block, i, row);
-      row += block.tokens;
+    std::vector<std::exception_ptr> errors(count);
+    ParallelFor(ctx.host(), count, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        try {
+          use(blocks_[blocks[i]], i, begins[i]);
+        } catch (...) {
+          errors[i] = std::current_exception();
+        }
+      }
+    });
+    for (const std::exception_ptr& error : errors) {
+      if (error) std::rethrow_exception(error);
     }
   };
   const auto read = [&](const Block& block, int64_t offset, uint8_t* to, int64_t bytes) {

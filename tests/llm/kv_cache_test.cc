@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "runtime/error.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -115,6 +116,50 @@ TEST(KvCacheTest, ABranchSharesBlocksAndGoesOnByItself) {
   EXPECT_EQ(pool->bytes_in_use(), 3 * (2 + 2 + 1) * kBlockBytes);
   second.reset();
   EXPECT_EQ(cache.SizeBytes(), pool->bytes_in_use());
+}
+
+// Nothing waits between the steps: their order in the stream is enough.
+TEST(KvCacheTest, BranchesOnAGpuGoOnByThemselves) {
+  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  ExecContext ctx({.device = Device::kCuda});
+  KvGeometry geometry = kGeometry;
+  geometry.device = Device::kCuda;
+  const auto pool = std::make_shared<KvBlockPool>(geometry, 0);
+  const auto store = [&](KvCache& cache, int64_t begin, int64_t count, float value) {
+    cache.Reserve(ctx, count);
+    const Tensor rows(DType::kF32, {count, 16});
+    std::fill_n(rows.data<float>(), 16 * count, value);
+    const Tensor there = TransferTo(ctx, rows, Device::kCuda);
+    for (int i = 0; i < geometry.num_layers; ++i) StoreKv(ctx, there, there, begin, cache.layer(i));
+  };
+  const auto expect = [&](const KvCache& cache, const std::vector<float>& want) {
+    const auto count = static_cast<int64_t>(want.size());
+    for (int i = 0; i < geometry.num_layers; ++i) {
+      const Tensor keys(DType::kF32, {count, 16}, Device::kCuda);
+      const Tensor values(DType::kF32, {count, 16}, Device::kCuda);
+      LoadKv(ctx, cache.layer(i), 0, keys, values);
+      for (const Tensor* rows : {&keys, &values}) {
+        const Tensor got = TransferTo(ctx, *rows, Device::kCpu);
+        for (int64_t j = 0; j < 16 * count; ++j) {
+          ASSERT_EQ(got.data<float>()[j], want[j / 16]) << "layer " << i << ", row " << j / 16;
+        }
+      }
+    }
+  };
+  std::vector<float> want(70, 0.5f);
+  KvCache cache(pool);
+  store(cache, 0, 70, 0.5f);
+  for (int round = 0; round < 20; ++round) {
+    const auto branch = cache.Branch();
+    store(*branch, 70, 3, 0.25f);
+    store(cache, 70, 2, 0.75f);
+    std::vector<float> branched = want, grown = want;
+    branched.resize(73, 0.25f);
+    grown.resize(72, 0.75f);
+    expect(*branch, branched);
+    expect(cache, grown);
+    cache.RewindTo({70});
+  }
 }
 
 TEST(KvCacheTest, ABranchOutlivesItsOriginAndAnOriginThatIsRewoundUnderIt) {
