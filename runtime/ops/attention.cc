@@ -259,8 +259,8 @@ void* ScratchOf(ExecContext& ctx, size_t bytes) {
   return room;
 }
 
-// Whether the copy engine of the matrix kernels can read these rows.
-bool FitsFlash(std::initializer_list<ConstTensorView> tensors) {
+// Whether these rows can be read 16 bytes at once, as the copy engine and tensor cores want them.
+bool ReadWide(std::initializer_list<ConstTensorView> tensors) {
   return std::all_of(tensors.begin(), tensors.end(), [](const ConstTensorView& rows) {
     return reinterpret_cast<uintptr_t>(rows.raw()) % 16 == 0 && rows.stride0() % 8 == 0;
   });
@@ -314,7 +314,7 @@ void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment,
   const GpuAttention kernel =
       ChooseGpuAttention(cuda::ComputeCapability(), segment.rows, heads, kv.kv_heads, kv.head_dim,
                          kv.dtype, /*causal=*/true, /*biased=*/false);
-  if (kernel == GpuAttention::kDecode) {
+  if (kernel == GpuAttention::kDecode && ReadWide({q})) {
     const KvSegment alone{.row = 0, .rows = 1, .begin = segment.begin, .kv = kv};
     return DecodeOnGpu(ctx, q, {&alone, 1}, heads, scale, out);
   }
@@ -323,7 +323,7 @@ void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment,
   // Room for more, so that lengths near each other are the same step.
   table.resize((table.size() + kTogether) / kTogether * kTogether, 0);
   const int32_t* const there = Within(ctx, table);
-  if (kernel == GpuAttention::kFlash && FitsFlash({q})) {
+  if (kernel == GpuAttention::kFlash && ReadWide({q})) {
     return FlashAttention(ctx, {.q = q.raw(),
                                 .out = out.raw(),
                                 .blocks = kv.base,
@@ -354,7 +354,7 @@ void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment,
 
 void CausalOnGpu(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment> segments,
                  int heads, float scale, TensorView out) {
-  bool decodes = true;
+  bool decodes = ReadWide({q});
   for (size_t i = 0; i < segments.size(); ++i) {
     const KvSegment& s = segments[i];
     decodes = decodes && s.rows == 1 && s.row == segments[0].row + static_cast<int64_t>(i) &&
@@ -448,7 +448,7 @@ void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, Co
   if (OnGpu(kOp, ctx, {q, k, v, out, key_bias})) {
     if (ChooseGpuAttention(cuda::ComputeCapability(), queries / batch, heads, heads, head_dim,
                            q.dtype(), false, !key_bias.empty()) == GpuAttention::kFlash &&
-        FitsFlash({q, k, v, out})) {
+        ReadWide({q, k, v, out})) {
       return FlashAttention(ctx, {.q = q.raw(),
                                   .k = k.raw(),
                                   .v = v.raw(),

@@ -398,6 +398,10 @@ TEST_F(CudaKvTest, RowsAtAnyDistanceAreAttendedTo) {
       CausalAttention(reference_, columns(q), 30, kHeads, 0.125f, blocks.cpu, want);
       CausalAttention(*gpu_, columns(gq), 30, kHeads, 0.125f, blocks.cuda, got);
       ExpectEqual(got, want, "causal attention");
+      const Tensor one(dtype, {1, kWidth}), decoded(dtype, {1, kWidth}, Device::kCuda);
+      CausalAttention(reference_, columns(q).Slice(5, 6), 99, kHeads, 0.125f, blocks.cpu, one);
+      CausalAttention(*gpu_, columns(gq).Slice(5, 6), 99, kHeads, 0.125f, blocks.cuda, decoded);
+      ExpectEqual(decoded, one, "decoding");
       EncoderAttention(reference_, columns(q), columns(q), columns(q), 2, kHeads, kSize, 0.125f,
                        want);
       EncoderAttention(*gpu_, columns(gq), columns(gq), columns(gq), 2, kHeads, kSize, 0.125f, got);
