@@ -1,20 +1,31 @@
 #include "compression/block_store.h"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <iterator>
 #include <utility>
 
 #include "runtime/error.h"
 
 namespace sluice {
+namespace {
 
-BlockStore::BlockStore(const BlockStoreOptions& options) : options_(options) {
+constexpr int64_t kMostHostBytes = int64_t{1} << 42;  // of addresses; a process has 2^47
+constexpr size_t kHugePage = size_t{2} << 20;
+
+}  // namespace
+
+BlockStore::BlockStore(const BlockStoreOptions& options)
+    : options_(options),
+      host_room_(std::min(options.host_bytes, kMostHostBytes)),
+      file_room_(options.disk_bytes) {
   if (options_.host_bytes < 0 || options_.disk_bytes < 0) {
     throw InputError("[memory] budgets must not be negative, got " +
                      std::to_string(options_.host_bytes) + " bytes of host memory and " +
@@ -37,38 +48,60 @@ BlockStore::BlockStore(const BlockStoreOptions& options) : options_(options) {
 
 BlockStore::~BlockStore() {
   if (file_ >= 0) close(file_);
+  if (mapped_) munmap(mapped_, mapped_bytes_);
 }
 
 std::vector<int64_t> BlockStore::Add(int64_t number, std::span<const uint8_t> bytes) {
-  std::vector<uint8_t> block;
-  if (!spare_.empty()) {
-    block = std::move(spare_.back());
-    spare_.pop_back();
-  }
-  block.assign(bytes.begin(), bytes.end());
-  host_bytes_ += static_cast<int64_t>(block.size());
-  host_.emplace(number, std::move(block));
+  const auto size = static_cast<int64_t>(bytes.size());
+  host_.emplace(number, HostBlock{bytes.data(), size});
+  host_bytes_ += size;
   std::vector<int64_t> dropped;
-  while (host_bytes_ > options_.host_bytes) {
+  for (;;) {
+    const auto added = host_.find(number);
+    if (added == host_.end()) break;  // moved on already
+    if (host_bytes_ <= options_.host_bytes && Place(added->second)) break;
     const Moved moved = writable_ ? MoveToDisk(host_.begin()->first) : Moved::kNoRoom;
     if (moved == Moved::kNoRoom) DropSome(dropped);
   }
   return dropped;
 }
 
+// Copies a block to the host's memory; false where no part of it that is free is long enough.
+bool BlockStore::Place(HostBlock& block) {
+  if (!mapped_) {
+    const size_t bytes = std::min(options_.host_bytes, kMostHostBytes) + kHugePage;
+    void* const mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped == MAP_FAILED) {
+      Remove(std::prev(host_.end())->first);
+      throw ResourceExhausted("[memory] no addresses for " + std::to_string(options_.host_bytes) +
+                              " bytes of earlier frames: " + std::strerror(errno));
+    }
+    mapped_ = mapped;
+    mapped_bytes_ = bytes;
+    const auto begin = reinterpret_cast<uintptr_t>(mapped);
+    memory_ = static_cast<uint8_t*>(mapped) + (kHugePage - begin % kHugePage) % kHugePage;
+    madvise(memory_, bytes - kHugePage, MADV_HUGEPAGE);  // where there are none, small ones do
+  }
+  const std::optional<int64_t> offset = host_room_.Take(block.size);
+  if (!offset) return false;
+  std::copy_n(block.bytes, block.size, memory_ + *offset);
+  block.bytes = memory_ + *offset;
+  return true;
+}
+
 BlockStore::Moved BlockStore::MoveToDisk(int64_t number) {
-  const std::vector<uint8_t>& bytes = host_.at(number);
-  const auto size = static_cast<int64_t>(bytes.size());
-  const std::optional<int64_t> offset = FindRoom(size);
+  const auto [bytes, size] = host_.at(number);
+  const std::optional<int64_t> offset = file_room_.Take(size);
   if (!offset) return Moved::kNoRoom;
   for (int64_t done = 0; done < size;) {
-    const ssize_t wrote = pwrite(file_, bytes.data() + done, size - done, *offset + done);
+    const ssize_t wrote = pwrite(file_, bytes + done, size - done, *offset + done);
     if (wrote < 0 && errno == EINTR) continue;
     if (wrote <= 0) {
       writable_ = false;
       warning_ = std::string("[memory] cannot write frames to the disk: ") + std::strerror(errno) +
                  "; from now on those that do not fit into host memory are forgotten";
-      GiveBack({*offset, size});
+      file_room_.GiveBack({*offset, size});
       return Moved::kFailed;
     }
     done += wrote;
@@ -79,8 +112,8 @@ BlockStore::Moved BlockStore::MoveToDisk(int64_t number) {
   return Moved::kYes;
 }
 
-// The first free part that is large enough, else the file's end.
-std::optional<int64_t> BlockStore::FindRoom(int64_t size) {
+// The first free part that is large enough, else behind the last.
+std::optional<int64_t> BlockStore::Room::Take(int64_t size) {
   for (auto part = free_.begin(); part != free_.end(); ++part) {
     if (part->second < size) continue;
     const auto [offset, room] = *part;
@@ -88,12 +121,13 @@ std::optional<int64_t> BlockStore::FindRoom(int64_t size) {
     if (room > size) free_.emplace(offset + size, room - size);
     return offset;
   }
-  if (file_bytes_ + size > options_.disk_bytes) return std::nullopt;
-  file_bytes_ += size;
-  return file_bytes_ - size;
+  if (size > limit_ - end_) return std::nullopt;
+  end_ += size;
+  return end_ - size;
 }
 
-void BlockStore::GiveBack(Extent extent) {
+void BlockStore::Room::GiveBack(Extent extent) {
+  if (extent.size == 0) return;
   auto part = free_.emplace(extent.offset, extent.size).first;
   const auto next = std::next(part);
   if (next != free_.end() && part->first + part->second == next->first) {
@@ -108,8 +142,8 @@ void BlockStore::GiveBack(Extent extent) {
       part = before;
     }
   }
-  if (part->first + part->second == file_bytes_) {
-    file_bytes_ = part->first;
+  if (part->first + part->second == end_) {
+    end_ = part->first;
     free_.erase(part);
   }
 }
@@ -136,11 +170,13 @@ void BlockStore::DropSome(std::vector<int64_t>& dropped) {
   dropped.insert(dropped.end(), leaving.begin(), leaving.end());
 }
 
-void BlockStore::LeaveHost(std::map<int64_t, std::vector<uint8_t>>::iterator block) {
-  constexpr size_t kMostSpare = 2;  // one comes for one that goes; blocks differ in length
-  host_bytes_ -= static_cast<int64_t>(block->second.size());
-  if (spare_.size() < kMostSpare) spare_.push_back(std::move(block->second));
+void BlockStore::LeaveHost(std::map<int64_t, HostBlock>::iterator block) {
+  const auto [bytes, size] = block->second;
+  host_bytes_ -= size;
   host_.erase(block);
+  const bool placed = mapped_ && std::greater_equal<>()(bytes, memory_) &&
+                      std::less<>()(bytes, static_cast<uint8_t*>(mapped_) + mapped_bytes_);
+  if (placed) host_room_.GiveBack({bytes - memory_, size});
 }
 
 void BlockStore::Remove(int64_t number) {
@@ -148,14 +184,14 @@ void BlockStore::Remove(int64_t number) {
     LeaveHost(found);
   } else if (const auto on_disk = disk_.find(number); on_disk != disk_.end()) {
     disk_bytes_ -= on_disk->second.size;
-    GiveBack(on_disk->second);
+    file_room_.GiveBack(on_disk->second);
     disk_.erase(on_disk);
   }
 }
 
 void BlockStore::Read(int64_t number, int64_t offset, std::span<uint8_t> to) const {
   if (const auto found = host_.find(number); found != host_.end()) {
-    std::copy_n(found->second.begin() + offset, to.size(), to.begin());
+    std::copy_n(found->second.bytes + offset, to.size(), to.begin());
     return;
   }
   const int64_t begin = disk_.at(number).offset + offset;

@@ -39,7 +39,8 @@ class BlockStore {
 
   // Takes a block and returns the numbers of those that had to go for it, perhaps its own. The
   // oldest blocks move to the file when the host's budget is spent. A file that cannot be written
-  // to takes no more blocks, and Warning() tells why; what it holds can still be read.
+  // to takes no more blocks, and Warning() tells why; what it holds can still be read. Throws
+  // ResourceExhausted where the system has no addresses for the host's budget.
   // REQUIRES: number above all before.
   std::vector<int64_t> Add(int64_t number, std::span<const uint8_t> bytes);
   void Remove(int64_t number);  // if it is here
@@ -64,21 +65,39 @@ class BlockStore {
   struct Extent {
     int64_t offset, size;
   };
+  // Which parts of a range of bytes are in use.
+  class Room {
+   public:
+    explicit Room(int64_t limit) : limit_(limit) {}
+    std::optional<int64_t> Take(int64_t size);  // where it lies
+    void GiveBack(Extent extent);
+
+   private:
+    const int64_t limit_;
+    int64_t end_ = 0;                  // nothing behind it is in use
+    std::map<int64_t, int64_t> free_;  // parts before it: their sizes by their offsets
+  };
+  struct HostBlock {
+    const uint8_t* bytes;  // in `memory_`, or where Add was given them
+    int64_t size;
+  };
   enum class Moved { kYes, kNoRoom, kFailed };
   Moved MoveToDisk(int64_t number);
-  std::optional<int64_t> FindRoom(int64_t size);
-  void GiveBack(Extent extent);
   void DropSome(std::vector<int64_t>& dropped);
-  void LeaveHost(std::map<int64_t, std::vector<uint8_t>>::iterator block);
+  void LeaveHost(std::map<int64_t, HostBlock>::iterator block);
+  bool Place(HostBlock& block);
 
   const BlockStoreOptions options_;
-  std::map<int64_t, std::vector<uint8_t>> host_;
-  // Of blocks that left, for those that come: given back to the heap, each would be taken by small
-  // things that stay, and the heap would grow by a block for every block on the disk.
-  std::vector<std::vector<uint8_t>> spare_;
+  std::map<int64_t, HostBlock> host_;
+  // Addresses for all of the host's budget, memory where blocks have been: in large pages, since in
+  // small ones the first write to a block costs several times the copy. Blocks that come take the
+  // place of those that left.
+  uint8_t* memory_ = nullptr;
+  void* mapped_ = nullptr;
+  size_t mapped_bytes_ = 0;
+  Room host_room_, file_room_;
   std::map<int64_t, Extent> disk_;
-  std::map<int64_t, int64_t> free_;  // parts of the file: their sizes by their offsets
-  int64_t file_bytes_ = 0, host_bytes_ = 0, disk_bytes_ = 0, dropped_ = 0;
+  int64_t host_bytes_ = 0, disk_bytes_ = 0, dropped_ = 0;
   int file_ = -1;
   bool writable_ = false;
   std::optional<std::string> warning_;

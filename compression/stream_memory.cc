@@ -3,15 +3,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <numeric>
-#include <set>
 #include <utility>
 
 #include "runtime/error.h"
 #include "runtime/ops/attention.h"
 #include "runtime/ops/rope.h"
 #include "runtime/ops/rows.h"
+#include "runtime/parallel.h"
 #include "runtime/transfer.h"
 
 namespace sluice {
@@ -21,43 +22,6 @@ namespace {
 // what is asked about the present often ranks something older first.
 constexpr int64_t kNewestShare = 4;
 
-// Rows [tokens, heads * D] f32 as int8, each head with a scale: scales[heads], then the rows.
-void Quantise(ConstTensorView rows, int heads, float* scales, int8_t* to) {
-  const int64_t width = rows.dim(1), size = width / heads;
-  for (int head = 0; head < heads; ++head) {
-    float most = 0;
-    for (int64_t i = 0; i < rows.dim(0); ++i) {
-      const float* row = rows.data<float>() + i * rows.stride0() + head * size;
-      for (int64_t d = 0; d < size; ++d) most = std::max(most, std::abs(row[d]));
-    }
-    scales[head] = most / 127;
-    const float inverse = most > 0 ? 127 / most : 0;
-    for (int64_t i = 0; i < rows.dim(0); ++i) {
-      const float* row = rows.data<float>() + i * rows.stride0() + head * size;
-      int8_t* out = to + i * width + head * size;
-      for (int64_t d = 0; d < size; ++d) {
-        out[d] = static_cast<int8_t>(std::clamp(std::lround(row[d] * inverse), -127L, 127L));
-      }
-    }
-  }
-}
-
-void Dequantise(const float* scales, const int8_t* from, int heads, TensorView rows) {
-  const int64_t width = rows.dim(1), size = width / heads;
-  const Tensor wide(DType::kF32, rows.shape());
-  for (int64_t i = 0; i < rows.dim(0) * width; ++i) {
-    wide.data<float>()[i] = scales[i % width / size] * static_cast<float>(from[i]);
-  }
-  ConvertInto(wide, rows);
-}
-
-// Positions begin, begin + 1, ... times `sign`.
-std::vector<int32_t> Positions(int64_t begin, int64_t count, int sign) {
-  std::vector<int32_t> positions(count);
-  for (int64_t i = 0; i < count; ++i) positions[i] = static_cast<int32_t>(sign * (begin + i));
-  return positions;
-}
-
 }  // namespace
 
 StreamMemory::StreamMemory(const MemoryOptions& options, const KvGeometry& geometry,
@@ -66,7 +30,8 @@ StreamMemory::StreamMemory(const MemoryOptions& options, const KvGeometry& geome
       geometry_(geometry),
       pinned_(pinned),
       frequencies_(frequencies),
-      store_(options.recall_blocks > 0 ? options.store : BlockStoreOptions()) {
+      store_(options.recall_blocks > 0 ? options.store : BlockStoreOptions()),
+      staged_(geometry.device, kMostStagedBytes) {
   const auto check = [](const char* what, int64_t least, int64_t got) {
     if (got >= least) return;
     throw InputError(std::string("[memory] ") + what + " must be at least " +
@@ -84,41 +49,56 @@ void StreamMemory::Arrived(ExecContext& ctx, const KvCache& cache, const VisualT
                            int64_t first) {
   if (options_.recall_blocks == 0 || tokens.size() == 0) return;
   const TraceScope trace(&ctx.tracer(), "index", tokens.size());
-  std::vector<Block> fresh;
+  const int64_t number = next_number_;
+  std::vector<int32_t> counts;
   for (int64_t i = 0; i < tokens.size(); ++i) {
     const TokenOrigin& origin = tokens.origins[i];
     if (i == 0 || origin.frame != tokens.origins[i - 1].frame) {
-      fresh.push_back({.number = next_number_ + static_cast<int64_t>(fresh.size()),
-                       .begin = first + i,
-                       .time = origin.time,
-                       .index = std::vector<float>(geometry_.num_layers * width())});
+      blocks_.push_back(
+          {.number = next_number_++, .begin = first + i, .time = origin.time, .index = {}});
+      counts.push_back(0);
     }
-    ++fresh.back().tokens;
+    ++blocks_.back().tokens;
+    ++counts.back();
   }
-  const Workspace::Scope scope(ctx.workspace());
-  const Shape shape{tokens.size(), width()};
-  const TensorView keys = ctx.workspace().Allocate(geometry_.dtype, shape);
-  const TensorView values = ctx.workspace().Allocate(geometry_.dtype, shape);
-  const TensorView wide = ctx.workspace().Allocate(DType::kF32, shape);
-  const std::vector<int32_t> back = Positions(first, tokens.size(), -1);
-  for (int layer = 0; layer < geometry_.num_layers; ++layer) {
-    LoadKv(ctx, cache.layer(layer), first - cache.gone(), keys, values);
-    Convert(ctx, keys, wide);
-    Rope(ctx, wide, geometry_.head_dim, back, frequencies_);
-    const Tensor on_host =
-        geometry_.device == Device::kCpu ? Tensor() : TransferTo(ctx, wide, Device::kCpu);
-    const ConstTensorView turned = on_host.empty() ? ConstTensorView(wide) : on_host;
-    for (Block& block : fresh) {
-      float* mean = block.index.data() + layer * width();
-      for (int64_t i = block.begin - first; i < block.begin - first + block.tokens; ++i) {
-        const float* row = turned.data<float>() + i * width();
-        for (int64_t d = 0; d < width(); ++d) mean[d] += row[d];
-      }
-      for (int64_t d = 0; d < width(); ++d) mean[d] /= static_cast<float>(block.tokens);
-    }
+  const auto count = static_cast<int64_t>(counts.size());
+  const Shape shape{count, geometry_.num_layers * width()};
+  staged_.Send(
+      ctx, shape.NumElements() * static_cast<int64_t>(sizeof(float)),
+      [&](TensorView there) {
+        MeanKeys(ctx, cache.layers(), first - cache.gone(), counts, static_cast<int32_t>(first),
+                 frequencies_, TensorView(there.raw(), DType::kF32, shape, -1, there.device()));
+      },
+      [this, number, count](std::span<const uint8_t> bytes) { TakeIndex(number, count, bytes); });
+}
+
+// Index vectors of `count` frames have arrived.
+void StreamMemory::TakeIndex(int64_t first, int64_t count, std::span<const uint8_t> bytes) {
+  const size_t values = geometry_.num_layers * width();
+  for (int64_t i = 0; i < count; ++i) {
+    Block* const block = Find(first + i);
+    if (!block) continue;  // forgotten meanwhile
+    block->index.resize(values);
+    std::memcpy(block->index.data(), bytes.data() + i * values * sizeof(float),
+                values * sizeof(float));
   }
-  next_number_ += static_cast<int64_t>(fresh.size());
-  std::move(fresh.begin(), fresh.end(), std::back_inserter(blocks_));
+}
+
+// A frame's rows have arrived.
+void StreamMemory::TakeRows(int64_t number, std::span<const uint8_t> bytes) {
+  if (!Find(number)) return;  // forgotten meanwhile
+  const std::vector<int64_t> gone = store_.Add(number, bytes);
+  if (gone.empty()) return;
+  std::erase_if(blocks_, [&](const Block& block) {
+    return std::find(gone.begin(), gone.end(), block.number) != gone.end();
+  });
+}
+
+StreamMemory::Block* StreamMemory::Find(int64_t number) {
+  const auto found =
+      std::lower_bound(blocks_.begin(), blocks_.end(), number,
+                       [](const Block& block, int64_t n) { return block.number < n; });
+  return found != blocks_.end() && found->number == number ? &*found : nullptr;
 }
 
 void StreamMemory::Trim(ExecContext& ctx, KvCache& cache) {
@@ -128,18 +108,22 @@ void StreamMemory::Trim(ExecContext& ctx, KvCache& cache) {
   const TraceScope trace(&ctx.tracer(), "trim", leaving * kKvBlockTokens);
   // First into the store: a frame may be in both.
   const int64_t window_begin = pinned_ + cache.gone() + leaving * kKvBlockTokens;
-  std::set<int64_t> dropped;
+  std::vector<int64_t> numbers;  // what arrives meanwhile may drop others
   for (auto block = std::lower_bound(
            blocks_.begin(), blocks_.end(), pinned_ + cache.gone(),
            [](const Block&b, int64_t token) { return b.begin + b.tokens <= token; });
        block != blocks_.end() && block->begin < window_begin; ++block) {
-    if (block->off_loaded) continue;
-    const auto gone = store_.Add(block->number, Pack(ctx, cache, *block));
-    block->off_loaded = true;
-    dropped.insert(gone.begin(), gone.end());
+    if (!block->off_loaded) numbers.push_back(block->number);
   }
-  if (!dropped.empty()) {
-    std::erase_if(blocks_, [&](const Block& block) { return dropped.contains(block.number); });
+  const std::vector<KvLayerView> layers = cache.layers();
+  for (const int64_t number : numbers) {
+    const Block& leaves = *Find(number);
+    const int64_t begin = leaves.begin - cache.gone(), tokens = leaves.tokens;
+    staged_.Send(
+        ctx, geometry_.num_layers * LayerBytes(leaves),
+        [&](TensorView there) { PackKv(ctx, layers, begin, tokens, packing(), there); },
+        [this, number](std::span<const uint8_t> bytes) { TakeRows(number, bytes); });
+    if (Block* const left = Find(number)) left->off_loaded = true;
   }
   cache.Slide(ctx, frequencies_, pinned_, leaving);
 }
@@ -179,10 +163,7 @@ void StreamMemory::Restore(const KvCache& cache, Block block, std::span<const ui
   next_number_ = block.number + 1;
   blocks_.push_back(std::move(block));
   if (!blocks_.back().off_loaded) return;
-  const auto gone = store_.Add(blocks_.back().number, bytes);
-  std::erase_if(blocks_, [&](const Block& b) {
-    return std::find(gone.begin(), gone.end(), b.number) != gone.end();
-  });
+  TakeRows(blocks_.back().number, bytes);
 }
 
 int64_t StreamMemory::MostRows() const {
@@ -209,82 +190,114 @@ StreamMemory::Counts StreamMemory::counts() const {
 
 int64_t StreamMemory::SizeBytes() const {
   const Counts now = counts();
-  return now.host_bytes + now.index_bytes;
+  return now.host_bytes + now.index_bytes + staged_.SizeBytes();
 }
 
-// A block off the cache is its layers, one after another: keys [tokens, kv_heads * D] as they were
-// stored, then values likewise; as int8 behind the scales of both, [2, kv_heads] f32.
+// A block off the cache is its layers, one after another, as PackKv packs them: keys rotated to the
+// numbers of their tokens.
 int64_t StreamMemory::LayerBytes(const Block& block) const {
-  const int64_t elements = 2 * block.tokens * width();
-  if (!options_.int8) return elements * static_cast<int64_t>(SizeOf(geometry_.dtype));
-  return elements + 2 * geometry_.kv_heads * static_cast<int64_t>(sizeof(float));
-}
-
-std::vector<uint8_t> StreamMemory::Pack(ExecContext& ctx, const KvCache& cache,
-                                        const Block& block) const {
-  std::vector<uint8_t> bytes(geometry_.num_layers * LayerBytes(block));
-  const Shape shape{2 * block.tokens, width()};
-  const Tensor both(geometry_.dtype, shape);
-  const ConstTensorView keys = both.view().Slice(0, block.tokens);
-  const ConstTensorView values = both.view().Slice(block.tokens, 2 * block.tokens);
-  const Workspace::Scope scope(ctx.workspace());
-  const TensorView there = ctx.workspace().Allocate(geometry_.dtype, shape);
-  for (int layer = 0; layer < geometry_.num_layers; ++layer) {
-    uint8_t* to = bytes.data() + layer * LayerBytes(block);
-    LoadKv(ctx, cache.layer(layer), block.begin - cache.gone(), there.Slice(0, block.tokens),
-           there.Slice(block.tokens, 2 * block.tokens));
-    Transfer(ctx, there, both);
-    if (!options_.int8) {
-      std::memcpy(to, both.view().raw(), both.SizeBytes());
-      continue;
-    }
-    const int heads = geometry_.kv_heads;
-    std::vector<float> scales(2 * heads);
-    auto* rows = reinterpret_cast<int8_t*>(to + scales.size() * sizeof(float));
-    Quantise(ConvertTo(keys, DType::kF32), heads, scales.data(), rows);
-    Quantise(ConvertTo(values, DType::kF32), heads, scales.data() + heads,
-             rows + block.tokens * width());
-    std::memcpy(to, scales.data(), scales.size() * sizeof(float));
-  }
-  return bytes;
+  KvLayerView kv;
+  kv.kv_heads = geometry_.kv_heads;
+  kv.head_dim = geometry_.head_dim;
+  kv.dtype = geometry_.dtype;
+  return PackedKvBytes(kv, block.tokens, packing());
 }
 
 // Keys and values of one layer, keys rotated to the numbers of their tokens.
-void StreamMemory::Load(ExecContext& ctx, const KvCache& cache, const Block& block, int layer,
-                        TensorView keys, TensorView values) const {
-  if (!block.off_loaded) {
-    LoadKv(ctx, cache.layer(layer), block.begin - cache.gone(), keys, values);
-    return;
+void StreamMemory::Load(ExecContext& ctx, const KvCache& cache, std::span<const int32_t> blocks,
+                        int layer, TensorView keys, TensorView values) {
+  int64_t at = 0;
+  for (size_t i = 0, next = 0; i < blocks.size(); i = next) {
+    const Block& first = blocks_[blocks[i]];
+    int64_t end = at;
+    for (next = i; next < blocks.size(); ++next) {
+      const Block& block = blocks_[blocks[next]];
+      if (block.off_loaded != first.off_loaded || (next > i && !block.off_loaded)) break;
+      end += block.tokens;
+    }
+    if (first.off_loaded) {
+      BringBack(ctx, blocks.subspan(i, next - i), layer, keys.Slice(at, end),
+                values.Slice(at, end));
+    } else {
+      LoadKv(ctx, cache.layer(layer), first.begin - cache.gone(), keys.Slice(at, end),
+             values.Slice(at, end));
+    }
+    at = end;
   }
-  if (geometry_.device != Device::kCpu) {
-    const Tensor both(geometry_.dtype, {2 * block.tokens, width()});
-    Fetch(block, layer, both.view().Slice(0, block.tokens),
-          both.view().Slice(block.tokens, 2 * block.tokens));
-    Transfer(ctx, both.view().Slice(0, block.tokens), keys);
-    Transfer(ctx, both.view().Slice(block.tokens, 2 * block.tokens), values);
-    return;
-  }
-  Fetch(block, layer, keys, values);
 }
 
-// The same of a block that was off-loaded, into host memory.
-void StreamMemory::Fetch(const Block& block, int layer, TensorView keys, TensorView values) const {
-  const int64_t size = LayerBytes(block);
+// The same of blocks that were off-loaded: what the store has of all of them goes where the context
+// works in one copy.
+void StreamMemory::BringBack(ExecContext& ctx, std::span<const int32_t> blocks, int layer,
+                             TensorView keys, TensorView values) {
+  const int64_t rows = keys.dim(0), count = static_cast<int64_t>(blocks.size());
+  std::vector<int64_t> begins(count);  // the first row of each
+  for (int64_t i = 1; i < count; ++i) begins[i] = begins[i - 1] + blocks_[blocks[i - 1]].tokens;
+  // Calls use(block, its place among these, its first row), on several threads: one alone copies
+  // slower than the GPU computes.
+  const auto for_each = [&](const auto& use) {
+    std::vector<std::exception_ptr> errors(count);
+    ParallelFor(ctx.host(), count, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        try {
+          use(blocks_[blocks[i]], i, begins[i]);
+        } catch (...) {
+          errors[i] = std::current_exception();
+        }
+      }
+    });
+    for (const std::exception_ptr& error : errors) {
+      if (error) std::rethrow_exception(error);
+    }
+  };
+  const auto read = [&](const Block& block, int64_t offset, uint8_t* to, int64_t bytes) {
+    store_.Read(block.number, layer * LayerBytes(block) + offset, {to, static_cast<size_t>(bytes)});
+  };
+  const auto view = [](ConstTensorView there, int64_t offset, DType dtype, Shape shape) {
+    return ConstTensorView(static_cast<const uint8_t*>(there.raw()) + offset, dtype, shape, -1,
+                           there.device());
+  };
   if (!options_.int8) {
-    const size_t half = size / 2;
-    store_.Read(block.number, layer * size, {static_cast<uint8_t*>(keys.raw()), half});
-    store_.Read(block.number, layer * size + static_cast<int64_t>(half),
-                {static_cast<uint8_t*>(values.raw()), half});
-    return;
+    const auto half = static_cast<int64_t>(keys.SizeBytes()), row_bytes = half / rows;
+    return staged_.Bring(
+        ctx, 2 * half,
+        [&](std::span<uint8_t> here) {
+          for_each([&](const Block& block, int64_t, int64_t row) {
+            const int64_t bytes = block.tokens * row_bytes;
+            read(block, 0, here.data() + row * row_bytes, bytes);
+            read(block, bytes, here.data() + half + row * row_bytes, bytes);
+          });
+        },
+        [&](ConstTensorView there) {
+          CopyRows(ctx, view(there, 0, geometry_.dtype, keys.shape()), keys);
+          CopyRows(ctx, view(there, half, geometry_.dtype, keys.shape()), values);
+        });
   }
-  std::vector<uint8_t> bytes(size);
-  store_.Read(block.number, layer * size, bytes);
-  const int heads = geometry_.kv_heads;
-  std::vector<float> scales(2 * heads);
-  std::memcpy(scales.data(), bytes.data(), scales.size() * sizeof(float));
-  const auto* rows = reinterpret_cast<const int8_t*>(bytes.data() + scales.size() * sizeof(float));
-  Dequantise(scales.data(), rows, heads, keys);
-  Dequantise(scales.data() + heads, rows + block.tokens * width(), heads, values);
+  // Which block a row is of, the scales of all keys and of all values, the keys, the values.
+  const int64_t heads = geometry_.kv_heads, size = heads * static_cast<int64_t>(sizeof(float));
+  const int64_t scales = rows * static_cast<int64_t>(sizeof(int32_t));
+  const int64_t first = scales + 2 * count * size, half = rows * width();
+  staged_.Bring(
+      ctx, first + 2 * half,
+      [&](std::span<uint8_t> here) {
+        for_each([&](const Block& block, int64_t i, int64_t row) {
+          const std::vector<int32_t> run(block.tokens, static_cast<int32_t>(i));
+          std::memcpy(here.data() + row * sizeof(int32_t), run.data(),
+                      run.size() * sizeof(int32_t));
+          const int64_t bytes = block.tokens * width();
+          read(block, 0, here.data() + scales + i * size, size);
+          read(block, size, here.data() + scales + (count + i) * size, size);
+          read(block, 2 * size, here.data() + first + row * width(), bytes);
+          read(block, 2 * size + bytes, here.data() + first + half + row * width(), bytes);
+        });
+      },
+      [&](ConstTensorView there) {
+        const ConstTensorView runs = view(there, 0, DType::kI32, {rows});
+        DequantiseKv(ctx, view(there, first, DType::kI8, keys.shape()), runs,
+                     view(there, scales, DType::kF32, {count, heads}), keys);
+        DequantiseKv(ctx, view(there, first + half, DType::kI8, keys.shape()), runs,
+                     view(there, scales + count * size, DType::kF32, {count, heads}), values);
+      });
 }
 
 // The best blocks for a layer, by the plain dot product; ties go to the earlier.
@@ -336,7 +349,7 @@ std::vector<int32_t> StreamRecall::Choose(ExecContext& ctx, int layer,
 
 void StreamRecall::Recall(ExecContext& ctx, int layer, ConstTensorView queries, int64_t step_rows,
                           KvCache& cache) {
-  const StreamMemory& memory = memory_;
+  StreamMemory& memory = memory_;
   const KvGeometry& geometry = memory.geometry_;
   const int64_t pinned = memory.pinned_;
   const std::vector<int32_t> chosen = Choose(ctx, layer, queries);
@@ -357,14 +370,14 @@ void StreamRecall::Recall(ExecContext& ctx, int layer, ConstTensorView queries, 
     LoadKv(ctx, stream_.layer(layer), 0, keys.Slice(0, pinned), values.Slice(0, pinned));
     if (stream_.gone() > 0) CopyRows(ctx, stream_.PinnedKeys(layer), keys.Slice(0, pinned));
   }
-  std::vector<int32_t> tokens = Positions(0, pinned, 1), turns(pinned, 0);
+  memory.Load(ctx, stream_, chosen, layer, keys.Slice(pinned, rows), values.Slice(pinned, rows));
+  std::vector<int32_t> tokens(pinned), turns(pinned, 0);
+  std::iota(tokens.begin(), tokens.end(), 0);
   tokens.reserve(rows);
   turns.reserve(rows);
   for (const int32_t b : chosen) {
     const StreamMemory::Block& block = memory.blocks_[b];
     const auto at = static_cast<int64_t>(tokens.size());
-    memory.Load(ctx, stream_, block, layer, keys.Slice(at, at + block.tokens),
-                values.Slice(at, at + block.tokens));
     for (int64_t i = 0; i < block.tokens; ++i) {
       tokens.push_back(static_cast<int32_t>(block.begin + i));
     }
@@ -373,7 +386,7 @@ void StreamRecall::Recall(ExecContext& ctx, int layer, ConstTensorView queries, 
   Convert(ctx, keys, wide);
   Rope(ctx, wide, geometry.head_dim, turns, memory.frequencies_);
   Convert(ctx, wide, keys);
-  cache.ReserveRows(layer, tokens);
+  cache.ReserveRows(ctx, layer, tokens);
   StoreKv(ctx, keys, values, 0, cache.layer(layer));
 
   // How the question's last row attends to them.
@@ -382,9 +395,11 @@ void StreamRecall::Recall(ExecContext& ctx, int layer, ConstTensorView queries, 
   const auto position = static_cast<int32_t>(rows + step_rows - 1);
   Rope(ctx, query, geometry.head_dim, {&position, 1}, memory.frequencies_);
   std::vector<float> weights(rows);
+  std::vector<int32_t> all(rows);
+  std::iota(all.begin(), all.end(), 0);
   MeanAttentionRow(ctx, query, static_cast<int>(queries.dim(1) / geometry.head_dim),
-                   1.0f / std::sqrt(static_cast<float>(geometry.head_dim)), cache.layer(layer),
-                   Positions(0, rows, 1), keys.Slice(0, 0), weights);
+                   1.0f / std::sqrt(static_cast<float>(geometry.head_dim)), cache.layer(layer), all,
+                   keys.Slice(0, 0), weights);
   auto weight = weights.begin() + pinned;
   for (const int32_t b : chosen) {
     const StreamMemory::Block& block = memory.blocks_[b];

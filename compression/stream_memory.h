@@ -14,6 +14,10 @@
 //   - blocks are as long as compressors left them, and layers may differ in length;
 //   - until something has left the window a question is answered from the cache as it is;
 //   - the question and the answer's prompt are one pass.
+//
+// On a GPU what leaves the window is packed there, all layers of a frame at once, and copied to the
+// host beside the computing (runtime/staged_copies.h); so are index vectors. Both arrive a batch of
+// frames later, and a question waits for them.
 #ifndef SLUICE_COMPRESSION_STREAM_MEMORY_H_
 #define SLUICE_COMPRESSION_STREAM_MEMORY_H_
 
@@ -29,6 +33,8 @@
 #include "llm/kv_cache.h"
 #include "llm/kv_policy.h"
 #include "runtime/exec_context.h"
+#include "runtime/ops/kv_layers.h"
+#include "runtime/staged_copies.h"
 #include "vision/visual_tokens.h"
 
 namespace sluice {
@@ -53,27 +59,38 @@ class StreamMemory {
     int64_t begin = 0;   // the number of its first token
     int64_t tokens = 0;
     MediaTime time;
-    bool off_loaded = false;   // then the store has it, also if some rows are still in the window
-    std::vector<float> index;  // [L, kv_heads * D]: the mean of its keys before their rotation
+    // Then the store has it, or will once it has arrived, also if some rows are still in the
+    // window.
+    bool off_loaded = false;
+    // [L, kv_heads * D]: the mean of its keys before their rotation; empty until that has arrived.
+    std::vector<float> index;
   };
   struct Counts {
     int64_t blocks = 0, host_blocks = 0, disk_blocks = 0,
             dropped = 0;  // that can be recalled; lost
     int64_t host_bytes = 0, disk_bytes = 0, index_bytes = 0;
   };
+  // On a GPU, what is on its way takes at most so many bytes of pinned host memory and as many of
+  // the GPU's, or as many as one frame needs: eight frames of 196 tokens of a 7B model in bf16.
+  static constexpr int64_t kMostStagedBytes = int64_t{96} << 20;
 
   // frequencies: Decoder::rotary_frequencies(), which outlive the memory. pinned: tokens of the
   // prompt's beginning, which never leave. Throws InputError on options out of range.
   StreamMemory(const MemoryOptions& options, const KvGeometry& geometry,
                ConstTensorView frequencies, int64_t pinned);
 
-  // Frames have been prefilled; their tokens stand from `first` on.
+  // Frames have been prefilled; their tokens stand from `first` on. Throws ResourceExhausted where
+  // there is no memory to work in: rewind to `first` then.
   void Arrived(ExecContext& ctx, const KvCache& cache, const VisualTokens& tokens, int64_t first);
-  // Lets what exceeds the window leave the cache, by whole KV blocks. Throws as KvCache::Slide; the
-  // cache is then unchanged.
+  // Lets what exceeds the window leave the cache, by whole KV blocks. Waits for nothing on a GPU
+  // unless more is on its way than kMostStagedBytes. Throws ResourceExhausted; the cache is then
+  // unchanged.
   void Trim(ExecContext& ctx, KvCache& cache);
   // Forgets frames whose tokens are `token` and later.
   void RewindTo(int64_t token);
+  // Waits for what is on its way and gives it to the store, which may drop frames for it. Before
+  // frames are read or recalled.
+  void Settle() { staged_.Settle(); }
 
   // Whether a question should be answered by recall, and how many rows that puts in front of it at
   // most.
@@ -83,23 +100,28 @@ class StreamMemory {
   int64_t MostRows() const;
 
   const std::deque<Block>& blocks() const { return blocks_; }
-  // For saving a stream: what the store has of a block, and a block put back behind the others.
+  // For saving a stream, once it is settled: what the store has of a block, and a block put back
+  // behind the others.
   // bytes: of an off-loaded one; others are in the restored cache. Throws InputError on what does
   // not fit this model, these options and that cache.
   std::vector<uint8_t> OffLoaded(const Block& block) const;
   void Restore(const KvCache& cache, Block block, std::span<const uint8_t> bytes);
   Counts counts() const;
-  int64_t SizeBytes() const;  // resident: host tier and index
+  int64_t SizeBytes() const;  // resident in host memory: its tier, index, what is on its way
   std::optional<std::string> TakeWarning() { return store_.TakeWarning(); }
 
  private:
   friend class StreamRecall;
   int64_t width() const { return int64_t{geometry_.kv_heads} * geometry_.head_dim; }
+  KvPacking packing() const { return options_.int8 ? KvPacking::kInt8 : KvPacking::kPlain; }
   int64_t LayerBytes(const Block& block) const;
-  std::vector<uint8_t> Pack(ExecContext& ctx, const KvCache& cache, const Block& block) const;
-  void Load(ExecContext& ctx, const KvCache& cache, const Block& block, int layer, TensorView keys,
-            TensorView values) const;
-  void Fetch(const Block& block, int layer, TensorView keys, TensorView values) const;
+  Block* Find(int64_t number);
+  void TakeIndex(int64_t first, int64_t count, std::span<const uint8_t> bytes);
+  void TakeRows(int64_t number, std::span<const uint8_t> bytes);
+  void Load(ExecContext& ctx, const KvCache& cache, std::span<const int32_t> blocks, int layer,
+            TensorView keys, TensorView values);
+  void BringBack(ExecContext& ctx, std::span<const int32_t> blocks, int layer, TensorView keys,
+                 TensorView values);
 
   const MemoryOptions options_;
   const KvGeometry geometry_;
@@ -108,14 +130,18 @@ class StreamMemory {
   BlockStore store_;
   std::deque<Block> blocks_;  // by number
   int64_t next_number_ = 0;
+  StagedCopies staged_;  // ends first: what is on its way is not given to anybody
 };
 
 // One question's policy; leaves no trace in the memory. For one step.
 class StreamRecall final : public KvPolicy {
  public:
-  // The memory and the stream's cache must outlive it, and not change until the step has run.
-  StreamRecall(const StreamMemory& memory, const KvCache& cache, int64_t question_rows)
-      : memory_(memory), stream_(cache), question_rows_(question_rows) {}
+  // Settles the memory. It and the stream's cache must outlive the policy, and not change until the
+  // step has run.
+  StreamRecall(StreamMemory& memory, const KvCache& cache, int64_t question_rows)
+      : memory_(memory), stream_(cache), question_rows_(question_rows) {
+    memory_.Settle();
+  }
   int64_t question_rows() const override { return question_rows_; }
   void Recall(ExecContext& ctx, int layer, ConstTensorView queries, int64_t step_rows,
               KvCache& cache) override;
@@ -129,7 +155,7 @@ class StreamRecall final : public KvPolicy {
  private:
   std::vector<int32_t> Choose(ExecContext& ctx, int layer, ConstTensorView queries) const;
 
-  const StreamMemory& memory_;
+  StreamMemory& memory_;
   const KvCache& stream_;
   const int64_t question_rows_;
   struct Seen {

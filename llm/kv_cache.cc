@@ -8,8 +8,10 @@
 #include <utility>
 
 #include "runtime/error.h"
+#include "runtime/ops/kv_layers.h"
 #include "runtime/ops/rope.h"
 #include "runtime/ops/rows.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -97,12 +99,9 @@ void KvBlockPool::Release(void* block) {
   --in_use_;
 }
 
-void KvBlockPool::Copy(const void* from, void* to) const {
-  if (geometry_.device == Device::kCuda) {
-    cuda::CopyNow(to, from, block_bytes_);
-  } else {
-    std::memcpy(to, from, block_bytes_);
-  }
+void KvBlockPool::Copy(ExecContext& ctx, const void* from, void* to) const {
+  Transfer(ctx, ConstTensorView(from, DType::kU8, {1, block_bytes_}, -1, geometry_.device),
+           TensorView(to, DType::kU8, {1, block_bytes_}, -1, geometry_.device));
 }
 
 int64_t KvBlockPool::bytes_in_use() const {
@@ -119,19 +118,19 @@ KvCache::KvCache(std::shared_ptr<KvBlockPool> pool, KvPositions positions)
 KvCache::~KvCache() { RewindTo({0}); }
 
 // Before a block is written to.
-void KvCache::MakeOwn(void*& block) {
+void KvCache::MakeOwn(ExecContext& ctx, void*& block) {
   if (!pool_->IsShared(block)) return;
   void* const copy = pool_->Acquire();
-  pool_->Copy(block, copy);
+  pool_->Copy(ctx, block, copy);
   pool_->Release(block);
   block = copy;
 }
 
 // Makes sure of blocks for `rows` rows, those behind the layer's present ones to be written to.
-void KvCache::Grow(Layer& layer, int64_t rows) {
+void KvCache::Grow(ExecContext& ctx, Layer& layer, int64_t rows) {
   const int64_t needed = BlocksFor(rows);
   const size_t open = layer.rows / kKvBlockTokens;  // the first block that has room
-  if (rows > layer.rows && open < layer.blocks.size()) MakeOwn(layer.blocks[open]);
+  if (rows > layer.rows && open < layer.blocks.size()) MakeOwn(ctx, layer.blocks[open]);
   if (static_cast<int64_t>(layer.blocks.capacity()) < needed) layer.blocks.reserve(2 * needed);
   while (static_cast<int64_t>(layer.blocks.size()) < needed) {
     layer.blocks.push_back(pool_->Acquire());
@@ -149,7 +148,7 @@ void KvCache::Shrink(Layer& layer, int64_t rows) {
   }
 }
 
-int64_t KvCache::Reserve(int64_t num_tokens) {
+int64_t KvCache::Reserve(ExecContext& ctx, int64_t num_tokens) {
   if (num_tokens < 0) throw Error("[kv_cache] cannot reserve " + std::to_string(num_tokens));
   const int64_t before = length_;
   if (num_tokens > std::numeric_limits<int32_t>::max() - before) {
@@ -158,7 +157,7 @@ int64_t KvCache::Reserve(int64_t num_tokens) {
   }
   try {
     for (Layer& layer : layers_) {
-      Grow(layer, layer.rows + num_tokens);
+      Grow(ctx, layer, layer.rows + num_tokens);
       if (layer.all_tokens) continue;
       const size_t old = layer.tokens.size();
       layer.tokens.resize(old + num_tokens);
@@ -173,9 +172,9 @@ int64_t KvCache::Reserve(int64_t num_tokens) {
   return before;
 }
 
-void KvCache::ReserveRows(int index, std::span<const int32_t> tokens) {
+void KvCache::ReserveRows(ExecContext& ctx, int index, std::span<const int32_t> tokens) {
   Layer& layer = layers_[index];
-  Grow(layer, layer.rows + static_cast<int64_t>(tokens.size()));
+  Grow(ctx, layer, layer.rows + static_cast<int64_t>(tokens.size()));
   for (const int32_t token : tokens) {
     if (layer.all_tokens && gone_ > 0) {
       throw Error("[kv_cache] rows cannot be left out once the window has slid");
@@ -202,7 +201,7 @@ void KvCache::KeepRows(ExecContext& ctx, int index, std::span<const int32_t> row
   try {
     kept.tokens.reserve(rows.size());
     for (const int32_t row : rows) kept.tokens.push_back(TokenOf(index, row));
-    Grow(kept, static_cast<int64_t>(rows.size()));
+    Grow(ctx, kept, static_cast<int64_t>(rows.size()));
   } catch (...) {
     Shrink(kept, 0);
     throw;
@@ -232,11 +231,11 @@ std::unique_ptr<KvCache> KvCache::Branch() const {
       layer.blocks.push_back(block);
     }
     layer.rows = from.rows;
-    if (!from.pinned_keys.empty()) layer.pinned_keys = from.pinned_keys.Clone();
   }
   branch->length_ = length_;
   branch->gone_ = gone_;
   branch->pinned_ = pinned_;
+  branch->pinned_keys_ = pinned_keys_;
   return branch;
 }
 
@@ -265,35 +264,19 @@ void KvCache::Slide(ExecContext& ctx, ConstTensorView frequencies, int64_t pinne
                 "so many tokens and the same pinned ones as before, got " + std::to_string(held) +
                 " tokens and " + std::to_string(pinned_) + " pinned");
   }
-  const KvGeometry& geometry = pool_->geometry();
-  const int64_t width = int64_t{geometry.kv_heads} * geometry.head_dim;
   const auto gone = static_cast<int32_t>(gone_ + blocks * kBlock);
   const int64_t head = BlocksFor(pinned), head_rows = head * kBlock;
   // What stands in the head's last block behind the pinned rows; the newest rows may end in it.
   const int64_t joint = std::min(head_rows, held - blocks * kBlock) - pinned;
-  std::vector<Layer> heads(layers_.size());  // the blocks and pinned keys to be
+  std::vector<Layer> heads(layers_.size());  // the blocks to be
   try {
     if (pinned > 0) {
-      const std::vector<int32_t> turns(pinned, gone);
-      for (size_t i = 0; i < layers_.size(); ++i) {
-        Layer& layer = heads[i];
-        Grow(layer, pinned);
-        const Tensor keys(geometry.dtype, {pinned + joint, width}, geometry.device);
-        const Tensor values(geometry.dtype, {pinned + joint, width}, geometry.device);
-        const KvLayerView old = View(layers_[i].blocks);
-        LoadKv(ctx, old, 0, keys.view().Slice(0, pinned), values.view().Slice(0, pinned));
-        LoadKv(ctx, old, pinned + blocks * kBlock, keys.view().Slice(pinned, pinned + joint),
-               values.view().Slice(pinned, pinned + joint));
-        if (gone_ == 0) {
-          layer.pinned_keys = Tensor(geometry.dtype, {pinned, width}, geometry.device);
-          CopyRows(ctx, keys.view().Slice(0, pinned), layer.pinned_keys);
-        }
-        const Tensor turned(DType::kF32, {pinned, width}, geometry.device);
-        Convert(ctx, gone_ == 0 ? layer.pinned_keys : layers_[i].pinned_keys, turned);
-        Rope(ctx, turned, geometry.head_dim, turns, frequencies);
-        Convert(ctx, turned, keys.view().Slice(0, pinned));
-        StoreKv(ctx, keys, values, 0, View(layer.blocks));
+      std::vector<KvLayerView> views;
+      for (Layer& layer : heads) {
+        Grow(ctx, layer, pinned);
+        views.push_back(View(layer.blocks));
       }
+      pinned_keys_ = FillHeads(ctx, frequencies, pinned, blocks * kBlock, joint, views);
     }
   } catch (...) {
     for (Layer& layer : heads) Shrink(layer, 0);
@@ -306,15 +289,56 @@ void KvCache::Slide(ExecContext& ctx, ConstTensorView frequencies, int64_t pinne
     layer.blocks.erase(layer.blocks.begin() + head, layer.blocks.begin() + head + blocks);
     std::copy(heads[i].blocks.begin(), heads[i].blocks.end(), layer.blocks.begin());
     layer.rows -= blocks * kBlock;
-    if (gone_ == 0) layer.pinned_keys = std::move(heads[i].pinned_keys);
   }
   gone_ = gone;
   pinned_ = pinned;
 }
 
-ConstTensorView KvCache::PinnedKeys(int layer) const { return layers_[layer].pinned_keys; }
+// Stores in new heads of the layers the pinned rows, turned to where they stand once `leaving` more
+// rows are gone, and the `joint` rows that then follow them. Returns the pinned keys as they were
+// stored first.
+std::shared_ptr<const Tensor> KvCache::FillHeads(ExecContext& ctx, ConstTensorView frequencies,
+                                                 int64_t pinned, int64_t leaving, int64_t joint,
+                                                 std::span<const KvLayerView> heads) const {
+  const KvGeometry& geometry = pool_->geometry();
+  const int64_t width = int64_t{geometry.kv_heads} * geometry.head_dim;
+  const int64_t count = geometry.num_layers;
+  const std::vector<KvLayerView> old = layers();
+  const Workspace::Scope scope(ctx.workspace());
+  const auto packed = [&](int64_t rows) {
+    return ctx.workspace().Allocate(geometry.dtype, {count, 2 * rows * width});
+  };
+  const auto bytes = [](TensorView rows) {
+    return TensorView(rows.raw(), DType::kU8, {static_cast<int64_t>(rows.SizeBytes())}, -1,
+                      rows.device());
+  };
+  const TensorView front = packed(pinned), behind = packed(joint);
+  PackKv(ctx, old, 0, pinned, KvPacking::kPlain, bytes(front));
+  const TensorView keys = front.Columns(0, pinned * width);
+  std::shared_ptr<const Tensor> first = pinned_keys_;
+  if (!first) {
+    first = std::make_shared<Tensor>(geometry.dtype, Shape{count * pinned, width}, geometry.device);
+    CopyRows(ctx, keys,
+             TensorView(first->view().raw(), geometry.dtype, keys.shape(), -1, geometry.device));
+  }
+  const TensorView turned = ctx.workspace().Allocate(DType::kF32, first->shape());
+  Convert(ctx, *first, turned);
+  const std::vector<int32_t> turns(count * pinned, static_cast<int32_t>(gone_ + leaving));
+  Rope(ctx, turned, geometry.head_dim, turns, frequencies);
+  Convert(ctx, TensorView(turned.raw(), DType::kF32, keys.shape(), -1, geometry.device), keys);
+  UnpackKv(ctx, bytes(front), pinned, heads, 0);
+  PackKv(ctx, old, pinned + leaving, joint, KvPacking::kPlain, bytes(behind));
+  UnpackKv(ctx, bytes(behind), joint, heads, pinned);
+  return first;
+}
 
-void KvCache::Restore(int64_t length, int64_t gone, std::vector<Tensor> pinned_keys) {
+ConstTensorView KvCache::PinnedKeys(int layer) const {
+  if (!pinned_keys_) return {};
+  return pinned_keys_->view().Slice(layer * pinned_, (layer + 1) * pinned_);
+}
+
+void KvCache::Restore(ExecContext& ctx, int64_t length, int64_t gone,
+                      std::span<const Tensor> pinned_keys) {
   const KvGeometry& geometry = pool_->geometry();
   const int64_t pinned = pinned_keys.empty() ? 0 : pinned_keys.front().dim(0);
   const bool fits = std::all_of(pinned_keys.begin(), pinned_keys.end(), [&](const Tensor& keys) {
@@ -328,19 +352,26 @@ void KvCache::Restore(int64_t length, int64_t gone, std::vector<Tensor> pinned_k
                      std::to_string(gone) + " have left, and pinned keys of " +
                      std::to_string(pinned_keys.size()) + " layers: no cache has these");
   }
-  Reserve(length - gone);
+  std::shared_ptr<const Tensor> keys;
+  if (!pinned_keys.empty()) {
+    const int64_t width = int64_t{geometry.kv_heads} * geometry.head_dim;
+    keys = std::make_shared<Tensor>(geometry.dtype, Shape{geometry.num_layers * pinned, width},
+                                    geometry.device);
+    for (int64_t i = 0; i < geometry.num_layers; ++i) {
+      Transfer(ctx, pinned_keys[i], keys->view().Slice(i * pinned, (i + 1) * pinned));
+    }
+  }
+  Reserve(ctx, length - gone);
   length_ = length;
   gone_ = gone;
   pinned_ = pinned;
-  for (size_t i = 0; i < pinned_keys.size(); ++i) {
-    layers_[i].pinned_keys = std::move(pinned_keys[i]);
-  }
+  pinned_keys_ = std::move(keys);
 }
 
 void KvCache::RewindTo(Mark mark) {
   if (mark.length == 0) {
     gone_ = pinned_ = 0;
-    for (Layer& layer : layers_) layer.pinned_keys = Tensor();
+    pinned_keys_.reset();
   } else if (mark.length < gone_ + pinned_) {
     throw Error("[kv_cache] cannot rewind to token " + std::to_string(mark.length) +
                 ": the window begins at token " + std::to_string(gone_ + pinned_));
@@ -401,14 +432,18 @@ KvLayerView KvCache::View(const std::vector<void*>& blocks) const {
 
 KvLayerView KvCache::layer(int index) const { return View(layers_[index].blocks); }
 
+std::vector<KvLayerView> KvCache::layers() const {
+  std::vector<KvLayerView> views;
+  for (const Layer& layer : layers_) views.push_back(View(layer.blocks));
+  return views;
+}
+
 int64_t KvCache::SizeBytes() const {
-  int64_t blocks = 0, keys = 0;
-  for (const Layer& layer : layers_) {
-    blocks += layer.blocks.size();
-    keys += layer.pinned_keys.SizeBytes();
-  }
+  int64_t blocks = 0;
+  for (const Layer& layer : layers_) blocks += layer.blocks.size();
   for (const auto& hidden : hidden_) blocks += hidden ? hidden->layer.blocks.size() : 0;
-  return blocks * pool_->block_bytes() + keys;
+  return blocks * pool_->block_bytes() +
+         static_cast<int64_t>(pinned_keys_ ? pinned_keys_->SizeBytes() : 0);
 }
 
 }  // namespace sluice

@@ -26,7 +26,9 @@ struct KvGeometry {
   Device device = Device::kCpu;  // where the blocks lie
 };
 
-// All KV memory of one device, so that a byte budget across sessions can be kept.
+// All KV memory of one device, so that a byte budget across sessions can be kept. On a GPU a block
+// is handed out again as soon as it is released, though kernels that were queued before may still
+// read it: caches whose blocks come from one pool do their work in one stream, which keeps order.
 class KvBlockPool {
  public:
   // budget_bytes: the most that may be out at once; 0 means no limit. Memory is taken from the
@@ -42,9 +44,8 @@ class KvBlockPool {
   void Share(void* block);
   bool IsShared(void* block) const;
   void Release(void* block);
-  // to = from, both of the pool. On a GPU it first waits for all work there: cheap for its only
-  // use, the first write to a branch.
-  void Copy(const void* from, void* to) const;
+  // to = from, both of the pool.
+  void Copy(ExecContext& ctx, const void* from, void* to) const;
   const KvGeometry& geometry() const { return geometry_; }
   // On a GPU, where the first block lies or would lie; else null.
   const void* base() const { return memory_ ? memory_->data() : nullptr; }
@@ -86,9 +87,10 @@ class KvCache {
   KvCache(const KvCache&) = delete;
   KvCache& operator=(const KvCache&) = delete;
 
-  // Appends `num_tokens` tokens with a row in every layer and returns the number of the first.
-  // Throws ResourceExhausted if that would exceed the budget; the cache is then unchanged.
-  int64_t Reserve(int64_t num_tokens);
+  // Appends `num_tokens` tokens with a row in every layer and returns the number of the first. What
+  // is shared and will be written to is copied first. Throws ResourceExhausted if that would exceed
+  // the budget; the cache is then unchanged.
+  int64_t Reserve(ExecContext& ctx, int64_t num_tokens);
   int64_t length() const { return length_; }  // tokens, also those that have left the window
   // Positions from the first row's to where the next token goes: what a model's limit is about.
   int64_t Reach() const;
@@ -108,16 +110,16 @@ class KvCache {
   ConstTensorView PinnedKeys(int layer) const;
   // Makes an empty cache one of `length` tokens of which `gone` have left behind the pinned ones,
   // with rows still to be stored (StoreKv): what a saved stream begins with. pinned_keys: as
-  // PinnedKeys told, of every layer; none where gone or
-  // pinned is 0. Throws ResourceExhausted, the cache then
-  // empty, and InputError on numbers and tensors that no cache has.
-  void Restore(int64_t length, int64_t gone, std::vector<Tensor> pinned_keys);
+  // PinnedKeys told, of every layer, in host memory; none where gone or pinned is 0. Throws
+  // ResourceExhausted, the cache then empty, and InputError on numbers and tensors that no cache
+  // has.
+  void Restore(ExecContext& ctx, int64_t length, int64_t gone, std::span<const Tensor> pinned_keys);
 
   // The same layer by layer, for tokens that do not reach every layer. ReserveRows makes room in
   // one layer for rows of `tokens`: ascending numbers, from length() on unless a KvPolicy recalls.
   // Once every layer has its rows, Advance counts the tokens. Throws ResourceExhausted; RewindTo
   // where it began then gives back what had been reserved.
-  void ReserveRows(int layer, std::span<const int32_t> tokens);
+  void ReserveRows(ExecContext& ctx, int layer, std::span<const int32_t> tokens);
   void Advance(int64_t num_tokens) { length_ += num_tokens; }
 
   // Lets a layer hold only `rows` (ascending) of its rows, until the cache is rewound to its
@@ -156,6 +158,7 @@ class KvCache {
 
   // Valid until the next call that changes the cache.
   KvLayerView layer(int layer) const;
+  std::vector<KvLayerView> layers() const;  // all of them
   int64_t SizeBytes() const;  // of the blocks it holds, hidden ones included, and pinned keys
 
  private:
@@ -165,16 +168,18 @@ class KvCache {
     // Of each row. Empty where every token that is not gone has a row.
     std::vector<int32_t> tokens;
     bool all_tokens = true;
-    Tensor pinned_keys;  // once the cache has slid
   };
   // A layer behind a selection of its rows, and when it comes back.
   struct Hidden {
     Layer layer;
     int64_t length = 0;  // of the cache when it was hidden
   };
-  void Grow(Layer& layer, int64_t rows);
-  void MakeOwn(void*& block);
+  void Grow(ExecContext& ctx, Layer& layer, int64_t rows);
+  void MakeOwn(ExecContext& ctx, void*& block);
   void Shrink(Layer& layer, int64_t rows);
+  std::shared_ptr<const Tensor> FillHeads(ExecContext& ctx, ConstTensorView frequencies,
+                                          int64_t pinned, int64_t leaving, int64_t joint,
+                                          std::span<const KvLayerView> heads) const;
   KvLayerView View(const std::vector<void*>& blocks) const;
 
   std::shared_ptr<KvBlockPool> pool_;
@@ -183,6 +188,8 @@ class KvCache {
   std::vector<std::optional<Hidden>> hidden_;  // one a layer
   int64_t length_ = 0;
   int64_t gone_ = 0, pinned_ = 0;
+  // Once the cache has slid, of all layers: [layers * pinned, kv_heads * D]. Branches share it.
+  std::shared_ptr<const Tensor> pinned_keys_;
 };
 
 }  // namespace sluice

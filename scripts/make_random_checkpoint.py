@@ -37,6 +37,9 @@ QWEN2 = {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,
          "vocab_size": 152000, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
          "rope_theta": 1000000.0, "hidden_act": "silu", "use_sliding_window": False,
          "tie_word_embeddings": True}
+QWEN2_7B = {**QWEN2, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "num_hidden_layers": 28, "vocab_size": 152064,
+            "tie_word_embeddings": False}
 VICUNA = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
           "num_attention_heads": 32, "num_key_value_heads": 32, "num_hidden_layers": 32,
           "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
@@ -45,7 +48,8 @@ MISTRAL = {**VICUNA, "model_type": "mistral", "intermediate_size": 14336,
            "num_key_value_heads": 8, "max_position_embeddings": 32768, "rope_theta": 1000000.0,
            "sliding_window": None}
 # Tower and decoder.
-MODELS = {"llava-onevision-0.5b": (SIGLIP, QWEN2), "llava-next-vicuna-7b": (CLIP, VICUNA),
+MODELS = {"llava-onevision-0.5b": (SIGLIP, QWEN2), "llava-onevision-7b": (SIGLIP, QWEN2_7B),
+          "llava-next-vicuna-7b": (CLIP, VICUNA),
           "llava-next-mistral-7b": (CLIP, MISTRAL)}
 RESIZE = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
           "rescale_factor": 1 / 255, "resample": 3}

@@ -162,8 +162,7 @@ void Persist(ExecContext& ctx, Archive& archive, KvCache& cache) {
   if (archive.loading() && whole) {
     archive.CheckRoom("length", length - gone,
                       2 * geometry.num_layers * width * SizeOf(geometry.dtype));
-    for (Tensor& keys : pinned_keys) keys = Placed(std::move(keys), geometry.device);
-    cache.Restore(length, gone, std::move(pinned_keys));
+    cache.Restore(ctx, length, gone, pinned_keys);
   }
   for (int layer = 0; layer < geometry.num_layers; ++layer) {
     std::vector<int32_t> tokens;
@@ -200,7 +199,7 @@ void Persist(ExecContext& ctx, Archive& archive, KvCache& cache) {
       archive.Refuse("keys", shape.ToString() + " " + Name(geometry.dtype),
                      part->shape().ToString() + " " + Name(part->dtype()));
     }
-    if (!whole) cache.ReserveRows(layer, tokens);
+    if (!whole) cache.ReserveRows(ctx, layer, tokens);
     keys = Placed(std::move(keys), geometry.device);
     values = Placed(std::move(values), geometry.device);
     StoreKv(ctx, keys, values, 0, cache.layer(layer));
@@ -210,6 +209,7 @@ void Persist(ExecContext& ctx, Archive& archive, KvCache& cache) {
 }
 
 void Persist(Archive& archive, const KvCache& cache, StreamMemory& memory) {
+  memory.Settle();
   std::vector<StreamMemory::Block> blocks(memory.blocks().begin(), memory.blocks().end());
   archive.Resize("blocks", blocks, kMost << 10);
   for (StreamMemory::Block& block : blocks) {

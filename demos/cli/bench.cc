@@ -1,7 +1,8 @@
 // sluice bench: what each stage reaches, as a share of what this machine was measured to reach.
 //
 // Every figure is of the fastest of several repetitions, peaks and stages alike: what else runs on
-// the machine only ever adds time.
+// the machine only ever adds time. With a memory it is frames a second instead, whose window slides
+// or does not.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -20,9 +21,11 @@
 #include "demos/cli/methods.h"
 #include "demos/world/random.h"
 #include "runtime/error.h"
+#include "runtime/ops/cuda/copies.h"
 #include "runtime/ops/linear.h"
 #include "runtime/parallel.h"
 #include "runtime/transfer.h"
+#include "streaming/pipeline.h"
 #include "vision/preprocess.h"
 
 namespace sluice::cli {
@@ -368,13 +371,105 @@ Json MeasureDecode(ExecContext& ctx, const Vlm& vlm, const BenchFlags& flags, co
           {"percent_of_read_bandwidth", 100 * gbps / peak.read_gbps}};
 }
 
-void PrintReport(const Json& report) {
-  const Json &machine = report["machine"], &peak = report["peak"];
+// Seconds a frame takes to ingest: everything from its pixels to the cache. `after` each batch.
+double IngestSeconds(ExecContext& ctx, Session& session, const BenchFlags& flags,
+                     const std::function<void()>& after) {
+  constexpr int kBatches = 6;
+  const std::vector<FramePtr> frames = NoiseFrames(flags.batch);
+  const double seconds = FastestSeconds(flags.seconds, [&] {
+    for (int i = 0; i < kBatches; ++i) {
+      Ingest(ctx, session, frames);
+      after();
+    }
+    ctx.Synchronize();
+  });
+  return seconds / (kBatches * flags.batch);
+}
+
+// What a memory costs: frames a second of a stream whose window slides with every batch, frames
+// leaving to the store, beside one that holds as many tokens and never slides.
+Json MeasureMemory(ExecContext& ctx, const Engine& engine, const SessionOptions& options,
+                   const BenchFlags& flags) {
+  auto session = engine.NewSession(options);
+  const std::vector<FramePtr> frames = NoiseFrames(flags.batch);
+  while (session->cache.gone() == 0) Ingest(ctx, *session, frames);
+  ctx.tracer().Clear();
+  const double sliding = IngestSeconds(ctx, *session, flags, [] {});
+  const auto host_ms = [&](const char* stage) {  // of a frame; on a GPU it works on meanwhile
+    const auto cost = ctx.tracer().stages().find(stage);
+    const auto& all = ctx.tracer().stages().find("preprocess")->second;
+    if (cost == ctx.tracer().stages().end()) return 0.0;
+    return 1e3 * cost->second.seconds / static_cast<double>(all.items);
+  };
+  Json report = {{"batch_frames", flags.batch},
+                 {"window_tokens", options.memory->window_tokens},
+                 {"index_host_ms_per_frame", host_ms("index")},
+                 {"trim_host_ms_per_frame", host_ms("trim")}};
+  if (ctx.device() == Device::kCuda) report["gpu_bytes_in_use"] = cuda::MemoryInUse();
+  if (session->memory->Recalls(session->cache)) {
+    report["question_ms"] = 1e3 * FastestSeconds(flags.seconds / 4, [&] {
+                              Ask(ctx, *session, "What is there?", nullptr);
+                            });
+  }
+  session->memory->Settle();
+  const StreamMemory::Counts counts = session->memory->counts();
+  const int64_t left = counts.host_blocks + counts.disk_blocks;
+  const double bytes = left > 0 ? static_cast<double>(counts.host_bytes + counts.disk_bytes) /
+                                      static_cast<double>(left)
+                                : 0.0;
+  report["staged_bytes"] = session->memory->SizeBytes() - counts.host_bytes - counts.index_bytes;
+  const int64_t held = static_cast<int64_t>(session->prefix_ids.size()) +
+                       options.memory->window_tokens + kKvBlockTokens / 2;
+  session.reset();
+
+  SessionOptions without = options;
+  without.memory.reset();
+  const auto whole = engine.NewSession(without);
+  while (whole->cache.length() < held) Ingest(ctx, *whole, frames);
+  const auto rewind = [&] { whole->cache.RewindTo({std::min(held, whole->cache.length())}); };
+  rewind();
+  const double still = IngestSeconds(ctx, *whole, flags, rewind);
+  report["held_tokens"] = held;
+  report["sliding_frames_per_s"] = 1 / sliding;
+  report["whole_frames_per_s"] = 1 / still;
+  report["slower_percent"] = 100 * (sliding / still - 1);
+  report["bytes_per_frame"] = bytes;
+  report["host_bytes_per_s"] = bytes / sliding;
+  return report;
+}
+
+void PrintMemory(const Json& memory) {
+  Table table({"window of " + std::to_string(memory["window_tokens"].get<int64_t>()), "frames/s",
+               "ms/frame", "MB/s to the host"});
+  const double sliding = memory["sliding_frames_per_s"], whole = memory["whole_frames_per_s"];
+  table.Add({"held whole", Number(whole, 2), Number(1e3 / whole, 3), "-"});
+  table.Add({"sliding", Number(sliding, 2), Number(1e3 / sliding, 3),
+             Number(1e-6 * memory["host_bytes_per_s"].get<double>(), 1)});
+  std::printf("%s\nsliding takes %.1f %% more time", table.ToString().c_str(),
+              memory["slower_percent"].get<double>());
+  if (memory.contains("question_ms")) {
+    std::printf("; a question that recalls, %.1f ms to its first token",
+                memory["question_ms"].get<double>());
+  }
+  if (memory.contains("gpu_bytes_in_use")) {
+    std::printf("; %.2f GB of the GPU's memory in use",
+                1e-9 * memory["gpu_bytes_in_use"].get<double>());
+  }
+  std::printf("\n");
+}
+
+void PrintMachine(const Json& report) {
+  const Json& machine = report["machine"];
   std::printf(
       "%s on %s (%s), %d threads, %s, weights in %s\n", report["model"].get<std::string>().c_str(),
       machine["model"].get<std::string>().c_str(), machine["isa"].get<std::string>().c_str(),
       machine["threads"].get<int>(), report["dtype"].get<std::string>().c_str(),
       report["weights"].get<std::string>().c_str());
+}
+
+void PrintReport(const Json& report) {
+  PrintMachine(report);
+  const Json& peak = report["peak"];
   std::printf("measured peak: %.0f GFLOP/s (square product of %d), %.1f GB/s read\n\n",
               peak["gflops"].get<double>(), peak["size"].get<int>(),
               peak["read_gbps"].get<double>());
@@ -404,32 +499,14 @@ void PrintReport(const Json& report) {
 void Bench(const BenchFlags& flags) {
   const Engine engine = OpenEngine(flags.model);
   const Vlm& vlm = *engine.vlm();
-  const int64_t needed =
-      int64_t{flags.context_frames} * vlm.encoder().tokens_per_frame() + 64;  // and what is decoded
-  if (needed > vlm.decoder().max_positions()) {
-    throw InputError("[bench] --context-frames must fit into " +
-                     std::to_string(vlm.decoder().max_positions()) + " positions, needs " +
-                     std::to_string(needed));
-  }
   const auto context = engine.NewContext();
   SessionOptions options;
   ApplyMethods(flags.methods, options);
-  if (options.memory) {
-    throw InputError(
-        "[bench] measures steps in a context that is held whole, so a memory changes nothing; "
-        "leave --memory away, or measure it with sluice eval --memory --frames N");
-  }
   if (options.duplicate_threshold) {
     throw InputError(
         "[bench] frames here are made up and none repeats another; expected no "
         "--duplicate-threshold, use sluice eval");
   }
-  const auto session = engine.NewSession(options);
-
-  Peak peak;
-  MeasureProducts(*context, vlm.info().compute_type, flags.seconds, peak);
-  peak.read_gbps = MeasureRead(*context, flags.seconds);
-
   Json report;
   report["model"] = vlm.info().name;
   report["dtype"] = Name(vlm.info().compute_type);
@@ -440,6 +517,26 @@ void Bench(const BenchFlags& flags) {
     report["machine"]["model"] = cuda::DeviceName();
     report["machine"]["isa"] = "compute capability " + Number(cuda::ComputeCapability() / 10.0, 1);
   }
+  if (options.memory) {
+    options.frames_per_batch = flags.batch;
+    options.keep_dialogue = false;
+    options.generate.max_new_tokens = 1;
+    report["memory"] = MeasureMemory(*context, engine, options, flags);
+    if (flags.json) return PrintJson(report);
+    PrintMachine(report);
+    return PrintMemory(report["memory"]);
+  }
+  const int64_t needed =
+      int64_t{flags.context_frames} * vlm.encoder().tokens_per_frame() + 64;  // and what is decoded
+  if (needed > vlm.decoder().max_positions()) {
+    throw InputError("[bench] --context-frames must fit into " +
+                     std::to_string(vlm.decoder().max_positions()) + " positions, needs " +
+                     std::to_string(needed));
+  }
+  const auto session = engine.NewSession(options);
+  Peak peak;
+  MeasureProducts(*context, vlm.info().compute_type, flags.seconds, peak);
+  peak.read_gbps = MeasureRead(*context, flags.seconds);
   report["peak"] = {{"gflops", peak.gflops}, {"size", peak.size}, {"read_gbps", peak.read_gbps}};
   report["encode"] =
       MeasureEncode(*context, vlm.encoder(),
@@ -467,7 +564,9 @@ void Bench(const BenchFlags& flags) {
 
 void AddBench(CLI::App& app) {
   CLI::App* command = app.add_subcommand(
-      "bench", "Time each stage and compare it with what this machine was measured to reach");
+      "bench",
+      "Time each stage and compare it with what this machine was measured to reach; with --memory, "
+      "time frames while its window slides");
   auto flags = std::make_shared<BenchFlags>();
   AddModelFlags(*command, flags->model);
   AddMethodFlags(*command, flags->methods);

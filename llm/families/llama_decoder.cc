@@ -325,7 +325,7 @@ void LlamaDecoder::Step(ExecContext& ctx, std::span<SequenceStep> sequences,
   try {
     for (const SequenceStep& step : sequences) {
       begins.push_back(step.cache->length());
-      if (!IsStaged(step)) step.cache->Reserve(step.embeddings.dim(0));
+      if (!IsStaged(step)) step.cache->Reserve(ctx, step.embeddings.dim(0));
     }
     // A probe is promised whole results.
     for (std::vector<Segment>& chunk : CutIntoChunks(sequences, probe != nullptr)) {
@@ -437,7 +437,7 @@ void LlamaDecoder::RunStaged(ExecContext& ctx, const SequenceStep& step,
       trace.AddWork(0, 4.0 * SizeOf(dtype_) * kv_width() * static_cast<double>(seen.size()));
       cache.KeepRows(ctx, i, seen);
     }
-    cache.ReserveRows(i, staged.fresh);
+    cache.ReserveRows(ctx, i, staged.fresh);
     const auto rows = static_cast<int64_t>(staged.fresh.size());
     const int64_t chunk_rows = ChunkRows(rows, probe != nullptr);
     for (int64_t begin = 0; begin < rows; begin += chunk_rows) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,7 @@
 #include "runtime/ops/cuda/activation.h"
 #include "runtime/ops/cuda/attention.h"
 #include "runtime/ops/cuda/kv.h"
+#include "runtime/ops/kv_table.h"
 #include "runtime/ops/rope.h"
 #include "runtime/parallel.h"
 #include "runtime/transfer.h"
@@ -126,15 +128,18 @@ void LoadRows(ExecContext& ctx, const KvLayerView& kv, int64_t begin, TensorView
   });
 }
 
-// The last position that `rows` names must exist.
-void CheckRows(const char* op, const KvLayerView& kv, std::span<const int32_t> rows) {
+// All positions that `rows` names must exist; returns the end of the last of them.
+int64_t CheckRows(const char* op, const KvLayerView& kv, std::span<const int32_t> rows) {
   CheckKv(op, kv, 0, 0);
   const int64_t room = static_cast<int64_t>(kv.blocks.size()) * kKvBlockTokens;
+  int64_t end = 0;
   for (const int32_t row : rows) {
+    end = std::max<int64_t>(end, int64_t{row} + 1);
     if (row >= 0 && row < room) continue;
     throw Error(std::string("[") + op + "] rows must lie in the cache's " + std::to_string(room) +
                 " positions, got " + std::to_string(row));
   }
+  return end;
 }
 
 template <typename T>
@@ -233,22 +238,6 @@ cuda::KvBlocks BlocksOf(const KvLayerView& kv) {
   return {const_cast<void*>(kv.base), kv.kv_heads, kv.head_dim, kv.dtype};
 }
 
-// The number of the block that holds a position.
-int64_t BlockOf(const KvLayerView& kv, int64_t position) {
-  const auto bytes = static_cast<int64_t>(KvBlockBytes(kv.kv_heads, kv.head_dim, kv.dtype));
-  const auto* const block = static_cast<const char*>(kv.blocks[position / kKvBlockTokens]);
-  return (block - static_cast<const char*>(kv.base)) / bytes;
-}
-
-// Appends the numbers of the blocks that hold positions [begin, end), as kernels want them.
-void AppendBlocks(const KvLayerView& kv, int64_t begin, int64_t end,
-                  std::vector<int32_t>& numbers) {
-  const int64_t last = (end + kKvBlockTokens - 1) / kKvBlockTokens;
-  for (int64_t b = begin / kKvBlockTokens; b < last; ++b) {
-    numbers.push_back(static_cast<int32_t>(BlockOf(kv, b * kKvBlockTokens)));
-  }
-}
-
 void MoveKv(ExecContext& ctx, const KvLayerView& kv, int64_t begin, ConstTensorView keys,
             ConstTensorView values, bool store) {
   if (keys.dim(0) == 0) return;
@@ -268,6 +257,13 @@ void* ScratchOf(ExecContext& ctx, size_t bytes) {
   void* const room = ctx.workspace().Allocate(DType::kU8, {static_cast<int64_t>(bytes)}).raw();
   if (ctx.recorder()->active()) ctx.recorder()->Note(reinterpret_cast<uintptr_t>(room));
   return room;
+}
+
+// Whether these rows can be read 16 bytes at once, as the copy engine and tensor cores want them.
+bool ReadWide(std::initializer_list<ConstTensorView> tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const ConstTensorView& rows) {
+    return reinterpret_cast<uintptr_t>(rows.raw()) % 16 == 0 && rows.stride0() % 8 == 0;
+  });
 }
 
 // Attention with the matrix kernels.
@@ -322,7 +318,7 @@ void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment,
   const GpuAttention kernel =
       ChooseGpuAttention(cuda::ComputeCapability(), segment.rows, heads, kv.kv_heads, kv.head_dim,
                          kv.dtype, /*causal=*/true, /*biased=*/false);
-  if (kernel == GpuAttention::kDecode) {
+  if (kernel == GpuAttention::kDecode && ReadWide({q})) {
     const KvSegment alone{.row = 0, .rows = 1, .begin = segment.begin, .kv = kv};
     return DecodeOnGpu(ctx, q, {&alone, 1}, heads, scale, out);
   }
@@ -331,7 +327,7 @@ void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment,
   // Room for more, so that lengths near each other are the same step.
   table.resize((table.size() + kTogether) / kTogether * kTogether, 0);
   const int32_t* const there = Within(ctx, table);
-  if (IsFlash(kernel)) {
+  if (IsFlash(kernel) && ReadWide({q})) {
     return FlashAttention(ctx, {.q = q.raw(),
                                 .out = out.raw(),
                                 .blocks = kv.base,
@@ -362,7 +358,7 @@ void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment,
 
 void CausalOnGpu(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment> segments,
                  int heads, float scale, TensorView out) {
-  bool decodes = true;
+  bool decodes = ReadWide({q});
   for (size_t i = 0; i < segments.size(); ++i) {
     const KvSegment& s = segments[i];
     decodes = decodes && s.rows == 1 && s.row == segments[0].row + static_cast<int64_t>(i) &&
@@ -458,7 +454,8 @@ void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, Co
   if (keys == 0) throw Error(std::string("[") + kOp + "] queries need at least one key");
   if (OnGpu(kOp, ctx, {q, k, v, out, key_bias})) {
     if (IsFlash(ChooseGpuAttention(cuda::ComputeCapability(), queries / batch, heads, heads,
-                                   head_dim, q.dtype(), false, !key_bias.empty()))) {
+                                   head_dim, q.dtype(), false, !key_bias.empty())) &&
+        ReadWide({q, k, v, out})) {
       return FlashAttention(ctx, {.q = q.raw(),
                                   .k = k.raw(),
                                   .v = v.raw(),
@@ -646,7 +643,7 @@ void LoadKv(ExecContext& ctx, const KvLayerView& kv, int64_t begin, TensorView k
 void GatherKv(ExecContext& ctx, const KvLayerView& from, std::span<const int32_t> rows,
               const KvLayerView& to) {
   constexpr char kOp[] = "gather_kv";
-  CheckRows(kOp, from, rows);
+  const int64_t end = CheckRows(kOp, from, rows);
   CheckKv(kOp, to, 0, static_cast<int64_t>(rows.size()));
   if (from.kv_heads != to.kv_heads || from.head_dim != to.head_dim || from.dtype != to.dtype) {
     throw Error("[gather_kv] both caches must have the same heads, head size and dtype");
@@ -661,7 +658,7 @@ void GatherKv(ExecContext& ctx, const KvLayerView& from, std::span<const int32_t
     std::vector<int32_t> numbers(rows.begin(), rows.end());
     AppendBlocks(to, 0, count, numbers);
     const size_t source = numbers.size();
-    AppendBlocks(from, 0, rows.back() + 1, numbers);
+    AppendBlocks(from, 0, end, numbers);
     const int32_t* const there = Within(ctx, numbers);
     return ctx.Queue(cuda::GatherKv, BlocksOf(from), there + source, there, count, there + count);
   }
@@ -677,7 +674,7 @@ void MeanAttentionRow(ExecContext& ctx, ConstTensorView q, int heads, float scal
                       std::span<float> out) {
   constexpr char kOp[] = "mean_attention_row";
   CheckScale(kOp, scale);
-  CheckRows(kOp, kv, rows);
+  const int64_t end = CheckRows(kOp, kv, rows);
   if (heads < 1 || heads % kv.kv_heads != 0) {
     throw Error(std::string("[") + kOp + "] heads must be a multiple of the " +
                 std::to_string(kv.kv_heads) + " kv heads, got " + std::to_string(heads));
@@ -695,7 +692,7 @@ void MeanAttentionRow(ExecContext& ctx, ConstTensorView q, int heads, float scal
     const auto keys = static_cast<int64_t>(out.size());
     if (keys == 0) return;
     std::vector<int32_t> numbers(rows.begin(), rows.end());
-    if (!rows.empty()) AppendBlocks(kv, 0, rows.back() + 1, numbers);
+    AppendBlocks(kv, 0, end, numbers);
     const int32_t* const there = Within(ctx, numbers);
     cuda::KeyScoreArgs args;
     args.q = q.raw();
@@ -747,6 +744,13 @@ void CausalAttention(ExecContext& ctx, ConstTensorView q, std::span<const KvSegm
                   std::to_string(kv.kv_heads) + " kv heads, got " + std::to_string(heads));
     }
     CheckMatrix(kOp, "q", q, all, int64_t{heads} * kv.head_dim, kv.dtype);
+    if (const KvLayerView& first = segments.front().kv;
+        kv.kv_heads != first.kv_heads || kv.head_dim != first.head_dim) {
+      throw Error(std::string("[") + kOp + "] all sequences must have " +
+                  std::to_string(first.kv_heads) + " kv heads of size " +
+                  std::to_string(first.head_dim) + ", got " + std::to_string(kv.kv_heads) + " of " +
+                  std::to_string(kv.head_dim));
+    }
     count += segment.rows;
   }
   CheckMatrix(kOp, "out", out, count, q.dim(1), q.dtype());

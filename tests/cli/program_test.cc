@@ -390,7 +390,21 @@ TEST_F(ProgramTest, MemoriesThatCannotWorkAreRefused) {
   ExpectRefused("eval --memory --memory-window 40000", "--memory-window smaller by");
   ExpectRefused("eval --recall-distances 10", "add --memory");
   ExpectRefused("eval --memory --recall-distances 0", "distances");
-  ExpectRefused("bench --memory" + model_, "[bench]");
+}
+
+TEST_F(ProgramTest, BenchMeasuresAStreamWhoseWindowSlides) {
+  const Outcome outcome = Sluice(
+      "bench --json --seconds 0 --batch 4 --threads 1 --memory --memory-window 130"
+      " --memory-recall 4" +
+      model_);
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  const json memory = json::parse(outcome.out)["memory"];
+  EXPECT_GT(memory["sliding_frames_per_s"], 0.0);
+  EXPECT_GT(memory["whole_frames_per_s"], 0.0);
+  EXPECT_GT(memory["bytes_per_frame"], 0.0);
+  EXPECT_GT(memory["question_ms"], 0.0);
+  EXPECT_EQ(memory["staged_bytes"], 0);  // on the CPU nothing is on its way
+  EXPECT_FALSE(memory.contains("gpu_bytes_in_use"));
 }
 
 TEST_F(ProgramTest, BenchMeasuresEveryStageAgainstThePeak) {

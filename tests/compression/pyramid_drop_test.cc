@@ -478,7 +478,7 @@ TEST(MeanAttentionRowTest, EqualsTheNaiveRowOverCachedAndNewKeys) {
     ExecContext ctx({.num_threads = 2});
     KvCache cache(std::make_shared<KvBlockPool>(
         KvGeometry{.num_layers = 1, .kv_heads = kKv, .head_dim = kDim, .dtype = dtype}, 0));
-    cache.Reserve(150);
+    cache.Reserve(ctx, 150);
     std::mt19937 random(3);
     std::normal_distribution<float> normal(0, 1);
     const auto rows = [&](int64_t count, int64_t width) {

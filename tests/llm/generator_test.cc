@@ -57,12 +57,13 @@ class ScriptedDecoder : public Decoder {
  public:
   ScriptedDecoder(std::vector<int32_t> script, int64_t max_positions)
       : script_(std::move(script)), max_positions_(max_positions) {}
-  void Step(ExecContext&, std::span<SequenceStep> sequences, const DecoderProbe&) const override {
+  void Step(ExecContext& ctx, std::span<SequenceStep> sequences,
+            const DecoderProbe&) const override {
     for (SequenceStep& step : sequences) {
       if (step.cache->length() + step.embeddings.dim(0) > max_positions_) {
         throw InputError("[scripted] context");
       }
-      step.cache->Reserve(step.embeddings.dim(0));
+      step.cache->Reserve(ctx, step.embeddings.dim(0));
       seen_.push_back(step.embeddings.data<float>()[0]);
       float* logits = step.logits.data<float>();
       std::fill(logits, logits + 300, 0.0f);

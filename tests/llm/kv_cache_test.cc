@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "runtime/error.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -21,17 +22,19 @@ constexpr KvGeometry kGeometry = {
 constexpr int64_t kBlockBytes = 2 * 2 * kKvBlockTokens * 8 * 4;
 
 TEST(KvCacheTest, ReserveContinuesWhereTheLastOneEnded) {
+  ExecContext ctx({});
   KvCache cache(std::make_shared<KvBlockPool>(kGeometry, 0));
-  EXPECT_EQ(cache.Reserve(5), 0);
-  EXPECT_EQ(cache.Reserve(kKvBlockTokens), 5);
+  EXPECT_EQ(cache.Reserve(ctx, 5), 0);
+  EXPECT_EQ(cache.Reserve(ctx, kKvBlockTokens), 5);
   EXPECT_EQ(cache.length(), kKvBlockTokens + 5);
-  EXPECT_EQ(cache.Reserve(0), kKvBlockTokens + 5);
+  EXPECT_EQ(cache.Reserve(ctx, 0), kKvBlockTokens + 5);
   EXPECT_EQ(cache.SizeBytes(), 3 * 2 * kBlockBytes);
 }
 
 TEST(KvCacheTest, LayersNeverShareBlocksAndKeepThemWhenTheCacheGrows) {
+  ExecContext ctx({});
   KvCache cache(std::make_shared<KvBlockPool>(kGeometry, 0));
-  cache.Reserve(2 * kKvBlockTokens);
+  cache.Reserve(ctx, 2 * kKvBlockTokens);
   std::vector<std::vector<void*>> before;
   for (int layer = 0; layer < kGeometry.num_layers; ++layer) {
     const KvLayerView view = cache.layer(layer);
@@ -39,7 +42,7 @@ TEST(KvCacheTest, LayersNeverShareBlocksAndKeepThemWhenTheCacheGrows) {
     EXPECT_EQ(view.head_dim, 8);
     before.emplace_back(view.blocks.begin(), view.blocks.end());
   }
-  cache.Reserve(500);
+  cache.Reserve(ctx, 500);
   std::set<void*> seen;
   for (int layer = 0; layer < kGeometry.num_layers; ++layer) {
     const KvLayerView view = cache.layer(layer);
@@ -50,13 +53,14 @@ TEST(KvCacheTest, LayersNeverShareBlocksAndKeepThemWhenTheCacheGrows) {
 }
 
 TEST(KvCacheTest, RewindingGivesWholeBlocksBackAndKeepsTheRest) {
+  ExecContext ctx({});
   auto pool = std::make_shared<KvBlockPool>(kGeometry, 0);
   {
     KvCache cache(pool);
-    cache.Reserve(kKvBlockTokens + 10);
+    cache.Reserve(ctx, kKvBlockTokens + 10);
     const KvCache::Mark mark = cache.MarkHere();
     void* const first = cache.layer(1).blocks[0];
-    cache.Reserve(3 * kKvBlockTokens);
+    cache.Reserve(ctx, 3 * kKvBlockTokens);
     EXPECT_EQ(pool->bytes_in_use(), 3 * 5 * kBlockBytes);
     cache.RewindTo(mark);
     EXPECT_EQ(cache.length(), kKvBlockTokens + 10);
@@ -88,19 +92,20 @@ bool Holds(const KvCache& cache, int64_t begin, int64_t end, float value) {
 }
 
 TEST(KvCacheTest, ABranchSharesBlocksAndGoesOnByItself) {
+  ExecContext ctx({});
   auto pool = std::make_shared<KvBlockPool>(kGeometry, 0);
   KvCache cache(pool);
   const int64_t begun = 2 * kKvBlockTokens + 10;
-  cache.Reserve(begun);
+  cache.Reserve(ctx, begun);
   Fill(cache, 0, begun, 0.5f);
   auto first = cache.Branch(), second = cache.Branch();
   EXPECT_EQ(first->length(), begun);
   EXPECT_EQ(pool->bytes_in_use(), 3 * 3 * kBlockBytes);  // nothing is copied yet
-  first->Reserve(80);
+  first->Reserve(ctx, 80);
   Fill(*first, begun, begun + 80, 0.25f);
-  cache.Reserve(100);
+  cache.Reserve(ctx, 100);
   Fill(cache, begun, begun + 100, 0.75f);
-  second->Reserve(1);
+  second->Reserve(ctx, 1);
   Fill(*second, begun, begun + 1, 0.125f);
   EXPECT_TRUE(Holds(cache, 0, begun, 0.5f) && Holds(cache, begun, begun + 100, 0.75f));
   EXPECT_TRUE(Holds(*first, 0, begun, 0.5f) && Holds(*first, begun, begun + 80, 0.25f));
@@ -113,14 +118,59 @@ TEST(KvCacheTest, ABranchSharesBlocksAndGoesOnByItself) {
   EXPECT_EQ(cache.SizeBytes(), pool->bytes_in_use());
 }
 
+// Nothing waits between the steps: their order in the stream is enough.
+TEST(KvCacheTest, BranchesOnAGpuGoOnByThemselves) {
+  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  ExecContext ctx({.device = Device::kCuda});
+  KvGeometry geometry = kGeometry;
+  geometry.device = Device::kCuda;
+  const auto pool = std::make_shared<KvBlockPool>(geometry, 0);
+  const auto store = [&](KvCache& cache, int64_t begin, int64_t count, float value) {
+    cache.Reserve(ctx, count);
+    const Tensor rows(DType::kF32, {count, 16});
+    std::fill_n(rows.data<float>(), 16 * count, value);
+    const Tensor there = TransferTo(ctx, rows, Device::kCuda);
+    for (int i = 0; i < geometry.num_layers; ++i) StoreKv(ctx, there, there, begin, cache.layer(i));
+  };
+  const auto expect = [&](const KvCache& cache, const std::vector<float>& want) {
+    const auto count = static_cast<int64_t>(want.size());
+    for (int i = 0; i < geometry.num_layers; ++i) {
+      const Tensor keys(DType::kF32, {count, 16}, Device::kCuda);
+      const Tensor values(DType::kF32, {count, 16}, Device::kCuda);
+      LoadKv(ctx, cache.layer(i), 0, keys, values);
+      for (const Tensor* rows : {&keys, &values}) {
+        const Tensor got = TransferTo(ctx, *rows, Device::kCpu);
+        for (int64_t j = 0; j < 16 * count; ++j) {
+          ASSERT_EQ(got.data<float>()[j], want[j / 16]) << "layer " << i << ", row " << j / 16;
+        }
+      }
+    }
+  };
+  std::vector<float> want(70, 0.5f);
+  KvCache cache(pool);
+  store(cache, 0, 70, 0.5f);
+  for (int round = 0; round < 20; ++round) {
+    const auto branch = cache.Branch();
+    store(*branch, 70, 3, 0.25f);
+    store(cache, 70, 2, 0.75f);
+    std::vector<float> branched = want, grown = want;
+    branched.resize(73, 0.25f);
+    grown.resize(72, 0.75f);
+    expect(*branch, branched);
+    expect(cache, grown);
+    cache.RewindTo({70});
+  }
+}
+
 TEST(KvCacheTest, ABranchOutlivesItsOriginAndAnOriginThatIsRewoundUnderIt) {
+  ExecContext ctx({});
   auto pool = std::make_shared<KvBlockPool>(kGeometry, 0);
   auto cache = std::make_unique<KvCache>(pool);
-  cache->Reserve(3 * kKvBlockTokens);
+  cache->Reserve(ctx, 3 * kKvBlockTokens);
   Fill(*cache, 0, 3 * kKvBlockTokens, 0.5f);
   const auto branch = cache->Branch();
   cache->RewindTo({kKvBlockTokens + 7});
-  cache->Reserve(kKvBlockTokens);
+  cache->Reserve(ctx, kKvBlockTokens);
   Fill(*cache, kKvBlockTokens + 7, 2 * kKvBlockTokens + 7, 0.75f);
   EXPECT_TRUE(Holds(*branch, 0, 3 * kKvBlockTokens, 0.5f));
   EXPECT_TRUE(Holds(*cache, 0, kKvBlockTokens + 7, 0.5f));
@@ -130,13 +180,14 @@ TEST(KvCacheTest, ABranchOutlivesItsOriginAndAnOriginThatIsRewoundUnderIt) {
 }
 
 TEST(KvCacheTest, ABranchThatFindsNoRoomToCopyLeavesBothAsTheyWere) {
+  ExecContext ctx({});
   auto pool = std::make_shared<KvBlockPool>(kGeometry, 5 * kBlockBytes);  // one to spare of three
   KvCache cache(pool);
-  cache.Reserve(10);
+  cache.Reserve(ctx, 10);
   Fill(cache, 0, 10, 0.5f);
   {
     const auto branch = cache.Branch();
-    EXPECT_THROW(branch->Reserve(1), ResourceExhausted);
+    EXPECT_THROW(branch->Reserve(ctx, 1), ResourceExhausted);
     EXPECT_EQ(branch->length(), 10);
     EXPECT_TRUE(Holds(*branch, 0, 10, 0.5f) && Holds(cache, 0, 10, 0.5f));
   }
@@ -144,14 +195,15 @@ TEST(KvCacheTest, ABranchThatFindsNoRoomToCopyLeavesBothAsTheyWere) {
 }
 
 TEST(KvCacheTest, AnExhaustedBudgetLeavesTheCacheUnchanged) {
+  ExecContext ctx({});
   // Room for 7 blocks: two of each of the three layers, and one.
   auto pool = std::make_shared<KvBlockPool>(kGeometry, 7 * kBlockBytes + 100);
   KvCache cache(pool), other(pool);
-  cache.Reserve(kKvBlockTokens);
-  other.Reserve(1);
+  cache.Reserve(ctx, kKvBlockTokens);
+  other.Reserve(ctx, 1);
   const int64_t before = pool->bytes_in_use();
   try {
-    cache.Reserve(1);
+    cache.Reserve(ctx, 1);
     FAIL() << "the budget holds one more block, three are needed";
   } catch (const ResourceExhausted& error) {
     EXPECT_NE(std::string(error.what()).find(std::to_string(7 * kBlockBytes + 100)),
@@ -162,7 +214,7 @@ TEST(KvCacheTest, AnExhaustedBudgetLeavesTheCacheUnchanged) {
   EXPECT_EQ(cache.layer(0).blocks.size(), 1u);
   EXPECT_EQ(pool->bytes_in_use(), before);
   other.RewindTo({0});
-  EXPECT_EQ(cache.Reserve(1), kKvBlockTokens);
+  EXPECT_EQ(cache.Reserve(ctx, 1), kKvBlockTokens);
 }
 
 TEST(KvCacheTest, BlocksHoldFiniteNumbersFromTheStart) {
@@ -182,11 +234,12 @@ TEST(KvCacheTest, ThreadsShareAPoolWithinItsBudget) {
   std::vector<std::thread> threads;
   for (int t = 0; t < 4; ++t) {
     threads.emplace_back([&pool, t] {
+      ExecContext ctx({});
       for (int round = 0; round < 50; ++round) {
         KvCache cache(pool);
         try {
           for (int i = 0; i < 8; ++i) {
-            cache.Reserve(kKvBlockTokens);
+            cache.Reserve(ctx, kKvBlockTokens);
             for (int layer = 0; layer < kGeometry.num_layers; ++layer) {
               std::memset(cache.layer(layer).blocks.back(), t, kBlockBytes);
             }
@@ -232,15 +285,16 @@ void ExpectFilled(const KvCache& cache, int layer) {
 }
 
 TEST(KvCacheTest, LayersMayHoldFewerRowsThanTokens) {
+  ExecContext ctx({});
   for (const KvPositions positions : {KvPositions::kTokens, KvPositions::kRows}) {
     KvCache cache(std::make_shared<KvBlockPool>(kGeometry, 0), positions);
-    cache.Reserve(4);
+    cache.Reserve(ctx, 4);
     const std::vector<int32_t> all = {4, 5, 6, 7, 8}, some = {5, 8};
-    cache.ReserveRows(0, all);
-    cache.ReserveRows(1, all);
-    cache.ReserveRows(2, some);
+    cache.ReserveRows(ctx, 0, all);
+    cache.ReserveRows(ctx, 1, all);
+    cache.ReserveRows(ctx, 2, some);
     cache.Advance(5);
-    EXPECT_EQ(cache.Reserve(2), 9);
+    EXPECT_EQ(cache.Reserve(ctx, 2), 9);
     EXPECT_EQ(cache.rows(0), 11);
     EXPECT_EQ(cache.rows(2), 8);
     EXPECT_EQ(cache.RowsOfAllLayers(), 30);
@@ -254,7 +308,7 @@ TEST(KvCacheTest, LayersMayHoldFewerRowsThanTokens) {
     EXPECT_EQ(cache.rows(0), 8);
     EXPECT_EQ(cache.rows(2), 5);
     cache.RewindTo({4});
-    EXPECT_EQ(cache.Reserve(1), 4);
+    EXPECT_EQ(cache.Reserve(ctx, 1), 4);
     EXPECT_EQ(cache.rows(2), 5);
     EXPECT_EQ(cache.TokenOf(2, 4), 4);
   }
@@ -264,7 +318,7 @@ TEST(KvCacheTest, HiddenRowsComeBackWhenTheCacheIsRewound) {
   ExecContext ctx({});
   auto pool = std::make_shared<KvBlockPool>(kGeometry, 0);
   KvCache cache(pool);
-  cache.Reserve(200);
+  cache.Reserve(ctx, 200);
   for (int layer = 0; layer < 3; ++layer) Fill(cache, layer, 0);
   const int64_t bytes = pool->bytes_in_use();
   const KvCache::Mark mark = cache.MarkHere();
@@ -277,7 +331,7 @@ TEST(KvCacheTest, HiddenRowsComeBackWhenTheCacheIsRewound) {
   EXPECT_EQ(cache.rows(1), 100);
   EXPECT_EQ(cache.rows(2), 4);
   EXPECT_EQ(cache.TokenOf(2, 3), 199);
-  cache.Reserve(70);
+  cache.Reserve(ctx, 70);
   for (int layer = 0; layer < 3; ++layer) Fill(cache, layer, cache.rows(layer) - 70);
   cache.RewindTo({230});  // within what came behind: the selection stays
   EXPECT_EQ(cache.rows(2), 34);
@@ -299,7 +353,7 @@ TEST(KvCacheTest, HidingRowsWithoutMemoryChangesNothing) {
   ExecContext ctx({});
   auto pool = std::make_shared<KvBlockPool>(kGeometry, 7 * kBlockBytes);
   KvCache cache(pool);
-  cache.Reserve(100);
+  cache.Reserve(ctx, 100);
   Fill(cache, 1, 0);
   std::vector<int32_t> rows(90);
   std::iota(rows.begin(), rows.end(), 5);
@@ -308,7 +362,7 @@ TEST(KvCacheTest, HidingRowsWithoutMemoryChangesNothing) {
   EXPECT_EQ(cache.rows(1), 100);
   ExpectFilled(cache, 1);
   KvCache turning(std::make_shared<KvBlockPool>(kGeometry, 0), KvPositions::kRows);
-  turning.Reserve(100);
+  turning.Reserve(ctx, 100);
   EXPECT_THROW(turning.KeepRows(ctx, 1, rows), Error);
 }
 
@@ -341,7 +395,7 @@ TEST(KvCacheTest, SlidingKeepsPinnedRowsTurnedAndTheNewestRowsAsTheyWere) {
     for (const auto& [more, blocks] :
          {std::pair(pinned + 64, 1), std::pair(int64_t{300}, 2), std::pair(int64_t{1}, 1),
           std::pair(int64_t{63}, 1), std::pair(int64_t{130}, 2)}) {
-      const int64_t begin = cache.Reserve(more), row = begin - gone;
+      const int64_t begin = cache.Reserve(ctx, more), row = begin - gone;
       for (int layer = 0; layer < kGeometry.num_layers; ++layer) {
         StoreKv(ctx, keys[layer].view().Slice(begin, begin + more),
                 values[layer].view().Slice(begin, begin + more), row, cache.layer(layer));
@@ -377,7 +431,7 @@ TEST(KvCacheTest, SlidingKeepsPinnedRowsTurnedAndTheNewestRowsAsTheyWere) {
       }
     }
     const int64_t length = cache.length();
-    cache.Reserve(100);
+    cache.Reserve(ctx, 100);
     cache.RewindTo({length});
     EXPECT_EQ(cache.MeanRowsSince(length - 3), 3);
     EXPECT_THROW(cache.RewindTo({gone + pinned - 1}), Error);
@@ -395,7 +449,7 @@ TEST(KvCacheTest, ASlideThatFindsNoBlockLeavesTheCacheAsItWas) {
   std::fill_n(frequencies.data<float>(), 4, 1.0f);
   auto pool = std::make_shared<KvBlockPool>(kGeometry, 3 * 4 * kBlockBytes + 2 * kBlockBytes);
   KvCache cache(pool);
-  cache.Reserve(4 * kKvBlockTokens);
+  cache.Reserve(ctx, 4 * kKvBlockTokens);
   const int64_t bytes = cache.SizeBytes();
   EXPECT_THROW(cache.Slide(ctx, frequencies, 5, 1), ResourceExhausted);
   EXPECT_EQ(cache.gone(), 0);

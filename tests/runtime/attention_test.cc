@@ -529,6 +529,21 @@ TEST(CausalAttentionTest, PositionsOutsideTheCacheAreNamed) {
   EXPECT_NO_THROW(StoreKv(ctx, k, k, 62, cache.view()));
 }
 
+TEST(CausalAttentionTest, SequencesOfDifferentHeadsAreRefused) {
+  ExecContext ctx({.num_threads = 1});
+  Cache one(DType::kF32, 1, 8, 64), two(DType::kF32, 2, 8, 64), narrow(DType::kF32, 1, 4, 64);
+  const Tensor q = Random(DType::kF32, 2, 16, 2);
+  const Tensor out(DType::kF32, {2, 16});
+  const auto attend = [&](Cache& second) {
+    const KvSegment segments[] = {{.row = 0, .rows = 1, .begin = 0, .kv = one.view()},
+                                  {.row = 1, .rows = 1, .begin = 0, .kv = second.view()}};
+    CausalAttention(ctx, q, segments, 2, 1.0f, out);
+  };
+  EXPECT_NO_THROW(attend(one));
+  EXPECT_THROW(attend(two), Error);
+  EXPECT_THROW(attend(narrow), Error);
+}
+
 TEST(StoreKvTest, LaysKeysOutByRowAndValuesByColumn) {
   ExecContext ctx({.num_threads = 2});
   constexpr int kKvHeads = 3, kHeadDim = 5;

@@ -12,6 +12,7 @@
 
 #include "runtime/ops/attention.h"
 #include "runtime/ops/embedding.h"
+#include "runtime/ops/kv_layers.h"
 #include "runtime/ops/rows.h"
 #include "runtime/transfer.h"
 #include "tests/support/tensor_testing.h"
@@ -339,6 +340,140 @@ TEST_F(CudaKvTest, RowsAreConvertedAndEmbedded) {
       Convert(*gpu_, gtable.view().Columns(3, 33), gy);
       EXPECT_EQ(Values(TransferTo(*gpu_, gy, Device::kCpu)), Values(y));
     }
+  }
+}
+
+TEST_F(CudaKvTest, RowsNeedNotAscend) {
+  for (const DType dtype : kTypes) {
+    const Blocks blocks(*gpu_, 2, 40, dtype, 450, 1);
+    Fill(blocks, 200, 2);
+    const std::vector<int32_t> rows = {130, 5, 199, 0, 64};
+    KvLayerView to = blocks.cuda, to_host = blocks.cpu;
+    to.blocks = to.blocks.subspan(5);
+    to_host.blocks = to_host.blocks.subspan(5);
+    GatherKv(*gpu_, blocks.cuda, rows, to);
+    GatherKv(reference_, blocks.cpu, rows, to_host);
+    const Tensor keys(dtype, {5, 80}), values(dtype, {5, 80});
+    const Tensor k(dtype, {5, 80}, Device::kCuda), v(dtype, {5, 80}, Device::kCuda);
+    LoadKv(reference_, to_host, 0, keys, values);
+    LoadKv(*gpu_, to, 0, k, v);
+    EXPECT_EQ(Values(TransferTo(*gpu_, k, Device::kCpu)), Values(keys));
+    EXPECT_EQ(Values(TransferTo(*gpu_, v, Device::kCpu)), Values(values));
+    const Tensor q = RandomTensor(dtype, {1, 6 * 40}, 3), none(dtype, {0, 80});
+    std::vector<float> want(rows.size()), got(rows.size());
+    MeanAttentionRow(reference_, q, 6, 0.2f, blocks.cpu, rows, none, want);
+    MeanAttentionRow(*gpu_, There(q), 6, 0.2f, blocks.cuda, rows, There(none), got);
+    for (size_t i = 0; i < want.size(); ++i) EXPECT_NEAR(got[i], want[i], 2e-6) << i;
+  }
+}
+
+// The matrix kernels read 16 bytes at once.
+TEST_F(CudaKvTest, RowsAtAnyDistanceAreAttendedTo) {
+  constexpr int kHeads = 4, kSize = 64;
+  constexpr int64_t kQueries = 70, kWidth = kHeads * kSize;
+  for (const DType dtype : kTypes) {
+    const Blocks blocks(*gpu_, 2, kSize, dtype, 100, 7);
+    Fill(blocks, 100, 8);
+    const Tensor q = RandomTensor(dtype, {kQueries, kWidth + 3}, 9), gq = There(q);
+    const Tensor want(dtype, {kQueries, kWidth}), got(dtype, {kQueries, kWidth}, Device::kCuda);
+    for (const int64_t begin : {0, 3}) {
+      const auto columns = [&](const Tensor& x) { return x.view().Columns(begin, begin + kWidth); };
+      CausalAttention(reference_, columns(q), 30, kHeads, 0.125f, blocks.cpu, want);
+      CausalAttention(*gpu_, columns(gq), 30, kHeads, 0.125f, blocks.cuda, got);
+      ExpectEqual(got, want, "causal attention");
+      const Tensor one(dtype, {1, kWidth}), decoded(dtype, {1, kWidth}, Device::kCuda);
+      CausalAttention(reference_, columns(q).Slice(5, 6), 99, kHeads, 0.125f, blocks.cpu, one);
+      CausalAttention(*gpu_, columns(gq).Slice(5, 6), 99, kHeads, 0.125f, blocks.cuda, decoded);
+      ExpectEqual(decoded, one, "decoding");
+      EncoderAttention(reference_, columns(q), columns(q), columns(q), 2, kHeads, kSize, 0.125f,
+                       want);
+      EncoderAttention(*gpu_, columns(gq), columns(gq), columns(gq), 2, kHeads, kSize, 0.125f, got);
+      ExpectEqual(got, want, "encoder attention");
+    }
+  }
+}
+
+TEST_F(CudaKvTest, RowsOfAllLayersArePackedAsOnTheCpu) {
+  constexpr int kLayers = 3;
+  const auto bytes = [](const Tensor& x) {
+    return std::vector<uint8_t>(x.data<uint8_t>(), x.data<uint8_t>() + x.SizeBytes());
+  };
+  for (const DType dtype : kTypes) {
+    for (const auto& [heads, size] : {std::pair(1, 8), std::pair(4, 128), std::pair(3, 6)}) {
+      const int64_t width = int64_t{heads} * size;
+      const Blocks all(*gpu_, heads, size, dtype, 2 * kLayers * 6 * kKvBlockTokens, 1);
+      std::vector<KvLayerView> cpu, cuda, cpu_to, cuda_to;
+      for (int i = 0; i < 2 * kLayers; ++i) {
+        KvLayerView host = all.cpu, there = all.cuda;
+        host.blocks = host.blocks.subspan(6 * i, 6);
+        there.blocks = there.blocks.subspan(6 * i, 6);
+        (i < kLayers ? cpu : cpu_to).push_back(host);
+        (i < kLayers ? cuda : cuda_to).push_back(there);
+      }
+      for (int i = 0; i < kLayers; ++i) {
+        const Tensor rows = RandomTensor(dtype, {640, width}, 10 + i);
+        const Tensor there = There(rows);
+        StoreKv(reference_, rows.view().Slice(0, 320), rows.view().Slice(320, 640), 0, cpu[i]);
+        StoreKv(*gpu_, there.view().Slice(0, 320), there.view().Slice(320, 640), 0, cuda[i]);
+      }
+      for (const auto& [begin, count] : {std::pair(0, 0), std::pair(0, 1), std::pair(63, 2),
+                                         std::pair(77, 196), std::pair(0, 320)}) {
+        SCOPED_TRACE(std::string(Name(dtype)) + " " + std::to_string(width) + " from " +
+                     std::to_string(begin) + ", " + std::to_string(count));
+        for (const KvPacking packing : {KvPacking::kPlain, KvPacking::kInt8}) {
+          const Shape shape{kLayers * PackedKvBytes(cpu[0], count, packing)};
+          const Tensor want(DType::kU8, shape), got(DType::kU8, shape, Device::kCuda);
+          if (count == 0) {
+            std::fill_n(want.data<uint8_t>(), want.SizeBytes(), uint8_t{0});
+            Transfer(*gpu_, want, got);
+          }
+          PackKv(reference_, cpu, begin, count, packing, want);
+          PackKv(*gpu_, cuda, begin, count, packing, got);
+          EXPECT_EQ(bytes(TransferTo(*gpu_, got, Device::kCpu)), bytes(want))
+              << (packing == KvPacking::kInt8 ? "int8" : "plain");
+          if (packing == KvPacking::kInt8 || count == 0) continue;
+          UnpackKv(reference_, want, count, cpu_to, 5);
+          UnpackKv(*gpu_, got, count, cuda_to, 5);
+          const Tensor again(DType::kU8, shape), back(DType::kU8, shape, Device::kCuda);
+          PackKv(reference_, cpu_to, 5, count, packing, again);
+          PackKv(*gpu_, cuda_to, 5, count, packing, back);
+          EXPECT_EQ(bytes(again), bytes(want));
+          EXPECT_EQ(bytes(TransferTo(*gpu_, back, Device::kCpu)), bytes(want));
+        }
+      }
+      if (size % 2 != 0) continue;
+      Tensor frequencies(DType::kF32, {size / 2});
+      for (int i = 0; i < size / 2; ++i) {
+        frequencies.data<float>()[i] = std::pow(1e4f, -2.0f * static_cast<float>(i) / size);
+      }
+      const std::vector<int32_t> counts = {1, 100, 49, 64};
+      // The angles of the last are formed in double.
+      for (const int32_t first : {70, 20'000, 1'000'000}) {
+        const Shape shape{4, kLayers * width};
+        const Tensor want(DType::kF32, shape), got(DType::kF32, shape, Device::kCuda);
+        MeanKeys(reference_, cpu, 70, counts, first, frequencies, want);
+        MeanKeys(*gpu_, cuda, 70, counts, first, There(frequencies), got);
+        // Sines good to 2 ulp, and sums of at most 100 terms in another order.
+        ExpectClose(TransferTo(*gpu_, got, Device::kCpu), Values(want), 2e-6, 1e-5, "means");
+      }
+    }
+  }
+}
+
+TEST_F(CudaKvTest, QuantisedRowsAreWidenedAsOnTheCpu) {
+  constexpr int64_t kRows = 77, kHeads = 3, kWidth = 3 * 24;
+  Tensor x(DType::kI8, {kRows, kWidth}), runs(DType::kI32, {kRows});
+  std::mt19937 random(1);
+  for (int64_t i = 0; i < kRows * kWidth; ++i) {
+    x.data<int8_t>()[i] = static_cast<int8_t>(static_cast<int>(random() % 255) - 127);
+  }
+  for (int64_t i = 0; i < kRows; ++i) runs.data<int32_t>()[i] = static_cast<int32_t>(i / 20);
+  const Tensor scales = RandomTensor(DType::kF32, {4, kHeads}, 2);
+  for (const DType dtype : kTypes) {
+    const Tensor want(dtype, x.shape()), got(dtype, x.shape(), Device::kCuda);
+    DequantiseKv(reference_, x, runs, scales, want);
+    DequantiseKv(*gpu_, There(x), There(runs), There(scales), got);
+    EXPECT_EQ(Values(TransferTo(*gpu_, got, Device::kCpu)), Values(want));
   }
 }
 

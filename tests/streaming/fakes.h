@@ -128,7 +128,7 @@ class FakeDecoder : public Decoder {
         if (step.cache->length() + step.embeddings.dim(0) > positions) {
           throw InputError("[fake] too many positions");
         }
-        step.cache->Reserve(step.embeddings.dim(0));
+        step.cache->Reserve(ctx, step.embeddings.dim(0));
       }
     } catch (...) {
       for (size_t i = 0; i < begins.size(); ++i) sequences[i].cache->RewindTo({begins[i]});

@@ -12,6 +12,7 @@
 
 #include "runtime/error.h"
 #include "runtime/ops/attention.h"
+#include "runtime/transfer.h"
 #include "streaming/engine.h"
 #include "streaming/pipeline.h"
 
@@ -29,14 +30,25 @@ FramePtr NoiseFrame(int index) {
   return frame;
 }
 
-Engine Open(int64_t kv_budget_bytes = 0) {
-  EngineOptions options;
-  options.model = std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_tied";
-  options.vlm.compute_type = DType::kF32;
-  options.num_threads = 1;
-  options.kv_budget_bytes = kv_budget_bytes;
-  return Engine(options);
-}
+class MemorySessionTest : public testing::TestWithParam<Device> {
+ protected:
+  void SetUp() override {
+    if (GetParam() == Device::kCuda && cuda::DeviceCount() == 0) {
+      GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+    }
+  }
+  static Engine Open(int64_t kv_budget_bytes = 0) {
+    EngineOptions options;
+    options.model = std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_tied";
+    options.vlm.compute_type = DType::kF32;
+    options.vlm.device = GetParam();
+    options.num_threads = 1;
+    options.kv_budget_bytes = kv_budget_bytes;
+    return Engine(options);
+  }
+};
+INSTANTIATE_TEST_SUITE_P(Devices, MemorySessionTest, testing::Values(Device::kCpu, Device::kCuda),
+                         [](const auto& info) { return Name(info.param); });
 
 SessionOptions WithMemory(int64_t window, int recall) {
   SessionOptions options;
@@ -57,9 +69,10 @@ std::vector<std::vector<float>> Contents(ExecContext& ctx, const KvCache& cache)
   std::vector<std::vector<float>> layers;
   const KvGeometry& kv = cache.pool()->geometry();
   for (int layer = 0; layer < kv.num_layers; ++layer) {
-    const Tensor both(DType::kF32, {2 * cache.rows(layer), kv.kv_heads * kv.head_dim});
-    LoadKv(ctx, cache.layer(layer), 0, both.view().Slice(0, cache.rows(layer)),
-           both.view().Slice(cache.rows(layer), both.dim(0)));
+    const Tensor there(DType::kF32, {2 * cache.rows(layer), kv.kv_heads * kv.head_dim}, kv.device);
+    LoadKv(ctx, cache.layer(layer), 0, there.view().Slice(0, cache.rows(layer)),
+           there.view().Slice(cache.rows(layer), there.dim(0)));
+    const Tensor both = TransferTo(ctx, there, Device::kCpu);
     layers.emplace_back(both.data<float>(), both.data<float>() + both.shape().NumElements());
   }
   return layers;
@@ -75,7 +88,7 @@ std::string Refusal(const std::function<void()>& act) {
   return "";
 }
 
-TEST(MemorySessionTest, WhileTheStreamFitsTheWindowNothingDiffersFromNoMemory) {
+TEST_P(MemorySessionTest, WhileTheStreamFitsTheWindowNothingDiffersFromNoMemory) {
   const Engine engine = Open();
   const auto ctx = engine.NewContext();
   SessionOptions plain = WithMemory(1, 1);
@@ -95,7 +108,7 @@ TEST(MemorySessionTest, WhileTheStreamFitsTheWindowNothingDiffersFromNoMemory) {
   EXPECT_EQ(Contents(*ctx, a->cache), Contents(*ctx, b->cache));
 }
 
-TEST(MemorySessionTest, ALongStreamStaysWithinItsWindowAndAnswersWithEvidence) {
+TEST_P(MemorySessionTest, ALongStreamStaysWithinItsWindowAndAnswersWithEvidence) {
   const Engine engine = Open();
   const auto ctx = engine.NewContext();
   for (const int recall : {0, 5}) {
@@ -129,7 +142,7 @@ TEST(MemorySessionTest, ALongStreamStaysWithinItsWindowAndAnswersWithEvidence) {
 }
 
 // The pool is too small for the batch, or for the slide behind it: both leave no trace.
-TEST(MemorySessionTest, AnIngestThatFailsLeavesNoTrace) {
+TEST_P(MemorySessionTest, AnIngestThatFailsLeavesNoTrace) {
   const Engine roomy = Open();
   const auto ctx = roomy.NewContext();
   const SessionOptions options = WithMemory(200, 4);
@@ -155,7 +168,7 @@ TEST(MemorySessionTest, AnIngestThatFailsLeavesNoTrace) {
   EXPECT_TRUE(failed);
 }
 
-TEST(MemorySessionTest, TheDialogueIsToldWithinItsBudgetTheNewestTurnsFirst) {
+TEST_P(MemorySessionTest, TheDialogueIsToldWithinItsBudgetTheNewestTurnsFirst) {
   const Engine engine = Open();
   const auto ctx = engine.NewContext();
   SessionOptions options = WithMemory(300, 4);
@@ -180,7 +193,7 @@ TEST(MemorySessionTest, TheDialogueIsToldWithinItsBudgetTheNewestTurnsFirst) {
                                                          /*follow_up=*/false));
 }
 
-TEST(MemorySessionTest, WhatCannotFitOrGoTogetherIsRefusedInOneLine) {
+TEST_P(MemorySessionTest, WhatCannotFitOrGoTogetherIsRefusedInOneLine) {
   const Engine engine = Open();
   const auto refusal = [&](const std::function<void(SessionOptions&)>& change) {
     SessionOptions options = WithMemory(300, 4);

@@ -45,7 +45,7 @@ struct RandomDecoder {
       Add(layer + "mlp.down_proj.weight", {width, inner}, 1.1f * one, 0);
     }
     // Tests of several builds may run at once.
-    const auto directory = std::filesystem::path(testing::TempDir()) /
+    const auto directory = std::filesystem::path(::testing::TempDir()) /
                            ("sluice_random_decoder_" + std::to_string(getpid()));
     std::filesystem::create_directories(directory);
     std::map<std::string, ConstTensorView> views;

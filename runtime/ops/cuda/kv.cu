@@ -1,32 +1,14 @@
 // Moving rows in and out of blocks: a thread takes an element, neighbours take neighbours; bound by
 // memory. Attention: see at each kernel.
 #include "runtime/ops/cuda/kv.h"
+#include "runtime/ops/cuda/kv_blocks.cuh"
 #include "runtime/ops/cuda/launch.cuh"
 #include "runtime/ops/cuda/rope.cuh"
 
 namespace sluice::cuda {
 namespace {
 
-constexpr int kBlock = 64;  // positions of a block
 constexpr int kWarp = 32;
-
-// Finds rows in blocks.
-template <typename T>
-struct Blocks {
-  T* base;
-  int heads, head_dim;
-  __device__ int64_t BlockElements() const { return int64_t{2} * heads * kBlock * head_dim; }
-  __device__ T* Key(const int32_t* table, int64_t position, int head) const {
-    return base + table[position / kBlock] * BlockElements() +
-           (int64_t{head} * kBlock + position % kBlock) * head_dim;
-  }
-  __device__ int64_t ValuesBehindKeys() const { return int64_t{heads} * kBlock * head_dim; }
-};
-
-template <typename T>
-Blocks<T> BlocksOf(const void* base, int kv_heads, int head_dim) {
-  return {static_cast<T*>(const_cast<void*>(base)), kv_heads, head_dim};
-}
 
 template <bool kStore, typename T>
 __global__ void MoveKvKernel(Blocks<T> blocks, const int32_t* where, T* keys, T* values,

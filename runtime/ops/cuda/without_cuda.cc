@@ -4,8 +4,10 @@
 #include "runtime/error.h"
 #include "runtime/ops/cuda/activation.h"
 #include "runtime/ops/cuda/attention.h"
+#include "runtime/ops/cuda/copies.h"
 #include "runtime/ops/cuda/device.h"
 #include "runtime/ops/cuda/kv.h"
+#include "runtime/ops/cuda/kv_layers.h"
 #include "runtime/ops/cuda/linear.h"
 #include "runtime/ops/cuda/linear_few.h"
 #include "runtime/ops/cuda/merge.h"
@@ -50,6 +52,15 @@ void Free(void*) noexcept {}
 CaptureScope::CaptureScope() { Refuse(); }
 CaptureScope::~CaptureScope() = default;
 void CopyRows(void*, size_t, const void*, size_t, size_t, size_t, Stream) { Refuse(); }
+Event NewEvent() { Refuse(); }
+void EndEvent(Event) noexcept {}
+void Mark(Event, Stream) { Refuse(); }
+void WaitFor(Event, Stream) { Refuse(); }
+bool IsReached(Event) { Refuse(); }
+void Synchronize(Event) { Refuse(); }
+void* AllocatePinned(size_t) { Refuse(); }
+void FreePinned(void*) noexcept {}
+int64_t MemoryInUse() { Refuse(); }
 void RmsNorm(const RmsNormArgs&, Stream) { Refuse(); }
 void LayerNorm(const LayerNormArgs&, Stream) { Refuse(); }
 struct Products::State {};
@@ -89,6 +100,16 @@ void RotateAndStore(const KvBlocks&, void*, int64_t, int64_t, int, const int32_t
 }
 bool CanRotateAndStore(int, int64_t, DType) { return false; }
 void GatherKv(const KvBlocks&, const int32_t*, const int32_t*, int64_t, const int32_t*, Stream) {
+  Refuse();
+}
+void PackLayers(const KvBlocks&, const LayerRows&, void*, Stream) { Refuse(); }
+void UnpackLayers(const KvBlocks&, const LayerRows&, const void*, Stream) { Refuse(); }
+void PackLayersInt8(const KvBlocks&, const LayerRows&, uint8_t*, Stream) { Refuse(); }
+void DequantiseKv(ConstTensorView, ConstTensorView, ConstTensorView, TensorView, Stream) {
+  Refuse();
+}
+void MeanKeys(const KvBlocks&, const LayerRows&, const int32_t*, int64_t, int32_t, const float*,
+              float*, Stream) {
   Refuse();
 }
 void PlainAttention(const PlainAttentionArgs&, Stream) { Refuse(); }
