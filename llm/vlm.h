@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "llm/attention_calibration.h"
 #include "llm/decoder.h"
 #include "llm/prompt.h"
 #include "llm/tokenizer.h"
@@ -21,6 +22,7 @@ struct VlmOptions {
   // f32 or bf16; default: bf16 on a GPU, else CpuInfo::BestComputeType()
   std::optional<DType> compute_type;
   Device device = Device::kCpu;  // where the weights lie and everything runs
+  AttentionChoice attention;     // exact, quantised, or in each layer as calibrated
 };
 
 // What generation_config.json says.
@@ -43,6 +45,7 @@ struct VlmInfo {
   Device device = Device::kCpu;
   double load_seconds = 0;
   std::string fingerprint;  // Checkpoint::Fingerprint and that of config.json
+  LayerPrecisions attention;
 };
 
 class Vlm {

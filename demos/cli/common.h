@@ -22,12 +22,14 @@ using Json = nlohmann::ordered_json;
 
 // Which checkpoint, and how to compute with it.
 struct ModelFlags {
-  std::string model;   // empty: the bundled one
-  std::string dtype;   // empty: the machine's best
-  int threads = 0;     // 0: physical cores
-  std::string device;  // "cpu", "cuda"; empty: a GPU if there is one
+  std::string model;                // empty: the bundled one
+  std::string dtype;                // empty: the machine's best
+  int threads = 0;                  // 0: physical cores
+  std::string device;               // "cpu", "cuda"; empty: a GPU if there is one
+  std::string attention = "exact";  // or "sage", or a file by sluice calibrate
 };
 void AddModelFlags(CLI::App& command, ModelFlags& flags);
+void AddAttentionFlag(CLI::App& command, std::string& attention);  // one of them
 
 // Which clips of the demo world, and how many questions about each; what they hold are defaults.
 struct ClipOptions {
