@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "llm/attention_calibration.h"
 #include "llm/decoder.h"
 #include "llm/prompt.h"
 #include "llm/tokenizer.h"
@@ -25,6 +26,7 @@ struct VlmOptions {
   // Of the projections of the tower and the decoder's layers. Norms, embeddings and the lm_head
   // stay as they are. 8 bits need a GPU and bf16.
   WeightFormat weights = WeightFormat::kPlain;
+  AttentionChoice attention;  // exact, quantised, or in each layer as calibrated
 };
 
 // What generation_config.json says.
@@ -48,6 +50,7 @@ struct VlmInfo {
   Device device = Device::kCpu;
   double load_seconds = 0;
   std::string fingerprint;  // Checkpoint::Fingerprint and that of config.json
+  LayerPrecisions attention;
 };
 
 class Vlm {

@@ -177,6 +177,7 @@ void ReadServerConfig(const std::filesystem::path& file, ServerConfig& config) {
   settings.push_back({"threads", "", &config.threads});
   settings.push_back({"device", "", &config.device});
   settings.push_back({"weights", "", &config.weights});
+  settings.push_back({"attention", "", &config.attention});
   std::vector<std::string> known = {"tokens"};
   for (const Setting& setting : settings) known.push_back(setting.name);
 

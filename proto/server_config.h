@@ -13,12 +13,13 @@
 namespace sluice {
 
 struct ServerConfig {
-  std::string model;    // empty: the bundled one
-  std::string dtype;    // "f32", "bf16"; empty: the machine's best
-  int threads = 0;      // 0: physical cores
-  std::string device;   // "cpu", "cuda"; empty: a GPU if there is one
-  std::string weights;  // "bf16", "fp8", "int8"; empty: bf16
-  int64_t kv_mb = 0;    // of all streams together; 0: no limit
+  std::string model;                // empty: the bundled one
+  std::string dtype;                // "f32", "bf16"; empty: the machine's best
+  int threads = 0;                  // 0: physical cores
+  std::string device;               // "cpu", "cuda"; empty: a GPU if there is one
+  std::string weights;              // "bf16", "fp8", "int8"; empty: bf16
+  std::string attention = "exact";  // or "sage", or a file by sluice calibrate
+  int64_t kv_mb = 0;                // of all streams together; 0: no limit
   int64_t stream_kv_mb = 0;
   int64_t stream_host_mb = 1024;
   int64_t stream_disk_mb = 0;

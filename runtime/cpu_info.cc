@@ -150,9 +150,11 @@ void DetectIsa(CpuInfo& info) {
   info.avx2 = ymm && fma && (b & bit_AVX2);
   info.avx512 = zmm && info.avx2 && (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512VL) &&
                 (b & bit_AVX512DQ);
+  info.avx512_vnni = info.avx512 && (c & (1u << 11));
   const bool amx = (d & (1u << 24)) && (d & (1u << 22));  // AMX-TILE, AMX-BF16
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
     info.avx512_bf16 = info.avx512 && (a & (1u << 5));
+    info.avx_vnni = info.avx2 && (a & (1u << 4));
   }
   // Tiles are usable only where the kernel knows how to save them. This asks whether it does; the
   // permission itself is requested by whoever first uses tiles.

@@ -27,9 +27,10 @@ constexpr AnswerEnd kEnds[] = {AnswerEnd::kStop, AnswerEnd::kLength, AnswerEnd::
 constexpr DropReason kReasons[] = {
     DropReason::kQueueFull, DropReason::kRate,      DropReason::kMemory, DropReason::kOutOfOrder,
     DropReason::kBadFrame,  DropReason::kDuplicate, DropReason::kClosing};
-constexpr const char* kStages[] = {"duplicates",     "preprocess", "encode",
-                                   "compress",       "prefill",    "prefill_question",
-                                   "decoder/recall", "decode"};  // recall: of one layer
+// recall and attention: of one layer; attention: where it was asked to be quantised.
+constexpr const char* kStages[] = {
+    "duplicates",       "preprocess",     "encode", "compress",       "prefill",
+    "prefill_question", "decoder/recall", "decode", "attention/sage", "attention/exact"};
 
 double Seconds(WallTime begin, WallTime end) {
   return std::chrono::duration<double>(end - begin).count();

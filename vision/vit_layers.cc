@@ -155,6 +155,7 @@ VitLayers::VitLayers(WeightStore& weights, const VitConfig& config)
     const std::string prefix = "vision_tower.encoder.layers." + std::to_string(i) + ".";
     const std::string attention = prefix + "self_attn.";
     Layer layer;
+    if (!config.attention.empty()) layer.attention = config.attention.at(i);
     layer.norm1 = {weights, prefix + "layer_norm1", width, config.layer_norm_eps};
     layer.norm2 = {weights, prefix + "layer_norm2", width, config.layer_norm_eps};
     layer.kqv = weights.TakeProjections(
@@ -178,29 +179,32 @@ double VitLayers::Run(ExecContext& ctx, TensorView hidden, const EncodeHooks& ho
   const int64_t frames = hidden.dim(0) / rows();
   if (hooks.probe) {
     for (size_t i = 0; i < layers_.size(); ++i) {
-      RunLayer(ctx, layers_[i], hidden);
-      ShowOnHost(ctx, hooks.probe, "layer." + std::to_string(i), hidden);
+      const std::string name = "layer." + std::to_string(i);
+      RunLayer(ctx, layers_[i], hidden, hooks.probe, name);
+      ShowOnHost(ctx, hooks.probe, name, hidden);
     }
   } else {
     ctx.Recurring("encode/layers " + std::to_string(frames), [&] {
-      for (const Layer& layer : layers_) RunLayer(ctx, layer, hidden);
+      for (const Layer& layer : layers_) RunLayer(ctx, layer, hidden, nullptr, {});
     });
   }
   return static_cast<double>(frames) * FlopsPerFrame();
 }
 
-void VitLayers::Attend(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
-                       int64_t frames, TensorView out, ConstTensorView key_bias) const {
+void VitLayers::Attend(ExecContext& ctx, const Layer& layer, ConstTensorView q, ConstTensorView k,
+                       ConstTensorView v, int64_t frames, TensorView out,
+                       ConstTensorView key_bias) const {
   TraceScope trace(&ctx.tracer(), "encode/attention", q.dim(0));
   trace.AddWork(
       4.0 * q.dim(0) * (k.dim(0) / frames) * q.dim(1),
       static_cast<double>(q.SizeBytes() + k.SizeBytes() + v.SizeBytes()) + out.SizeBytes());
   const int head_dim = config_.hidden_size / config_.num_heads;
   EncoderAttention(ctx, q, k, v, frames, config_.num_heads, head_dim,
-                   1.0f / std::sqrt(static_cast<float>(head_dim)), out, key_bias);
+                   1.0f / std::sqrt(static_cast<float>(head_dim)), out, key_bias, layer.attention);
 }
 
-void VitLayers::RunLayer(ExecContext& ctx, const Layer& layer, TensorView hidden) const {
+void VitLayers::RunLayer(ExecContext& ctx, const Layer& layer, TensorView hidden,
+                         const TensorProbe& probe, const std::string& name) const {
   Workspace& workspace = ctx.workspace();
   Workspace::Scope scope(workspace);
   const int64_t count = hidden.dim(0), width = config_.hidden_size;
@@ -211,8 +215,12 @@ void VitLayers::RunLayer(ExecContext& ctx, const Layer& layer, TensorView hidden
     Workspace::Scope attention_scope(workspace);
     const TensorView kqv = workspace.Allocate(dtype_, {count, 3 * width});
     TracedLinear(ctx, "encode/qkv", narrow, layer.kqv, kqv);
-    Attend(ctx, kqv.Columns(width, 2 * width), kqv.Columns(0, width),
-           kqv.Columns(2 * width, 3 * width), count / rows(), narrow);
+    const ConstTensorView keys = kqv.Columns(0, width), queries = kqv.Columns(width, 2 * width);
+    const ConstTensorView values = kqv.Columns(2 * width, 3 * width);
+    ShowOnHost(ctx, probe, name + ".query", queries);
+    ShowOnHost(ctx, probe, name + ".key", keys);
+    ShowOnHost(ctx, probe, name + ".value", values);
+    Attend(ctx, layer, queries, keys, values, count / rows(), narrow);
   }
   TracedLinear(ctx, "encode/out", narrow, layer.out, hidden, {.accumulate = true});
   RunMlp(ctx, layer, hidden);
@@ -441,12 +449,12 @@ double VitLayers::RunPlan(ExecContext& ctx, FeatureReuse& reuse, const ReusePlan
 
     const TensorView mixed = narrow.Slice(other_rows, end);
     if (whole_rows > 0) {
-      Attend(ctx, queries.Slice(0, whole_rows), whole_keys, whole_values, frames - others,
+      Attend(ctx, layer, queries.Slice(0, whole_rows), whole_keys, whole_values, frames - others,
              mixed.Slice(0, whole_rows));
     }
     if (others > 0) {
-      Attend(ctx, queries.Slice(whole_rows, active.dim(0)), keys.Slice(0, other_rows), values,
-             others, mixed.Slice(whole_rows, active.dim(0)));
+      Attend(ctx, layer, queries.Slice(whole_rows, active.dim(0)), keys.Slice(0, other_rows),
+             values, others, mixed.Slice(whole_rows, active.dim(0)));
     }
     TracedLinear(ctx, "encode/out", mixed, layer.out, active, {.accumulate = true});
     RunMlp(ctx, layer, active);
@@ -522,7 +530,7 @@ double VitLayers::RunMerging(ExecContext& ctx, const TokenMerge& merge, TensorVi
       const TensorView narrow = workspace.Allocate(dtype_, {all, width});
       layer.norm1.Apply(ctx, tokens, narrow);
       TracedLinear(ctx, "encode/qkv", narrow, layer.kqv, kqv);
-      Attend(ctx, queries, keys, kqv.Columns(2 * width, 3 * width), frames, narrow, bias);
+      Attend(ctx, layer, queries, keys, kqv.Columns(2 * width, 3 * width), frames, narrow, bias);
       TracedLinear(ctx, "encode/out", narrow, layer.out, tokens, {.accumulate = true});
     }
     flops += 8.0 * all * width * width + 4.0 * all * count * width;

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime/ops/attention.h"
 #include "runtime/ops/linear.h"
 #include "runtime/weight_store.h"
 #include "vision/vision_encoder.h"
@@ -42,6 +43,7 @@ struct VitConfig {
   int patches = 0;        // N
   float layer_norm_eps = 0;
   Activation activation = Activation::kNone;  // between fc1 and fc2
+  std::vector<AttentionPrecision> attention;  // of each layer that runs; empty: exact in all
 };
 
 struct ReusePlan;
@@ -52,8 +54,8 @@ class VitLayers {
   VitLayers(WeightStore& weights, const VitConfig& config);
 
   // Runs all layers in place and returns how many operations that took. hidden: [F * rows(), V]
-  // f32, contiguous. A probe sees "layer.0" and so on. Throws Error on hooks that do not go
-  // together.
+  // f32, contiguous. A probe sees "layer.0" and so on, before it "layer.0.query", "layer.0.key" and
+  // "layer.0.value". Throws Error on hooks that do not go together.
   double Run(ExecContext& ctx, TensorView hidden, const EncodeHooks& hooks) const;
 
   int64_t rows() const { return config_.class_tokens + config_.patches; }  // of a frame
@@ -68,12 +70,16 @@ class VitLayers {
     LinearWeight out;  // [V, V]
     LinearWeight fc1;  // [I, V]
     LinearWeight fc2;  // [V, I]
+    AttentionPrecision attention = AttentionPrecision::kExact;
   };
 
-  void RunLayer(ExecContext& ctx, const Layer& layer, TensorView hidden) const;
+  // name: what a probe is told.
+  void RunLayer(ExecContext& ctx, const Layer& layer, TensorView hidden,
+                const TensorProbe& probe = nullptr, const std::string& name = {}) const;
   void RunMlp(ExecContext& ctx, const Layer& layer, TensorView hidden) const;
-  void Attend(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
-              int64_t frames, TensorView out, ConstTensorView key_bias = {}) const;
+  void Attend(ExecContext& ctx, const Layer& layer, ConstTensorView q, ConstTensorView k,
+              ConstTensorView v, int64_t frames, TensorView out,
+              ConstTensorView key_bias = {}) const;
   struct ReuseRoom;
   double RunReusing(ExecContext& ctx, FeatureReuse& reuse, TensorView hidden) const;
   // key: of the steps it consists of. kept_of(layer): where what is kept of the last frame computed

@@ -257,7 +257,7 @@ void AddAsk(CLI::App& app) {
                       "Fail unless at least so many answers equal the file's");
   auto* server = AddServerFlags(*command, flags->remote);
   AddModelFlags(*command, flags->model);
-  for (const char* local : {"--model", "--dtype", "--weights", "--threads"}) {
+  for (const char* local : {"--model", "--dtype", "--weights", "--threads", "--attention"}) {
     command->get_option(local)->excludes(server);
   }
   AddMethodFlags(*command, flags->methods);

@@ -10,6 +10,7 @@ namespace sluice::cli {
 
 void AddAsk(CLI::App& app);
 void AddBench(CLI::App& app);
+void AddCalibrate(CLI::App& app);
 void AddEval(CLI::App& app);
 void AddInfo(CLI::App& app);
 void AddLoad(CLI::App& app);

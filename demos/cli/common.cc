@@ -28,6 +28,15 @@ void AddModelFlags(CLI::App& command, ModelFlags& flags) {
       ->check(CLI::IsMember({"cpu", "cuda"}));
   command.add_option("--weights", flags.weights, kWeightsHelp)
       ->check(CLI::IsMember({"bf16", "fp8", "int8"}));
+  AddAttentionFlag(command, flags.attention);
+}
+
+void AddAttentionFlag(CLI::App& command, std::string& attention) {
+  command
+      .add_option("--attention", attention,
+                  "exact; sage: quantised, where that is faster; or a file by sluice calibrate, "
+                  "which says which layers bear it")
+      ->capture_default_str();
 }
 
 void AddClipOptions(CLI::App& command, const ClipOptions& flags) {
@@ -50,6 +59,11 @@ Engine OpenEngine(const ModelFlags& flags, EngineOptions options) {
     options.vlm.compute_type = flags.dtype == "f32" ? DType::kF32 : DType::kBF16;
   }
   options.num_threads = flags.threads;
+  if (flags.attention == Name(AttentionPrecision::kSage)) {
+    options.vlm.attention.precision = AttentionPrecision::kSage;
+  } else if (flags.attention != Name(AttentionPrecision::kExact)) {
+    options.vlm.attention.file = flags.attention;
+  }
   const bool has_gpu = cuda::DeviceCount() > 0;
   if (flags.device == "cuda" && !has_gpu) {
     throw InputError(

@@ -22,17 +22,19 @@ using Json = nlohmann::ordered_json;
 
 // Which checkpoint, and how to compute with it.
 struct ModelFlags {
-  std::string model;    // empty: the bundled one
-  std::string dtype;    // empty: the machine's best
-  int threads = 0;      // 0: physical cores
-  std::string device;   // "cpu", "cuda"; empty: a GPU if there is one
-  std::string weights;  // "bf16", "fp8", "int8"; empty: bf16
+  std::string model;                // empty: the bundled one
+  std::string dtype;                // empty: the machine's best
+  int threads = 0;                  // 0: physical cores
+  std::string device;               // "cpu", "cuda"; empty: a GPU if there is one
+  std::string weights;              // "bf16", "fp8", "int8"; empty: bf16
+  std::string attention = "exact";  // or "sage", or a file by sluice calibrate
 };
 // What --help says of --weights.
 inline constexpr const char* kWeightsHelp =
     "Keep the projections of all layers as computed with (bf16) or, on a GPU, in 8 bits (fp8, "
     "int8); norms, embeddings and the lm_head stay in bf16 (default: bf16)";
 void AddModelFlags(CLI::App& command, ModelFlags& flags);
+void AddAttentionFlag(CLI::App& command, std::string& attention);  // one of them
 
 // Which clips of the demo world, and how many questions about each; what they hold are defaults.
 struct ClipOptions {

@@ -1,6 +1,9 @@
 // sluice info: what a checkpoint is, what this machine offers, which fast paths will be used.
+#include <algorithm>
 #include <cstdio>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "demos/cli/commands.h"
 #include "demos/cli/common.h"
@@ -16,6 +19,11 @@ struct InfoFlags {
   ModelFlags model;
   bool json = false;
 };
+
+Json CountPrecisions(const std::vector<AttentionPrecision>& layers) {
+  const auto sage = std::count(layers.begin(), layers.end(), AttentionPrecision::kSage);
+  return {{"exact", static_cast<int64_t>(layers.size()) - sage}, {"sage", sage}};
+}
 
 Json Describe(const Vlm& vlm) {
   const VlmInfo& info = vlm.info();
@@ -49,14 +57,32 @@ Json Describe(const Vlm& vlm) {
         {"tokens", vlm.tokenizer().vocab_size()},
         {"max_positions", decoder.max_positions()},
         {"kv_bytes_per_token", kv_bytes_per_token}}},
+      {"attention_layers",
+       {{"tower", CountPrecisions(info.attention.tower)},
+        {"decoder", CountPrecisions(info.attention.decoder)}}},
       {"context_frames", decoder.max_positions() / encoder.tokens_per_frame()},
       {"template_revision", vlm.prompt_format().name()},
   };
 }
 
+// What the layers that are to be quantised ask for; exact where none is.
+AttentionPrecision MostOf(const std::vector<AttentionPrecision>& layers) {
+  const bool sage = std::count(layers.begin(), layers.end(), AttentionPrecision::kSage) > 0;
+  return sage ? AttentionPrecision::kSage : AttentionPrecision::kExact;
+}
+
+// The name of a kernel, and that it is not what was asked for.
+template <typename Kernel>
+std::string AttentionName(Kernel kernel, AttentionPrecision precision) {
+  const bool instead = precision == AttentionPrecision::kSage && kernel != Kernel::kSage;
+  return std::string(Name(kernel)) + (instead ? " (exact: sage is not faster here)" : "");
+}
+
 // Which implementations the shapes of this model lead to.
 Json FastPaths(const Vlm& vlm, const CpuInfo& cpu) {
   const DType dtype = vlm.info().compute_type;
+  const AttentionPrecision tower = MostOf(vlm.info().attention.tower);
+  const AttentionPrecision decoder = MostOf(vlm.info().attention.decoder);
   if (vlm.info().device == Device::kCuda) {
     const KvGeometry kv = vlm.decoder().kv_geometry();
     const int capability = cuda::ComputeCapability();
@@ -66,18 +92,22 @@ Json FastPaths(const Vlm& vlm, const CpuInfo& cpu) {
                                   vlm.info().weights, Activation::kNone));
     };
     const auto causal = [&](int64_t queries) {
-      return Name(ChooseGpuAttention(capability, queries, heads, kv.kv_heads, kv.head_dim, dtype,
-                                     /*causal=*/true, /*biased=*/false));
+      return AttentionName(
+          ChooseGpuAttention(capability, queries, heads, kv.kv_heads, kv.head_dim, dtype,
+                             /*causal=*/true, /*biased=*/false, decoder),
+          decoder);
     };
-    return {
-        {"encode_linear", linear(vlm.encoder().patches_per_frame())},
-        {"encode_attention", Name(ChooseGpuAttention(capability, vlm.encoder().patches_per_frame(),
-                                                     1, 1, vlm.encoder().head_dim(), dtype,
-                                                     /*causal=*/false, /*biased=*/false))},
-        {"prefill_linear", linear(vlm.encoder().tokens_per_frame())},
-        {"prefill_attention", causal(2)},
-        {"decode_linear", linear(1)},
-        {"decode_attention", causal(1)}};
+    return {{"encode_linear", linear(vlm.encoder().patches_per_frame())},
+            {"encode_attention",
+             AttentionName(ChooseGpuAttention(capability, vlm.encoder().patches_per_frame(), 1, 1,
+                                              vlm.encoder().head_dim(), dtype,
+                                              /*causal=*/false, /*biased=*/false, tower),
+                           tower)},
+            {"prefill_linear", linear(vlm.encoder().tokens_per_frame())},
+            {"prefill_attention",
+             causal(SessionOptions().frames_per_batch * vlm.encoder().tokens_per_frame())},
+            {"decode_linear", linear(1)},
+            {"decode_attention", causal(1)}};
   }
   const int64_t width = vlm.decoder().hidden_size();
   const int64_t patches = vlm.encoder().patches_per_frame();
@@ -89,12 +119,18 @@ Json FastPaths(const Vlm& vlm, const CpuInfo& cpu) {
     return Name(ChooseLinear(rows, width, width, dtype, native_bf16, cpu.amx_bf16,
                              /*reference=*/false));
   };
-  const auto attention = [&](int64_t queries, int64_t keys) {
-    return Name(ChooseAttention(queries, keys, head_dim, dtype, cpu.amx_bf16, /*reference=*/false));
+  const int group = vlm.decoder().num_heads() / vlm.decoder().kv_geometry().kv_heads;
+  const auto attention = [&](int64_t queries, int64_t keys, AttentionPrecision precision) {
+    return AttentionName(ChooseAttention(queries, keys, head_dim, dtype, cpu.amx_bf16,
+                                         /*reference=*/false, precision, cpu.Int8Dot()),
+                         precision);
   };
-  return {{"encode_linear", linear(patches)}, {"encode_attention", attention(patches, patches)},
-          {"prefill_linear", linear(tokens)}, {"prefill_attention", attention(tokens, seen)},
-          {"decode_linear", linear(1)},       {"decode_attention", attention(1, seen)}};
+  return {{"encode_linear", linear(patches)},
+          {"encode_attention", attention(patches, patches, tower)},
+          {"prefill_linear", linear(tokens)},
+          {"prefill_attention", attention(tokens * group, seen, decoder)},
+          {"decode_linear", linear(1)},
+          {"decode_attention", attention(group, seen, decoder)}};
 }
 
 std::string Text(const Json& value) {

@@ -44,6 +44,7 @@ int main(int argc, char** argv) {
   sluice::cli::AddInfo(app);
   sluice::cli::AddBench(app);
   sluice::cli::AddEval(app);
+  sluice::cli::AddCalibrate(app);
   sluice::cli::AddRender(app);
   sluice::cli::AddServe(app);
   sluice::cli::AddLoad(app);

@@ -44,8 +44,18 @@ void Serve(const ServerConfig& config) {
                                                                  .dtype = config.dtype,
                                                                  .threads = config.threads,
                                                                  .device = config.device,
-                                                                 .weights = config.weights},
+                                                                 .weights = config.weights,
+                                                                 .attention = config.attention},
                                                                 engine_options));
+  const LayerPrecisions& layers = engine->vlm()->info().attention;
+  const auto quantised = [](const std::vector<AttentionPrecision>& of) {
+    return std::count(of.begin(), of.end(), AttentionPrecision::kSage);
+  };
+  // What becomes of them call by call is in the metrics.
+  LogEvent(spdlog::level::info, "attention",
+           {{"asked_for", config.attention},
+            {"quantised_tower_layers", quantised(layers.tower)},
+            {"quantised_decoder_layers", quantised(layers.decoder)}});
   const SystemClock clock;
   Metrics metrics;
   Scheduler scheduler(engine, config.scheduler, clock, metrics);
@@ -87,6 +97,7 @@ void AddServe(CLI::App& app) {
   command->add_option("--threads", config->threads, "Threads (default: physical cores)");
   command->add_option("--device", config->device, "cpu or cuda (default: a GPU if there is one)");
   command->add_option("--weights", config->weights, kWeightsHelp);
+  AddAttentionFlag(*command, config->attention);
   for (const Setting& setting : SettingsOf(*config)) {
     std::string flag = "--" + setting.name;
     std::replace(flag.begin(), flag.end(), '_', '-');

@@ -27,6 +27,7 @@ constexpr int64_t kMaxRowsAtOnce = 1024;
 constexpr int64_t kRowMultiple = 16;  // of a matrix unit's tile
 
 struct LlamaLayer {
+  AttentionPrecision attention = AttentionPrecision::kExact;
   Tensor attention_norm, mlp_norm;  // [E] f32
   LinearWeight qkv;                 // [(H + 2K) D, E]
   LinearWeight out;                 // [E, H D]
@@ -263,6 +264,7 @@ LlamaDecoder::LlamaDecoder(WeightStore& weights, const LlamaConfig& config)
     const std::string prefix = "language_model.layers." + std::to_string(i) + ".";
     const std::string attention = prefix + "self_attn.", mlp = prefix + "mlp.";
     LlamaLayer layer;
+    if (!config.attention.empty()) layer.attention = config.attention.at(i);
     layer.attention_norm = weights.TakePlaced(prefix + "input_layernorm.weight", {width});
     layer.mlp_norm = weights.TakePlaced(prefix + "post_attention_layernorm.weight", {width});
     layer.qkv = weights.TakeProjections(
@@ -684,7 +686,8 @@ void LlamaDecoder::Attend(ExecContext& ctx, int layer, std::span<const Segment> 
           2.0 * SizeOf(dtype_) * (segment.rows * q_width() + (first + segment.rows) * kv_width()));
     }
     CausalAttention(ctx, qkv.Columns(0, q_width()), parts, config_.num_heads,
-                    1.0f / std::sqrt(static_cast<float>(config_.head_dim)), mixed);
+                    1.0f / std::sqrt(static_cast<float>(config_.head_dim)), mixed,
+                    layers_[layer].attention);
   }
   TracedLinear(ctx, "decoder/out", mixed, layers_[layer].out, hidden, {.accumulate = true});
 }

@@ -10,8 +10,10 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "llm/decoder.h"
+#include "runtime/ops/attention.h"
 #include "runtime/tensor.h"
 #include "runtime/weight_store.h"
 
@@ -48,6 +50,7 @@ struct LlamaConfig {
   RopeScaling rope_scaling;
   bool qkv_bias = true;
   bool tie_word_embeddings = false;
+  std::vector<AttentionPrecision> attention;  // of each layer; empty: exact in all
 };
 
 // [head_dim / 2] f32, computed in f32 as the reference does.

@@ -39,7 +39,8 @@ class Llava : public Vlm {
 
  private:
   void ReadGeneration(const std::filesystem::path& directory, const LlavaParts& parts);
-  void LoadWeights(const std::filesystem::path& directory, const LlavaParts& parts);
+  void LoadWeights(const std::filesystem::path& directory, const VlmOptions& options,
+                   const LlavaParts& parts);
 
   VlmInfo info_;
   std::shared_ptr<const Tokenizer> tokenizer_;
@@ -76,7 +77,7 @@ Llava::Llava(const std::filesystem::path& directory, const VlmOptions& options,
                      ": they belong to different models");
   }
   ReadGeneration(directory, parts);
-  LoadWeights(directory, parts);
+  LoadWeights(directory, options, parts);
   info_.load_seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
@@ -112,7 +113,8 @@ void Llava::ReadGeneration(const std::filesystem::path& directory, const LlavaPa
   }
 }
 
-void Llava::LoadWeights(const std::filesystem::path& directory, const LlavaParts& parts) {
+void Llava::LoadWeights(const std::filesystem::path& directory, const VlmOptions& options,
+                        const LlavaParts& parts) {
   const Checkpoint checkpoint = Checkpoint::Open(directory);
   std::map<DType, int64_t> elements;
   for (const auto& [name, entry] : checkpoint.tensors()) {
@@ -128,13 +130,17 @@ void Llava::LoadWeights(const std::filesystem::path& directory, const LlavaParts
       checkpoint.Fingerprint() +
       std::to_string(ArchiveChecksum(ReadSmallFile("vlm", directory / "config.json", 1 << 20)));
 
+  info_.attention = ChoosePrecisions(options.attention, info_.fingerprint, info_.device,
+                                     parts.tower_layers, parts.text.num_layers);
   WeightStore weights(checkpoint, parts.canonical, info_.compute_type,
                       {info_.device, info_.weights});
   if (parts.has_newline) {
     newline_ = weights.TakeF32("image_newline", {parts.text.hidden_size});
   }
-  encoder_ = parts.load_encoder(weights);
-  decoder_ = LoadLlamaDecoder(weights, parts.text);
+  encoder_ = parts.load_encoder(weights, info_.attention.tower);
+  LlamaConfig text = parts.text;
+  text.attention = info_.attention.decoder;
+  decoder_ = LoadLlamaDecoder(weights, text);
   weights.CheckAllTaken();
   const int64_t narrow = weights.quantised_elements();
   info_.weight_bytes =

@@ -107,7 +107,11 @@ struct LlavaParts {
   LlamaConfig text;
   std::vector<int32_t> eos_ids;  // for files without a generation_config.json
   std::function<std::optional<std::string>(const std::string&)> canonical;  // see WeightStore
-  std::function<std::unique_ptr<VisionEncoder>(WeightStore&)> load_encoder;
+  int tower_layers = 0;                                                     // that run
+  // attention: of each of them.
+  std::function<std::unique_ptr<VisionEncoder>(WeightStore&,
+                                               const std::vector<AttentionPrecision>& attention)>
+      load_encoder;
   bool has_newline = false;  // `image_newline` follows the last frame
 };
 

@@ -4,6 +4,7 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "llm/config_object.h"
 #include "llm/families/llava.h"
@@ -167,8 +168,11 @@ std::shared_ptr<const Vlm> Load(const std::filesystem::path& directory, const Vl
     if (canonical == "image_newline" && !parts.has_newline) canonical.reset();
     return canonical;
   };
-  parts.load_encoder = [&](WeightStore& weights) {
-    return LoadClipEncoder(weights, config.vision);
+  parts.tower_layers = config.vision.layers_to_run;
+  parts.load_encoder = [&](WeightStore& weights, const std::vector<AttentionPrecision>& attention) {
+    ClipConfig vision = config.vision;
+    vision.attention = attention;
+    return LoadClipEncoder(weights, vision);
   };
   return LoadLlava(directory, options, parts);
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "llm/config_object.h"
 #include "llm/families/llava.h"
@@ -131,8 +132,11 @@ std::shared_ptr<const Vlm> LoadLlavaOnevision(const std::filesystem::path& direc
   parts.canonical = [&](const std::string& name) {
     return CanonicalTensorName(config.vision.layers_to_run, config.vision_layers, name);
   };
-  parts.load_encoder = [&](WeightStore& weights) {
-    return LoadSiglipEncoder(weights, config.vision);
+  parts.tower_layers = config.vision.layers_to_run;
+  parts.load_encoder = [&](WeightStore& weights, const std::vector<AttentionPrecision>& attention) {
+    SiglipConfig vision = config.vision;
+    vision.attention = attention;
+    return LoadSiglipEncoder(weights, vision);
   };
   parts.has_newline = true;
   return LoadLlava(directory, options, parts);

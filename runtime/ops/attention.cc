@@ -9,6 +9,7 @@
 #include "runtime/error.h"
 #include "runtime/ops/cpu/amx.h"
 #include "runtime/ops/cpu/attention.h"
+#include "runtime/ops/cpu/attention_sage.h"
 #include "runtime/ops/cuda/activation.h"
 #include "runtime/ops/cuda/attention.h"
 #include "runtime/ops/cuda/kv.h"
@@ -309,19 +310,68 @@ bool IsFlash(GpuAttention kernel) {
   return kernel == GpuAttention::kFlash || kernel == GpuAttention::kFlashMma;
 }
 
+// Times what was asked to be quantised under the name of what it became.
+class SageTrace {
+ public:
+  SageTrace(ExecContext& ctx, AttentionPrecision precision, bool quantised, int64_t rows)
+      : trace_(precision == AttentionPrecision::kExact ? nullptr : &ctx.tracer(),
+               quantised ? "attention/sage" : "attention/exact", rows) {}
+
+ private:
+  TraceScope trace_;
+};
+
+bool IsSage(AttentionKernel kernel) {
+  return kernel == AttentionKernel::kSage || kernel == AttentionKernel::kSageReference;
+}
+
+// The quantised kernel over a segment's keys and values, gathered: it reads them once only, to
+// quantise them. Its launches depend on how many there are, so steps that recur must know.
+void SageOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment, int heads,
+               float scale, TensorView out) {
+  const Workspace::Scope scope(ctx.workspace());
+  const KvLayerView& kv = segment.kv;
+  const int64_t seen = segment.begin + segment.rows;
+  const Shape shape{seen, int64_t{kv.kv_heads} * kv.head_dim};
+  const TensorView keys = ctx.workspace().Allocate(kv.dtype, shape);
+  const TensorView values = ctx.workspace().Allocate(kv.dtype, shape);
+  OnGpu("causal_attention", ctx, {keys, values});  // notes where they lie
+  if (ctx.recorder()->active()) ctx.recorder()->Note(static_cast<uint64_t>(seen));
+  MoveKv(ctx, kv, 0, keys, values, /*store=*/false);
+  FlashAttention(ctx, {.q = q.raw(),
+                       .k = keys.raw(),
+                       .v = values.raw(),
+                       .out = out.raw(),
+                       .q_stride = q.stride0(),
+                       .k_stride = keys.stride0(),
+                       .v_stride = values.stride0(),
+                       .out_stride = out.stride0(),
+                       .q_len = segment.rows,
+                       .kv_len = seen,
+                       .heads = heads,
+                       .kv_heads = kv.kv_heads,
+                       .head_dim = kv.head_dim,
+                       .scale = scale,
+                       .causal = true,
+                       .precision = cuda::QuantizedPrecision(cuda::ComputeCapability())});
+}
+
 // The rows of one segment; q and out are theirs.
 void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment, int heads,
-                  float scale, TensorView out) {
+                  float scale, AttentionPrecision precision, TensorView out) {
   const Workspace::Scope scope(ctx.workspace());
   const KvLayerView& kv = segment.kv;
   const int64_t seen = segment.begin + segment.rows;
   const GpuAttention kernel =
       ChooseGpuAttention(cuda::ComputeCapability(), segment.rows, heads, kv.kv_heads, kv.head_dim,
-                         kv.dtype, /*causal=*/true, /*biased=*/false);
+                         kv.dtype, /*causal=*/true, /*biased=*/false, precision);
+  const bool quantised = kernel == GpuAttention::kSage && ReadWide({q});
+  const SageTrace trace(ctx, precision, quantised, segment.rows);
   if (kernel == GpuAttention::kDecode && ReadWide({q})) {
     const KvSegment alone{.row = 0, .rows = 1, .begin = segment.begin, .kv = kv};
     return DecodeOnGpu(ctx, q, {&alone, 1}, heads, scale, out);
   }
+  if (quantised) return SageOnGpu(ctx, q, segment, heads, scale, out);
   std::vector<int32_t> table = {static_cast<int32_t>(seen)};
   AppendBlocks(kv, 0, seen, table);
   // Room for more, so that lengths near each other are the same step.
@@ -357,7 +407,7 @@ void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment,
 }
 
 void CausalOnGpu(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment> segments,
-                 int heads, float scale, TensorView out) {
+                 int heads, float scale, AttentionPrecision precision, TensorView out) {
   bool decodes = ReadWide({q});
   for (size_t i = 0; i < segments.size(); ++i) {
     const KvSegment& s = segments[i];
@@ -367,12 +417,13 @@ void CausalOnGpu(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment>
   const KvLayerView& kv = segments.front().kv;
   if (decodes && ChooseGpuAttention(cuda::ComputeCapability(), 1, heads, kv.kv_heads, kv.head_dim,
                                     kv.dtype, true, false) == GpuAttention::kDecode) {
+    const SageTrace trace(ctx, precision, false, static_cast<int64_t>(segments.size()));
     return DecodeOnGpu(ctx, q, segments, heads, scale, out);
   }
   int64_t done = 0;
   for (const KvSegment& s : segments) {
     if (s.rows > 0) {
-      SegmentOnGpu(ctx, q.Slice(s.row, s.row + s.rows), s, heads, scale,
+      SegmentOnGpu(ctx, q.Slice(s.row, s.row + s.rows), s, heads, scale, precision,
                    out.Slice(done, done + s.rows));
     }
     done += s.rows;
@@ -390,6 +441,18 @@ void MeanOfScores(ExecContext& ctx, const cuda::KeyScoreArgs& scores, float* mea
 
 }  // namespace
 
+const char* Name(AttentionPrecision precision) {
+  switch (precision) {
+    case AttentionPrecision::kExact:
+      return "exact";
+    case AttentionPrecision::kSage:
+      return "sage";
+    case AttentionPrecision::kSageAlways:
+      return "sage, always";
+  }
+  return "?";
+}
+
 const char* Name(AttentionKernel kernel) {
   switch (kernel) {
     case AttentionKernel::kReference:
@@ -398,15 +461,29 @@ const char* Name(AttentionKernel kernel) {
       return "simd";
     case AttentionKernel::kAmx:
       return "amx";
+    case AttentionKernel::kSageReference:
+      return "sage, reference";
+    case AttentionKernel::kSage:
+      return "sage (int8 scores)";
   }
   return "?";
 }
 
-// Tiles win at every size: a single query reads its keys no slower, and the products are free.
-AttentionKernel ChooseAttention(int64_t /*queries*/, int64_t /*keys*/, int /*head_dim*/,
-                                DType dtype, bool amx, bool reference) {
-  if (reference) return AttentionKernel::kReference;
-  return amx && dtype == DType::kBF16 ? AttentionKernel::kAmx : AttentionKernel::kSimd;
+AttentionKernel ChooseAttention(int64_t queries, int64_t /*keys*/, int /*head_dim*/, DType dtype,
+                                bool amx, bool reference, AttentionPrecision precision,
+                                bool int8_dot) {
+  // Every key is quantised once for its queries, which takes as long as 64 of them gain: measured
+  // at 64 and 128 channels, 200 to 16,000 keys.
+  constexpr int64_t kFewestQueries = 96;
+  const bool exact = precision == AttentionPrecision::kExact;
+  if (reference) return exact ? AttentionKernel::kReference : AttentionKernel::kSageReference;
+  if (precision == AttentionPrecision::kSageAlways) return AttentionKernel::kSage;
+  // Tiles win at every size: a single query reads its keys no slower, and the products are free.
+  // Next to them quantising scores gains nothing: half as many products for the scores alone, the
+  // conversions left out, take 3 to 15 % off the time, and those cost as much.
+  if (amx && dtype == DType::kBF16) return AttentionKernel::kAmx;
+  return !exact && int8_dot && queries >= kFewestQueries ? AttentionKernel::kSage
+                                                         : AttentionKernel::kSimd;
 }
 
 const char* Name(GpuAttention kernel) {
@@ -419,19 +496,29 @@ const char* Name(GpuAttention kernel) {
       return "flash (mma.sync)";
     case GpuAttention::kDecode:
       return "decode";
+    case GpuAttention::kSage:
+      return "sage (scores in int8)";
   }
   return "?";
 }
 
 GpuAttention ChooseGpuAttention(int capability, int64_t queries, int heads, int kv_heads,
-                                int head_dim, DType dtype, bool causal, bool biased) {
+                                int head_dim, DType dtype, bool causal, bool biased,
+                                AttentionPrecision precision) {
   if (dtype != DType::kBF16 || biased) return GpuAttention::kPlain;
   if (causal && queries == 1 && cuda::CanDecode(heads, kv_heads, head_dim, dtype)) {
     return GpuAttention::kDecode;
   }
   const bool size = head_dim == 64 || head_dim == 72 || head_dim == 80 || head_dim == 128;
   if (!size || capability < 80) return GpuAttention::kPlain;
-  return capability == 90 ? GpuAttention::kFlash : GpuAttention::kFlashMma;
+  const GpuAttention exact = capability == 90 ? GpuAttention::kFlash : GpuAttention::kFlashMma;
+  if (precision == AttentionPrecision::kExact) return exact;
+  const bool pays = cuda::FastestAttention({.q_len = queries,
+                                            .heads = heads,
+                                            .kv_heads = kv_heads,
+                                            .head_dim = head_dim,
+                                            .causal = causal}) != cuda::AttentionPrecision::kBF16;
+  return pays || precision == AttentionPrecision::kSageAlways ? GpuAttention::kSage : exact;
 }
 
 size_t KvBlockBytes(int kv_heads, int head_dim, DType dtype) {
@@ -440,7 +527,7 @@ size_t KvBlockBytes(int kv_heads, int head_dim, DType dtype) {
 
 void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
                       int64_t batch, int heads, int head_dim, float scale, TensorView out,
-                      ConstTensorView key_bias) {
+                      ConstTensorView key_bias, AttentionPrecision precision) {
   constexpr char kOp[] = "encoder_attention";
   CheckFloat(kOp, q.dtype());
   CheckScale(kOp, scale);
@@ -453,24 +540,30 @@ void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, Co
   if (queries == 0) return;
   if (keys == 0) throw Error(std::string("[") + kOp + "] queries need at least one key");
   if (OnGpu(kOp, ctx, {q, k, v, out, key_bias})) {
-    if (IsFlash(ChooseGpuAttention(cuda::ComputeCapability(), queries / batch, heads, heads,
-                                   head_dim, q.dtype(), false, !key_bias.empty())) &&
-        ReadWide({q, k, v, out})) {
-      return FlashAttention(ctx, {.q = q.raw(),
-                                  .k = k.raw(),
-                                  .v = v.raw(),
-                                  .out = out.raw(),
-                                  .q_stride = q.stride0(),
-                                  .k_stride = k.stride0(),
-                                  .v_stride = v.stride0(),
-                                  .out_stride = out.stride0(),
-                                  .batch = batch,
-                                  .q_len = queries / batch,
-                                  .kv_len = keys / batch,
-                                  .heads = heads,
-                                  .kv_heads = heads,
-                                  .head_dim = head_dim,
-                                  .scale = scale});
+    const GpuAttention kernel =
+        ChooseGpuAttention(cuda::ComputeCapability(), queries / batch, heads, heads, head_dim,
+                           q.dtype(), false, !key_bias.empty(), precision);
+    const bool quantised = kernel == GpuAttention::kSage && ReadWide({q, k, v, out});
+    const SageTrace trace(ctx, precision, quantised, queries);
+    if (quantised || (IsFlash(kernel) && ReadWide({q, k, v, out}))) {
+      return FlashAttention(
+          ctx, {.q = q.raw(),
+                .k = k.raw(),
+                .v = v.raw(),
+                .out = out.raw(),
+                .q_stride = q.stride0(),
+                .k_stride = k.stride0(),
+                .v_stride = v.stride0(),
+                .out_stride = out.stride0(),
+                .batch = batch,
+                .q_len = queries / batch,
+                .kv_len = keys / batch,
+                .heads = heads,
+                .kv_heads = heads,
+                .head_dim = head_dim,
+                .scale = scale,
+                .precision = quantised ? cuda::QuantizedPrecision(cuda::ComputeCapability())
+                                       : cuda::AttentionPrecision::kBF16});
     }
     cuda::PlainAttentionArgs args;
     args.q = q.raw();
@@ -490,8 +583,11 @@ void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, Co
     args.key_bias = static_cast<const float*>(key_bias.raw());
     return ctx.Queue(cuda::PlainAttention, args);
   }
-  switch (ChooseAttention(queries / batch, keys / batch, head_dim, q.dtype(), cpu::AmxAllowed(),
-                          ctx.reference_kernels())) {
+  const AttentionKernel kernel =
+      ChooseAttention(queries / batch, keys / batch, head_dim, q.dtype(), cpu::AmxAllowed(),
+                      ctx.reference_kernels(), precision, cpu::HasInt8Dot());
+  const SageTrace trace(ctx, precision, IsSage(kernel), queries);
+  switch (kernel) {
     case AttentionKernel::kReference:
       return cpu::EncoderAttentionReference(ctx, q, k, v, batch, heads, head_dim, scale, out,
                                             key_bias);
@@ -499,6 +595,11 @@ void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, Co
       return cpu::EncoderAttentionSimd(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
     case AttentionKernel::kAmx:
       return cpu::EncoderAttentionAmx(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
+    case AttentionKernel::kSageReference:
+      return cpu::EncoderAttentionSageReference(ctx, q, k, v, batch, heads, head_dim, scale, out,
+                                                key_bias);
+    case AttentionKernel::kSage:
+      return cpu::EncoderAttentionSage(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
   }
 }
 
@@ -722,14 +823,14 @@ void MeanAttentionRow(ExecContext& ctx, ConstTensorView q, int heads, float scal
 }
 
 void CausalAttention(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
-                     const KvLayerView& kv, TensorView out) {
+                     const KvLayerView& kv, TensorView out, AttentionPrecision precision) {
   const int64_t count = q.shape().rank() == 2 ? q.dim(0) : 0;
   const KvSegment whole{.row = 0, .rows = count, .begin = begin, .kv = kv};
-  CausalAttention(ctx, q, {&whole, 1}, heads, scale, out);
+  CausalAttention(ctx, q, {&whole, 1}, heads, scale, out, precision);
 }
 
 void CausalAttention(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment> segments,
-                     int heads, float scale, TensorView out) {
+                     int heads, float scale, TensorView out, AttentionPrecision precision) {
   constexpr char kOp[] = "causal_attention";
   CheckScale(kOp, scale);
   if (segments.empty()) return;
@@ -756,7 +857,9 @@ void CausalAttention(ExecContext& ctx, ConstTensorView q, std::span<const KvSegm
   CheckMatrix(kOp, "out", out, count, q.dim(1), q.dtype());
   CheckContiguous(kOp, "out", out);
   if (count == 0) return;
-  if (OnGpu(kOp, ctx, {q, out})) return CausalOnGpu(ctx, q, segments, heads, scale, out);
+  if (OnGpu(kOp, ctx, {q, out})) {
+    return CausalOnGpu(ctx, q, segments, heads, scale, precision, out);
+  }
   int64_t done = 0;
   for (const KvSegment& segment : segments) {
     const int64_t rows = segment.rows, begin = segment.begin;
@@ -765,8 +868,11 @@ void CausalAttention(ExecContext& ctx, ConstTensorView q, std::span<const KvSegm
     const ConstTensorView queries = q.Slice(segment.row, segment.row + rows);
     const TensorView to = out.Slice(done, done + rows);
     done += rows;
-    switch (ChooseAttention(rows, begin + rows, kv.head_dim, kv.dtype, cpu::AmxAllowed(),
-                            ctx.reference_kernels())) {
+    const AttentionKernel kernel =
+        ChooseAttention(rows * (heads / kv.kv_heads), begin + rows, kv.head_dim, kv.dtype,
+                        cpu::AmxAllowed(), ctx.reference_kernels(), precision, cpu::HasInt8Dot());
+    const SageTrace trace(ctx, precision, IsSage(kernel), rows);
+    switch (kernel) {
       case AttentionKernel::kReference:
         cpu::CausalAttentionReference(ctx, queries, begin, heads, scale, kv, to);
         break;
@@ -775,6 +881,12 @@ void CausalAttention(ExecContext& ctx, ConstTensorView q, std::span<const KvSegm
         break;
       case AttentionKernel::kAmx:
         cpu::CausalAttentionAmx(ctx, queries, begin, heads, scale, kv, to);
+        break;
+      case AttentionKernel::kSageReference:
+        cpu::CausalAttentionSageReference(ctx, queries, begin, heads, scale, kv, to);
+        break;
+      case AttentionKernel::kSage:
+        cpu::CausalAttentionSage(ctx, queries, begin, heads, scale, kv, to);
         break;
     }
   }

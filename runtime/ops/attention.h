@@ -12,6 +12,19 @@
 
 namespace sluice {
 
+// How scores and values are multiplied: what users choose for a model or for each of its layers.
+// Which kernel that leads to is the choosers' business (below).
+enum class AttentionPrecision {
+  kExact,  // in the tensors' own dtype
+  // SageAttention2 (arXiv 2411.10958), in whatever variant the chip has a kernel for, where that
+  // kernel is the faster one; else exact. The tracer counts both, as "attention/sage" and
+  // "attention/exact".
+  kSage,
+  // The same wherever there is such a kernel, faster or not: to measure what it does to results.
+  kSageAlways,
+};
+const char* Name(AttentionPrecision precision);  // "exact", "sage", "sage, always"
+
 // Bidirectional attention inside each of `batch` sequences of equal length (the patches of one
 // frame): Q queries of each over its S keys. q: [batch * Q, heads * D]; k, v: [batch * S, heads *
 // D]; all f32 or all bf16; rows may be strided (columns of one product). out: [batch * Q, heads *
@@ -21,7 +34,8 @@ namespace sluice {
 // fit.
 void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
                       int64_t batch, int heads, int head_dim, float scale, TensorView out,
-                      ConstTensorView key_bias = {});
+                      ConstTensorView key_bias = {},
+                      AttentionPrecision precision = AttentionPrecision::kExact);
 
 // How much every key is attended to, on average over heads and queries, without its values:
 //   received[b, i] = 1/(H Q) sum over h, j of softmax_i(q_bjh . k_bih * scale + key_bias_bi).
@@ -97,26 +111,32 @@ void MeanAttentionRow(ExecContext& ctx, ConstTensorView q, int heads, float scal
 // contiguous. scale: positive. Positions [begin, begin + S) must have been stored; what blocks hold
 // beyond them (NaN included) has no influence.
 void CausalAttention(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
-                     const KvLayerView& kv, TensorView out);
+                     const KvLayerView& kv, TensorView out,
+                     AttentionPrecision precision = AttentionPrecision::kExact);
 
 // The same for several sequences. out: the rows of all segments, one after another. Decoding on a
 // GPU, one row a segment, is a single launch.
 void CausalAttention(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment> segments,
-                     int heads, float scale, TensorView out);
+                     int heads, float scale, TensorView out,
+                     AttentionPrecision precision = AttentionPrecision::kExact);
 
-// Which implementation runs, as a pure function that can be printed and tested. `amx`: this process
-// may use AMX-BF16 tiles; `reference`: the context asks for reference kernels.
-enum class AttentionKernel { kReference, kSimd, kAmx };
+// Which implementation runs, as a pure function that can be printed and tested. `queries`: rows
+// that share a head of keys. `amx`: this process may use AMX-BF16 tiles; `reference`: the context
+// asks for reference kernels; `int8_dot`: the vectors multiply int8 (cpu::HasInt8Dot).
+enum class AttentionKernel { kReference, kSimd, kAmx, kSageReference, kSage };
 const char* Name(AttentionKernel kernel);
 AttentionKernel ChooseAttention(int64_t queries, int64_t keys, int head_dim, DType dtype, bool amx,
-                                bool reference);
+                                bool reference,
+                                AttentionPrecision precision = AttentionPrecision::kExact,
+                                bool int8_dot = false);
 
 // The same on a GPU. `capability`: of the device, 90 for 9.0. `causal`: over blocks. `biased`: with
 // a key_bias.
-enum class GpuAttention { kPlain, kFlash, kFlashMma, kDecode };
+enum class GpuAttention { kPlain, kFlash, kFlashMma, kDecode, kSage };
 const char* Name(GpuAttention kernel);
 GpuAttention ChooseGpuAttention(int capability, int64_t queries, int heads, int kv_heads,
-                                int head_dim, DType dtype, bool causal, bool biased);
+                                int head_dim, DType dtype, bool causal, bool biased,
+                                AttentionPrecision precision = AttentionPrecision::kExact);
 
 }  // namespace sluice
 

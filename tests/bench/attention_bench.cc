@@ -25,7 +25,11 @@ int Threads() { return CpuInfo::Detect().physical_cores; }
 
 DType DTypeOf(int64_t arg) { return arg == 0 ? DType::kF32 : DType::kBF16; }
 
-// Arguments: dtype (0 f32, 1 bf16), batch, S, heads, D.
+AttentionPrecision PrecisionOf(int64_t arg) {
+  return arg == 0 ? AttentionPrecision::kExact : AttentionPrecision::kSageAlways;
+}
+
+// Arguments: dtype (0 f32, 1 bf16), batch, S, heads, D, precision (0 exact, 1 sage).
 void Encoder(benchmark::State& state) {
   const DType dtype = DTypeOf(state.range(0));
   const int64_t batch = state.range(1), length = state.range(2);
@@ -36,18 +40,21 @@ void Encoder(benchmark::State& state) {
   const ConstTensorView q = qkv.view().Columns(0, width), k = qkv.view().Columns(width, 2 * width);
   const ConstTensorView v = qkv.view().Columns(2 * width, 3 * width);
   Tensor out(dtype, {batch * length, heads * head_dim});
-  for (auto _ : state) EncoderAttention(ctx, q, k, v, batch, heads, head_dim, 0.125f, out);
+  const AttentionPrecision precision = PrecisionOf(state.range(5));
+  for (auto _ : state) {
+    EncoderAttention(ctx, q, k, v, batch, heads, head_dim, 0.125f, out, {}, precision);
+  }
   state.counters["FLOP/s"] = benchmark::Counter(4.0 * batch * length * length * head_dim * heads,
                                                 benchmark::Counter::kIsIterationInvariantRate);
 }
 BENCHMARK(Encoder)
     ->Name("Encoder")
-    ->ArgsProduct({{0, 1}, {4}, {196}, {4}, {64}})   // sluice-mini, four frames
-    ->ArgsProduct({{0, 1}, {1}, {729}, {16}, {72}})  // SigLIP so400m
-    ->ArgsProduct({{0, 1}, {1}, {577}, {16}, {64}})  // CLIP ViT-L/14 at 336
+    ->ArgsProduct({{0, 1}, {4}, {196}, {4}, {64}, {0, 1}})   // sluice-mini, four frames
+    ->ArgsProduct({{0, 1}, {1}, {729}, {16}, {72}, {0, 1}})  // SigLIP so400m
+    ->ArgsProduct({{0, 1}, {1}, {577}, {16}, {64}, {0, 1}})  // CLIP ViT-L/14 at 336
     ->UseRealTime();
 
-// Arguments: dtype, begin, S, heads, kv heads, D.
+// Arguments: dtype, begin, S, heads, kv heads, D, precision.
 void Causal(benchmark::State& state) {
   const DType dtype = DTypeOf(state.range(0));
   const int64_t begin = state.range(1), length = state.range(2), keys = begin + length;
@@ -73,7 +80,7 @@ void Causal(benchmark::State& state) {
   size_t layer = 0;
   for (auto _ : state) {
     const KvLayerView view{blocks[layer++ % layers], kv_heads, head_dim, dtype};
-    CausalAttention(ctx, q, begin, heads, 0.125f, view, out);
+    CausalAttention(ctx, q, begin, heads, 0.125f, view, out, PrecisionOf(state.range(6)));
   }
   const double pairs = static_cast<double>(length) * begin + length * (length + 1) / 2.0;
   state.counters["FLOP/s"] = benchmark::Counter(4.0 * pairs * head_dim * heads,
@@ -84,13 +91,14 @@ void Causal(benchmark::State& state) {
 }
 BENCHMARK(Causal)
     ->Name("Prefill")
-    ->ArgsProduct({{0, 1}, {0, 1000, 8000}, {196}, {14}, {2}, {64}})  // Qwen2-0.5B
-    ->ArgsProduct({{0, 1}, {0, 1000}, {196}, {5}, {1}, {64}})         // sluice-mini
+    ->ArgsProduct({{0, 1}, {0, 1000, 8000}, {196}, {14}, {2}, {64}, {0, 1}})  // Qwen2-0.5B
+    ->ArgsProduct({{0, 1}, {0, 1000}, {196}, {5}, {1}, {64}, {0, 1}})         // sluice-mini
+    ->ArgsProduct({{0, 1}, {1000}, {196}, {28}, {4}, {128}, {0, 1}})          // Qwen2-7B
     ->UseRealTime();
 BENCHMARK(Causal)
     ->Name("Decode")
-    ->ArgsProduct({{0, 1}, {1000, 8000}, {1}, {14}, {2}, {64}})
-    ->ArgsProduct({{0, 1}, {1000, 8000}, {1}, {5}, {1}, {64}})
+    ->ArgsProduct({{0, 1}, {1000, 8000}, {1}, {14}, {2}, {64}, {0, 1}})
+    ->ArgsProduct({{0, 1}, {1000, 8000}, {1}, {5}, {1}, {64}, {0, 1}})
     ->UseRealTime();
 
 }  // namespace

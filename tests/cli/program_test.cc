@@ -63,7 +63,7 @@ class ProgramTest : public ::testing::Test {
 TEST_F(ProgramTest, HelpNamesEverySubcommand) {
   const Outcome outcome = Sluice("--help");
   EXPECT_EQ(outcome.exit_code, 0);
-  for (const char* command : {"ask", "bench", "eval", "info", "load", "render"}) {
+  for (const char* command : {"ask", "bench", "calibrate", "eval", "info", "load", "render"}) {
     EXPECT_THAT(outcome.out, HasSubstr(command));
     const Outcome help = Sluice(std::string(command) + " --help");
     EXPECT_EQ(help.exit_code, 0);
@@ -437,6 +437,51 @@ TEST_F(ProgramTest, BenchMeasuresEveryStageAgainstThePeak) {
     const json decode = json::parse(dropped.out)["decode"];
     EXPECT_LT(decode["context_rows_per_layer"], decode["context_tokens"]) << mode;
   }
+}
+
+TEST_F(ProgramTest, CalibrateWritesWhichLayersBearQuantisedAttention) {
+  const auto file = (directory_ / "calibration.json").string();
+  const std::string cpu = " --device cpu" + model_;
+  const Outcome outcome = Sluice("calibrate --json --frames 4 --out " + file + cpu);
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  json report = json::parse(outcome.out);
+  EXPECT_EQ(report["file"], file);
+  report.erase("file");
+  EXPECT_EQ(report, json::parse(ReadFile(file)));
+  EXPECT_EQ(report["clips"], 16);
+  EXPECT_EQ(report["tower"]["layers"], 3);
+  EXPECT_EQ(report["decoder"]["layers"], 3);
+  for (const char* part : {"tower", "decoder"}) {
+    for (int i = 0; i < 3; ++i) {
+      const json& layer = report[part]["layer." + std::to_string(i)];
+      EXPECT_EQ(layer["attention"], "sage") << part << " " << i;
+      EXPECT_GE(layer["cosine"], 0.998) << part << " " << i;
+      EXPECT_GT(layer["relative_l1"], 0.0) << part << " " << i;
+    }
+  }
+  json info = json::parse(Sluice("info --json --attention " + file + cpu).out);
+  EXPECT_EQ(info["checkpoint"]["attention_layers"]["decoder"]["sage"], 3);
+  // One layer exact, by hand; a decoded token is always.
+  report["decoder"]["layer.1"]["attention"] = "exact";
+  std::ofstream(file) << report;
+  info = json::parse(Sluice("info --json --attention " + file + cpu).out);
+  EXPECT_EQ(info["checkpoint"]["attention_layers"]["decoder"]["exact"], 1);
+  EXPECT_THAT(info["fast_paths"]["decode_attention"].get<std::string>(), HasSubstr("exact"));
+  const Outcome asked =
+      Sluice("ask --json --source test:smpte:3 --max-new-tokens 4 --question 'What?' --attention " +
+             file + cpu);
+  ASSERT_EQ(asked.exit_code, 0) << asked.err;
+  EXPECT_TRUE(json::parse(asked.out)["stages"].contains("attention/exact"));
+
+  ExpectRefused(
+      "info --attention " + file + " --model " SLUICE_SOURCE_DIR "/tests/golden/tiny_untied",
+      "fingerprint must be this model's");
+  ExpectRefused("info --attention /no/such.json" + cpu, "/no/such.json");
+  ExpectRefused("calibrate --clips 3 --out " + file + cpu, "--clips");
+  ExpectRefused("calibrate" + cpu, "--out");
+  ExpectRefused("calibrate --attention sage --out " + file + cpu, "--attention");
+  ExpectRefused("calibrate --source test:smpte:3 --out " + file + cpu,
+                "16 clips of 8 frames, got 0");
 }
 
 TEST_F(ProgramTest, ServeRefusesSettingsThatMakeNoSense) {

@@ -7,6 +7,7 @@
 #include <map>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "runtime/error.h"
@@ -22,7 +23,7 @@ std::optional<std::string> Canonical(const std::string& name) {
 }
 
 // The decoder of the random checkpoint beside the golden values (3 layers, 4 heads over 2).
-std::unique_ptr<Decoder> LoadTiny(DType dtype) {
+std::unique_ptr<Decoder> LoadTiny(DType dtype, std::vector<AttentionPrecision> attention = {}) {
   const Checkpoint checkpoint =
       Checkpoint::Open(std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_tied");
   WeightStore weights(checkpoint, Canonical, dtype);
@@ -38,6 +39,7 @@ std::unique_ptr<Decoder> LoadTiny(DType dtype) {
   config.max_positions = kMaxPositions;
   config.rope_theta = 1e6;
   config.tie_word_embeddings = true;
+  config.attention = std::move(attention);
   return LoadLlamaDecoder(weights, config);
 }
 
@@ -250,6 +252,34 @@ TEST_P(LlamaDecoderTest, WrongShapesAreRefusedBeforeAnythingHappens) {
 
 INSTANTIATE_TEST_SUITE_P(Types, LlamaDecoderTest, testing::Values(DType::kF32, DType::kBF16),
                          [](const auto& info) { return Name(info.param); });
+
+TEST(LlamaDecoderTest, AttentionIsQuantisedInTheLayersThatAskForIt) {
+  constexpr auto kExact = AttentionPrecision::kExact, kSage = AttentionPrecision::kSageAlways;
+  ExecContext ctx({.num_threads = 1});
+  const Tensor rows = RandomRows(40, 3);
+  const auto run = [&](std::vector<AttentionPrecision> attention) {
+    const auto decoder = LoadTiny(DType::kF32, std::move(attention));
+    KvCache cache(Pool(*decoder));
+    std::map<std::string, std::vector<float>> layers;
+    SequenceStep step{&cache, rows, {}};
+    decoder->Step(ctx, {&step, 1}, [&](std::string_view name, ConstTensorView value) {
+      if (name.find('.') != name.rfind('.') || !name.starts_with("layer.")) return;
+      layers[std::string(name)] = {value.data<float>(),
+                                   value.data<float>() + value.shape().NumElements()};
+    });
+    return layers;
+  };
+  const auto exact = run({}), second = run({kExact, kSage, kExact});
+  EXPECT_EQ(ctx.tracer().stages().at("attention/sage").items, 40);
+  EXPECT_EQ(exact.at("layer.0"), second.at("layer.0"));
+  EXPECT_NE(exact.at("layer.1"), second.at("layer.1"));
+  double difference = 0, size = 0;
+  for (size_t i = 0; i < exact.at("layer.2").size(); ++i) {
+    difference += std::abs(exact.at("layer.2")[i] - second.at("layer.2")[i]);
+    size += std::abs(exact.at("layer.2")[i]);
+  }
+  EXPECT_LE(difference, 0.02 * size);
+}
 
 TEST(LlamaDecoderWorkTest, CountsTheWorkItTraces) {
   const auto decoder = LoadTiny(DType::kF32);

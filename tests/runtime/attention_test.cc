@@ -144,6 +144,8 @@ void RunEncoder(AttentionKernel kernel, ExecContext& ctx, const EncoderInputs& x
     case AttentionKernel::kAmx:
       return cpu::EncoderAttentionAmx(ctx, x.q, x.k, x.v, c.batch, c.heads, c.head_dim, scale, out,
                                       x.key_bias);
+    default:
+      FAIL() << "no exact kernel: " << Name(kernel);
   }
 }
 
@@ -391,6 +393,8 @@ void RunCausal(AttentionKernel kernel, ExecContext& ctx, ConstTensorView q, cons
       return cpu::CausalAttentionSimd(ctx, q, c.begin, c.heads, scale, kv, out);
     case AttentionKernel::kAmx:
       return cpu::CausalAttentionAmx(ctx, q, c.begin, c.heads, scale, kv, out);
+    default:
+      FAIL() << "no exact kernel: " << Name(kernel);
   }
 }
 

@@ -61,7 +61,8 @@ ClipEncoder::ClipEncoder(WeightStore& weights, const ClipConfig& config)
                         .class_tokens = kClassTokens,
                         .patches = grid_ * grid_,
                         .layer_norm_eps = config.layer_norm_eps,
-                        .activation = Activation::kQuickGelu}),
+                        .activation = Activation::kQuickGelu,
+                        .attention = config.attention}),
       // So spelt in every published file.
       pre_norm_(weights, "vision_tower.pre_layrnorm", config.hidden_size, config.layer_norm_eps) {
   const int64_t width = config.hidden_size, patch = config.patch_size;

@@ -12,7 +12,9 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
+#include "runtime/ops/attention.h"
 #include "runtime/weight_store.h"
 #include "vision/vision_encoder.h"
 
@@ -30,6 +32,7 @@ struct ClipConfig {
   float layer_norm_eps = 1e-5f;
   int output_size = 0;  // E of the decoder
   bool projector_bias = true;
+  std::vector<AttentionPrecision> attention;  // of each layer that runs; empty: exact in all
   PreprocessConfig preprocess;
 };
 

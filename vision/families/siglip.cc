@@ -54,7 +54,8 @@ SiglipEncoder::SiglipEncoder(WeightStore& weights, const SiglipConfig& config)
                         .layers_to_run = config.layers_to_run,
                         .patches = grid_ * grid_,
                         .layer_norm_eps = config.layer_norm_eps,
-                        .activation = Activation::kGeluTanh}),
+                        .activation = Activation::kGeluTanh,
+                        .attention = config.attention}),
       pool_(grid_, grid_, (grid_ + 1) / 2, (grid_ + 1) / 2) {
   const int64_t width = config.hidden_size, patch = config.patch_size;
   const std::string embeddings = "vision_tower.embeddings.";

@@ -11,7 +11,9 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
+#include "runtime/ops/attention.h"
 #include "runtime/weight_store.h"
 #include "vision/vision_encoder.h"
 
@@ -28,6 +30,7 @@ struct SiglipConfig {
   float layer_norm_eps = 1e-6f;
   int output_size = 0;  // E of the decoder
   bool projector_bias = true;
+  std::vector<AttentionPrecision> attention;  // of each layer that runs; empty: exact in all
   PreprocessConfig preprocess;
 };
 

@@ -8,10 +8,23 @@
 // horizontal steps. Scores live for kChunkKeys keys at a time; maxima and sums follow Milakov and
 // Gimelshein 2018. Keys pass in spans of kSpanBlocks blocks under a group of query tiles that stays
 // in the second-level cache, so that a long cache is read from memory once per group.
+//
+// SageAttention2 (arXiv 2411.10958; runtime/ops/cpu/attention_sage.h has the reference) differs in
+// the first product alone:
+//
+//   S^T[t, :] = k_scale[t] q_scale[:] sum over quads of channels of K8[t] Q8^T
+//
+// four products of 8 bits a lane and instruction instead of one of f32. Every query and every key
+// has a scale of its own, which costs two multiplications a score and needs no neighbours: a key is
+// quantised when it is read, and the cache stays as it is.
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 
+#include "runtime/cpu_info.h"
 #include "runtime/ops/cpu/attention.h"
 #include "runtime/ops/cpu/attention_plan.h"
+#include "runtime/ops/cpu/attention_sage.h"
 #include "runtime/parallel.h"
 
 // The kernels keep arrays of vectors in registers, which types of unknown size do not allow.
@@ -54,6 +67,17 @@ struct Block {
   const float* v;
 };
 
+// The same with quantised keys; the rest of V as above.
+struct SageBlock {
+  const int32_t* k;        // [kKvBlockTokens, Quads(D)] words of four channels in int8
+  const float* scales;     // of each key
+  const int32_t* offsets;  // -128 times the sum of a key's channels: queries are stored 128 higher
+  const float* v;
+};
+
+// Words of four channels that D of them take.
+constexpr int64_t Quads(int64_t head_dim) { return CeilDiv(head_dim, 4); }
+
 struct Values {
   int64_t v_key, v_dim;
 };
@@ -73,18 +97,19 @@ struct RowMap {
 // Up to kTileRows queries on their way through the keys. The rows of the arrays are
 // `width` = kLanes * vectors long.
 struct QueryTile {
-  float* q;        // [D, width]
+  float* q;        // [D, width], or quantised: [Quads(D), width] words of four channels in u8
   float* o;        // [D, width]
   float* max;      // [width] scores * scale * log2(e)
   float* sum;      // [width] of probabilities
   float* visible;  // [width] keys [0, visible) count; exact, positions are below 2^24
+  float* scale;    // [width] of quantised queries
   const float* key_bias;
   int64_t first_row;
   int rows, vectors;
   bool started;
   int64_t min_visible, max_visible;
 
-  static int64_t Floats(int64_t head_dim) { return kTileRows * (2 * head_dim + 3); }
+  static int64_t Floats(int64_t head_dim) { return kTileRows * (2 * head_dim + 4); }
   int width() const { return kLanes * vectors; }
   void Place(float* memory, int64_t head_dim) {
     q = memory;
@@ -92,6 +117,7 @@ struct QueryTile {
     max = o + kTileRows * head_dim;
     sum = max + kTileRows;
     visible = sum + kTileRows;
+    scale = visible + kTileRows;
   }
   void SetRows(int64_t index, int64_t all_rows) {
     first_row = index * kTileRows;
@@ -167,6 +193,102 @@ void Multiply(const float* a, int64_t rows, int64_t a_row, int64_t a_step, const
   }
 }
 
+using DI = hn::RebindToSigned<DF>;
+using VI = hn::Vec<DI>;
+
+// Whether this instruction set, on this machine, has the int8 products of Dot.
+bool HasInt8Dot() {
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+  static const bool has = CpuInfo::Detect().avx512_vnni;
+#elif HWY_TARGET == HWY_AVX2
+  static const bool has = CpuInfo::Detect().avx_vnni;
+#else
+  constexpr bool has = false;
+#endif
+  return has;
+}
+
+// acc + the sum of four products of a lane: its bytes of q, unsigned, with those of the word,
+// signed. Highway has no such operation, and the functions of this file are compiled for sets
+// without the instruction, hence the assembly. Without it: right, not fast.
+template <bool kInt8Dot>
+HWY_INLINE VI Dot(VI acc, VI q, const int32_t* word) {
+  const DI d;
+  if constexpr (kInt8Dot) {
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.raw) : "v"(q.raw), "m"(*word));
+#elif HWY_TARGET == HWY_AVX2
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc.raw) : "x"(q.raw), "x"(hn::Set(d, *word).raw));
+#endif
+    return acc;
+  }
+  int8_t k[4];
+  std::memcpy(k, word, sizeof(k));
+  const VI byte = hn::Set(d, 255);
+  acc = hn::Add(acc, hn::Mul(hn::And(q, byte), hn::Set(d, k[0])));
+  acc = hn::Add(acc, hn::Mul(hn::And(hn::ShiftRight<8>(q), byte), hn::Set(d, k[1])));
+  acc = hn::Add(acc, hn::Mul(hn::And(hn::ShiftRight<16>(q), byte), hn::Set(d, k[2])));
+  return hn::Add(acc, hn::Mul(hn::And(hn::ShiftRight<24>(q), byte), hn::Set(d, k[3])));
+}
+
+// Scores of kRows keys, the first of them `first` of its block.
+template <int kRows, int kVectors, bool kInt8Dot>
+HWY_INLINE void ScoreRows(const QueryTile& tile, const SageBlock& block, int64_t first,
+                          int64_t quads, float* HWY_RESTRICT s) {
+  const DF d;
+  const DI di;
+  const int32_t* k = block.k + first * quads;
+  const auto* q = reinterpret_cast<const int32_t*>(tile.q);
+  VI acc[kRows][kVectors];
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) acc[i][v] = hn::Set(di, block.offsets[first + i]);
+  }
+  for (int64_t j = 0; j < quads; ++j) {
+    VI row[kVectors];
+    for (int v = 0; v < kVectors; ++v) row[v] = hn::Load(di, q + (j * kVectors + v) * kLanes);
+    for (int i = 0; i < kRows; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        acc[i][v] = Dot<kInt8Dot>(acc[i][v], row[v], k + i * quads + j);
+      }
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    const VF scale = hn::Set(d, block.scales[first + i]);
+    for (int v = 0; v < kVectors; ++v) {
+      const VF factor = hn::Mul(scale, hn::Load(d, tile.scale + v * kLanes));
+      hn::Store(hn::Mul(hn::ConvertTo(d, acc[i][v]), factor), d,
+                s + ((first + i) * kVectors + v) * kLanes);
+    }
+  }
+}
+
+template <int kVectors, bool kInt8Dot>
+void ScoreKeys(const QueryTile& tile, const SageBlock& block, int64_t keys, int64_t quads,
+               float* s) {
+  int64_t i = 0;
+  for (; i + kRegisterRows <= keys; i += kRegisterRows) {
+    ScoreRows<kRegisterRows, kVectors, kInt8Dot>(tile, block, i, quads, s);
+  }
+  for (; i < keys; ++i) ScoreRows<1, kVectors, kInt8Dot>(tile, block, i, quads, s);
+}
+
+// S^T of the first `keys` of a block; `prefetch`: its values, which are needed next.
+template <int kVectors>
+void Score(const QueryTile& tile, const Block& block, int64_t keys, int64_t head_dim, bool prefetch,
+           float* s) {
+  Multiply<kVectors>(block.k, keys, head_dim, 1, tile.q, head_dim, false, s,
+                     prefetch ? block.v : nullptr);
+}
+template <int kVectors>
+void Score(const QueryTile& tile, const SageBlock& block, int64_t keys, int64_t head_dim,
+           bool /*prefetch*/, float* s) {
+  if (HasInt8Dot()) {
+    ScoreKeys<kVectors, true>(tile, block, keys, Quads(head_dim), s);
+  } else {
+    ScoreKeys<kVectors, false>(tile, block, keys, Quads(head_dim), s);
+  }
+}
+
 // Turns scores of keys [first_key, first_key + keys) into probabilities in place, keeping maximum
 // and sum and rescaling O when the maximum has grown.
 template <int kVectors>
@@ -238,29 +360,32 @@ void AddBias(const float* bias, int64_t keys, float factor, float* s) {
 }
 
 // Takes one tile over keys [begin, end), which start with blocks[0].
-template <int kVectors>
-void AttendRows(QueryTile& tile, const Block* blocks, Values values, int64_t begin, int64_t end,
+template <int kVectors, typename AnyBlock>
+void AttendRows(QueryTile& tile, const AnyBlock* blocks, Values values, int64_t begin, int64_t end,
                 int64_t head_dim, float scale, float* s) {
+  constexpr bool kExact = std::is_same_v<AnyBlock, Block>;
   constexpr int kWidth = kVectors * kLanes;
   for (int64_t first = begin; first < end; first += kChunkKeys) {
     const int64_t keys = std::min<int64_t>(kChunkKeys, end - first);
-    const Block* chunk = blocks + (first - begin) / kKvBlockTokens;
+    const AnyBlock* chunk = blocks + (first - begin) / kKvBlockTokens;
     // A decoded token waits for memory: what is read next is asked for one product before. Wider
     // tiles, and those of an encoder, find keys and values in the cache.
-    const bool prefetch = kVectors == 1 && values.v_dim == kKvBlockTokens;
+    const bool prefetch = kExact && kVectors == 1 && values.v_dim == kKvBlockTokens;
     for (int64_t t = 0; t < keys; t += kKvBlockTokens) {
-      const Block& block = chunk[t / kKvBlockTokens];
-      Multiply<kVectors>(block.k, std::min<int64_t>(kKvBlockTokens, keys - t), head_dim, 1, tile.q,
-                         head_dim, false, s + t * kWidth, prefetch ? block.v : nullptr);
+      Score<kVectors>(tile, chunk[t / kKvBlockTokens], std::min<int64_t>(kKvBlockTokens, keys - t),
+                      head_dim, prefetch, s + t * kWidth);
     }
     if (tile.key_bias) AddBias<kVectors>(tile.key_bias + first, keys, 1 / scale, s);
     Softmax<kVectors>(tile, s, first, keys, head_dim, scale);
     for (int64_t t = 0; t < keys; t += kKvBlockTokens) {
-      const Block* block = chunk + t / kKvBlockTokens;
-      const bool more = first + t + kChunkKeys < end;
+      const AnyBlock* block = chunk + t / kKvBlockTokens;
+      const float* ahead = nullptr;
+      if constexpr (kExact) {
+        const bool more = first + t + kChunkKeys < end;
+        if (prefetch && more) ahead = block[kChunkKeys / kKvBlockTokens].k;
+      }
       Multiply<kVectors>(block->v, head_dim, values.v_dim, values.v_key, s + t * kWidth,
-                         std::min<int64_t>(kKvBlockTokens, keys - t), tile.started, tile.o,
-                         prefetch && more ? block[kChunkKeys / kKvBlockTokens].k : nullptr);
+                         std::min<int64_t>(kKvBlockTokens, keys - t), tile.started, tile.o, ahead);
       tile.started = true;
     }
   }
@@ -270,7 +395,7 @@ void AttendRows(QueryTile& tile, const Block* blocks, Values values, int64_t beg
 struct Scratch {
   float* scores;  // [kChunkKeys, kTileRows]
   float* rows;    // [kTileRows, D + 4] a tile of queries or outputs, row by row
-  float* packed;  // blocks of 2 * kKvBlockTokens * D
+  float* packed;  // blocks of PackedFloats(D)
   float* tile_floats;
   QueryTile* tiles;
   int64_t group;
@@ -280,7 +405,11 @@ struct Scratch {
     return std::clamp<int64_t>(kGroupBytes / bytes, 1, tiles);
   }
   static int64_t RowsFloats(int64_t head_dim) { return kTileRows * RoundUp(head_dim + 4, 16); }
-  static int64_t PackedFloats(int64_t head_dim) { return 2 * kKvBlockTokens * head_dim; }
+  // Keys and values in f32, or quantised keys (and what their last vector writes behind them) with
+  // their scales and offsets.
+  static int64_t PackedFloats(int64_t head_dim) {
+    return 2 * kKvBlockTokens * head_dim + 2 * kKvBlockTokens + 16;
+  }
   static int64_t Bytes(int64_t head_dim, int64_t group, int64_t packed_blocks) {
     const int64_t floats = kChunkKeys * kTileRows + RowsFloats(head_dim) +
                            packed_blocks * PackedFloats(head_dim) +
@@ -306,13 +435,11 @@ void WidenRow(const T* from, int64_t count, float* to) {
   }
 }
 
-// For rows of known slack: writes whole vectors.
+// A tile's queries in f32, row by row; the last one stands in for those that are not there.
 template <typename T>
-void LoadQueries(const RowMap<T>& map, int64_t head_dim, float* rows, QueryTile& tile) {
-  const DF d;
+void GatherQueries(const RowMap<T>& map, int64_t head_dim, const QueryTile& tile, float* rows) {
   const int64_t stride = RoundUp(head_dim + 4, 16);
-  const int width = tile.width();
-  for (int r = 0; r < width; ++r) {
+  for (int r = 0; r < tile.width(); ++r) {
     const int64_t row = tile.first_row + std::min(r, tile.rows - 1);
     const T* from = map.q + row / map.heads * map.q_stride + row % map.heads * head_dim;
     for (int64_t i = 0; i < head_dim; ++i) {
@@ -323,6 +450,15 @@ void LoadQueries(const RowMap<T>& map, int64_t head_dim, float* rows, QueryTile&
       }
     }
   }
+}
+
+// For rows of known slack: writes whole vectors.
+template <typename T>
+void LoadQueries(const RowMap<T>& map, int64_t head_dim, float* rows, QueryTile& tile) {
+  const DF d;
+  const int64_t stride = RoundUp(head_dim + 4, 16);
+  const int width = tile.width();
+  GatherQueries(map, head_dim, tile, rows);
   HWY_ALIGN float quads[4 * kLanes];
   for (int first = 0; first < width; first += kLanes) {
     for (int64_t i = 0; i < head_dim; i += 4) {
@@ -336,6 +472,123 @@ void LoadQueries(const RowMap<T>& map, int64_t head_dim, float* rows, QueryTile&
       }
     }
   }
+}
+
+// By which numbers of at most `largest` are multiplied to become 8 bits, and the way back.
+struct Int8Scale {
+  explicit Int8Scale(float largest) {
+    const float to = std::max(largest, kSageFloor);
+    times = 127.0f / to;
+    back = to / 127.0f;
+  }
+  float times, back;
+};
+
+// The largest magnitude of x[0, count), which is readable in whole vectors of zeros behind it.
+float LargestOf(const float* x, int64_t count) {
+  const DF d;
+  VF largest = hn::Zero(d);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    largest = hn::Max(largest, hn::Abs(hn::LoadU(d, x + i)));
+  }
+  return hn::GetLane(hn::MaxOfLanes(d, largest));
+}
+
+template <typename T>
+void LoadQuantisedQueries(const RowMap<T>& map, int64_t head_dim, float* rows, QueryTile& tile) {
+  const DF d;
+  const DI di;
+  const hn::Rebind<uint8_t, DF> d8;
+  const int64_t stride = RoundUp(head_dim + 4, 16), quads = Quads(head_dim);
+  const int width = tile.width();
+  GatherQueries(map, head_dim, tile, rows);
+  for (int r = 0; r < width; ++r) {
+    float* row = rows + r * stride;
+    std::fill(row + head_dim, row + stride, 0.0f);
+    const Int8Scale scale(LargestOf(row, head_dim));
+    tile.scale[r] = scale.back;
+    // In place: bytes are written behind the floats that are still to be read.
+    auto* bytes = reinterpret_cast<uint8_t*>(row);
+    for (int64_t i = 0; i < 4 * quads; i += kLanes) {
+      const VI x = hn::NearestInt(hn::Mul(hn::LoadU(d, row + i), hn::Set(d, scale.times)));
+      hn::StoreU(hn::DemoteTo(d8, hn::Add(x, hn::Set(di, 128))), d8, bytes + i);
+    }
+    for (int64_t j = 0; j < quads; ++j) {
+      std::memcpy(tile.q + j * width + r, bytes + 4 * j, 4);
+    }
+  }
+}
+
+// The mean of `keys` rows, zeros behind it up to a whole vector. row(t): where key t is.
+template <typename Row>
+void MeanKey(const Row& row, int64_t keys, int64_t head_dim, float* mean) {
+  const DF d;
+  std::fill_n(mean, RoundUp(head_dim, kLanes), 0.0f);
+  for (int64_t t = 0; t < keys; ++t) {
+    const auto* k = row(t);
+    int64_t i = 0;
+    for (; i + kLanes <= head_dim; i += kLanes) {
+      hn::StoreU(hn::Add(hn::LoadU(d, mean + i), LoadFloats(k + i)), d, mean + i);
+    }
+    if (i < head_dim) {
+      const VF last = sluice::HWY_NAMESPACE::LoadFloatsN(k + i, head_dim - i);
+      hn::StoreU(hn::Add(hn::LoadU(d, mean + i), last), d, mean + i);
+    }
+  }
+  const VF share = hn::Set(d, 1.0f / static_cast<float>(keys));
+  for (int64_t i = 0; i < head_dim; i += kLanes) {
+    hn::StoreU(hn::Mul(hn::LoadU(d, mean + i), share), d, mean + i);
+  }
+}
+
+// Where quantised keys and their values go.
+struct SageRoom {
+  int32_t* k;
+  float* scales;
+  int32_t* offsets;
+  float* v;
+
+  // In `blocks` times PackedFloats(); more values may be written by `slack` floats.
+  SageRoom(float* memory, int64_t blocks, int64_t head_dim, int64_t slack) {
+    const int64_t keys = blocks * kKvBlockTokens;
+    v = memory;
+    scales = v + keys * head_dim + slack;
+    offsets = reinterpret_cast<int32_t*>(scales + keys);
+    k = offsets + keys;
+  }
+  SageBlock Block(int64_t block, int64_t head_dim) const {
+    const int64_t first = block * kKvBlockTokens;
+    return {k + first * Quads(head_dim), scales + first, offsets + first, v + first * head_dim};
+  }
+};
+
+// Quantises `from` - mean as key t. row: room for a key. Writes whole vectors: keys in order.
+template <typename T>
+void QuantiseKey(const T* from, const float* mean, int64_t head_dim, float* row,
+                 const SageRoom& room, int64_t t) {
+  const DF d;
+  const DI di;
+  const hn::Rebind<int8_t, DF> d8;
+  const int64_t quads = Quads(head_dim);
+  int64_t i = 0;
+  for (; i + kLanes <= head_dim; i += kLanes) {
+    hn::StoreU(hn::Sub(LoadFloats(from + i), hn::LoadU(d, mean + i)), d, row + i);
+  }
+  if (i < head_dim) {
+    const VF last = sluice::HWY_NAMESPACE::LoadFloatsN(from + i, head_dim - i);
+    hn::StoreU(hn::Sub(last, hn::LoadU(d, mean + i)), d, row + i);
+  }
+  const Int8Scale scale(LargestOf(row, head_dim));
+  auto* bytes = reinterpret_cast<int8_t*>(room.k + t * quads);
+  VI sum = hn::Zero(di);
+  for (i = 0; i < head_dim; i += kLanes) {
+    const VI x = hn::NearestInt(hn::Mul(hn::LoadU(d, row + i), hn::Set(d, scale.times)));
+    sum = hn::Add(sum, x);
+    hn::StoreU(hn::DemoteTo(d8, x), d8, bytes + i);
+  }
+  for (; i < 4 * quads; ++i) bytes[i] = 0;  // where vectors are shorter than a word
+  room.scales[t] = scale.back;
+  room.offsets[t] = -128 * hn::GetLane(hn::SumOfLanes(di, sum));
 }
 
 template <typename T>
@@ -378,6 +631,7 @@ void AttendGroups(const RowMap<T>& map, int64_t head_dim, int64_t first, int64_t
                   int64_t key_begin, int64_t key_end, Values values, float scale,
                   const Scratch& scratch, const Visible& visible, const BlockAt& block,
                   const Finish& finish) {
+  using AnyBlock = std::invoke_result_t<BlockAt, int64_t, int64_t>;
   for (; first < last; first += scratch.group) {
     const int64_t count = std::min(scratch.group, last - first);
     for (int64_t i = 0; i < count; ++i) {
@@ -393,12 +647,16 @@ void AttendGroups(const RowMap<T>& map, int64_t head_dim, int64_t first, int64_t
       }
       tile.min_visible = visible(tile.first_row);
       tile.max_visible = visible(tile.first_row + tile.rows - 1);
-      LoadQueries(map, head_dim, scratch.rows, tile);
+      if constexpr (std::is_same_v<AnyBlock, Block>) {
+        LoadQueries(map, head_dim, scratch.rows, tile);
+      } else {
+        LoadQuantisedQueries(map, head_dim, scratch.rows, tile);
+      }
     }
     const int64_t end = std::min(key_end, scratch.tiles[count - 1].max_visible);
     for (int64_t begin = key_begin; begin < end; begin += kSpanBlocks * kKvBlockTokens) {
       const int64_t span_end = std::min<int64_t>(end, begin + kSpanBlocks * kKvBlockTokens);
-      Block blocks[kSpanBlocks];
+      AnyBlock blocks[kSpanBlocks];
       for (int64_t i = 0; begin + i * kKvBlockTokens < span_end; ++i) {
         blocks[i] = block(begin / kKvBlockTokens + i, i);
       }
@@ -439,7 +697,7 @@ void Combine(const float* partial, int64_t stride, int64_t ranges, int64_t head_
   }
 }
 
-template <typename T>
+template <typename T, bool kSage>
 void Encoder(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
              int64_t batch, int heads, int head_dim, float scale, TensorView out,
              ConstTensorView key_bias) {
@@ -455,16 +713,27 @@ void Encoder(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensor
   ParallelFor(ctx, threads, 1, [&](int64_t thread, int64_t last_thread) {
     const Scratch scratch(memory, thread, head_dim, group, num_blocks + 1);
     const int64_t area = kKvBlockTokens * head_dim;
-    float* packed_v = scratch.packed + num_blocks * area;
     const int64_t end = units * last_thread / threads;
     for (int64_t unit = units * thread / threads; unit < end;) {
       const int64_t item = unit / tiles, frame = item / heads, head = item % heads;
       const int64_t last = std::min(end, (item + 1) * tiles);
       const int64_t column = head * head_dim, first_key = frame * keys;
+      const auto key = [&](int64_t t) {
+        return k.data<T>() + (first_key + t) * k.stride0() + column;
+      };
+      const SageRoom room(scratch.packed, num_blocks, head_dim, area);
+      float* const packed_v = kSage ? room.v : scratch.packed + num_blocks * area;
       // Keys first, row by row upwards: what a row writes behind its end is overwritten.
-      for (int64_t t = 0; t < keys; ++t) {
-        WidenRow(k.data<T>() + (first_key + t) * k.stride0() + column, head_dim,
-                 scratch.packed + t * head_dim);
+      if constexpr (kSage) {
+        float* const mean = scratch.rows + scratch.RowsFloats(head_dim) / 2;
+        MeanKey(key, keys, head_dim, mean);
+        for (int64_t t = 0; t < keys; ++t) {
+          QuantiseKey(key(t), mean, head_dim, scratch.rows, room, t);
+        }
+      } else {
+        for (int64_t t = 0; t < keys; ++t) {
+          WidenRow(key(t), head_dim, scratch.packed + t * head_dim);
+        }
       }
       for (int64_t t = 0; t < keys; ++t) {
         WidenRow(v.data<T>() + (first_key + t) * v.stride0() + column, head_dim,
@@ -481,7 +750,11 @@ void Encoder(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensor
           map, head_dim, unit - item * tiles, last - item * tiles, 0, keys, Values{head_dim, 1},
           scale, scratch, [&](int64_t) { return keys; },
           [&](int64_t b, int64_t) {
-            return Block{scratch.packed + b * area, packed_v + b * area};
+            if constexpr (kSage) {
+              return room.Block(b, head_dim);
+            } else {
+              return Block{scratch.packed + b * area, packed_v + b * area};
+            }
           },
           [&](const QueryTile& tile) { StoreOutputs(map, head_dim, scratch.rows, tile); });
       unit = last;
@@ -489,7 +762,7 @@ void Encoder(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensor
   });
 }
 
-template <typename T>
+template <typename T, bool kSage>
 void Causal(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
             const KvLayerView& kv, TensorView out) {
   constexpr bool kInPlace = std::is_same_v<T, float>;
@@ -497,7 +770,7 @@ void Causal(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float
   const int64_t threads = ctx.num_threads();
   const CausalPlan plan(begin, q.dim(0), heads, kv.kv_heads, kTileRows, ctx.num_threads());
   const int64_t group = Scratch::Group(head_dim, plan.tiles);
-  const int64_t packed_blocks = kInPlace ? 0 : kSpanBlocks;
+  const int64_t packed_blocks = kInPlace && !kSage ? 0 : kSpanBlocks;
   const int64_t partial_floats = kTileRows * (head_dim + 2);
   const auto map_of = [&](int64_t kv_head) {
     const int64_t column = kv_head * plan.heads_per_kv * head_dim;
@@ -513,6 +786,19 @@ void Causal(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float
   if (plan.ranges > 1) {
     partials = ctx.workspace().Allocate(DType::kF32, {plan.units, partial_floats}).data<float>();
   }
+  TensorView means;  // of each kv head's keys, where they are quantised
+  if constexpr (kSage) {
+    means = ctx.workspace().Allocate(DType::kF32, {kv.kv_heads, RoundUp(head_dim, 16)});
+    ParallelFor(ctx, kv.kv_heads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t head = first; head < last; ++head) {
+        const auto key = [&](int64_t t) {
+          return static_cast<const T*>(kv.blocks[t / kKvBlockTokens]) + head * area +
+                 t % kKvBlockTokens * head_dim;
+        };
+        MeanKey(key, plan.keys, head_dim, means.data<float>() + head * means.dim(1));
+      }
+    });
+  }
   ParallelFor(ctx, threads, 1, [&](int64_t thread, int64_t last_thread) {
     const Scratch scratch(memory, thread, head_dim, group, packed_blocks);
     const int64_t end = plan.FirstUnit(last_thread);
@@ -527,10 +813,27 @@ void Causal(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float
           [&](int64_t b, int64_t slot) {
             const T* k = static_cast<const T*>(kv.blocks[b]) + unit.kv_head * area;
             const T* v = k + kv.kv_heads * area;
-            if constexpr (kInPlace) {
+            if constexpr (kSage) {
+              const SageRoom room(scratch.packed + slot * Scratch::PackedFloats(head_dim), 1,
+                                  head_dim, 0);
+              const float* mean = means.data<float>() + unit.kv_head * means.dim(1);
+              // What lies behind the last key may be NaN.
+              const int64_t count =
+                  std::min<int64_t>(kKvBlockTokens, plan.keys - b * kKvBlockTokens);
+              for (int64_t t = 0; t < count; ++t) {
+                QuantiseKey(k + t * head_dim, mean, head_dim, scratch.rows, room, t);
+              }
+              SageBlock block = room.Block(0, head_dim);
+              if constexpr (kInPlace) {
+                block.v = v;
+              } else {
+                WidenRow(v, area, room.v);
+              }
+              return block;
+            } else if constexpr (kInPlace) {
               return Block{k, v};
             } else {
-              float* to = scratch.packed + slot * 2 * area;
+              float* to = scratch.packed + slot * Scratch::PackedFloats(head_dim);
               WidenRow(k, area, to);
               WidenRow(v, area, to + area);
               return Block{to, to + area};
@@ -568,14 +871,27 @@ void Causal(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float
   });
 }
 
+template <bool kSage>
+void AnyEncoder(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
+                int64_t batch, int heads, int head_dim, float scale, TensorView out,
+                ConstTensorView key_bias) {
+  if (q.dtype() == DType::kF32) {
+    Encoder<float, kSage>(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
+  } else {
+    Encoder<BFloat16, kSage>(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
+  }
+}
+
 void EncoderAttention(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
                       int64_t batch, int heads, int head_dim, float scale, TensorView out,
                       ConstTensorView key_bias) {
-  if (q.dtype() == DType::kF32) {
-    Encoder<float>(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
-  } else {
-    Encoder<BFloat16>(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
-  }
+  AnyEncoder<false>(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
+}
+
+void EncoderSage(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
+                 int64_t batch, int heads, int head_dim, float scale, TensorView out,
+                 ConstTensorView key_bias) {
+  AnyEncoder<true>(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
 }
 
 // Queries across the lanes, as above: S^T for kTileRows of them and all keys, softmax down its
@@ -663,13 +979,24 @@ void AttentionReceived(ExecContext& ctx, ConstTensorView q, ConstTensorView k, i
   }
 }
 
+template <bool kSage>
+void AnyCausal(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
+               const KvLayerView& kv, TensorView out) {
+  if (kv.dtype == DType::kF32) {
+    Causal<float, kSage>(ctx, q, begin, heads, scale, kv, out);
+  } else {
+    Causal<BFloat16, kSage>(ctx, q, begin, heads, scale, kv, out);
+  }
+}
+
 void CausalAttention(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
                      const KvLayerView& kv, TensorView out) {
-  if (kv.dtype == DType::kF32) {
-    Causal<float>(ctx, q, begin, heads, scale, kv, out);
-  } else {
-    Causal<BFloat16>(ctx, q, begin, heads, scale, kv, out);
-  }
+  AnyCausal<false>(ctx, q, begin, heads, scale, kv, out);
+}
+
+void CausalSage(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
+                const KvLayerView& kv, TensorView out) {
+  AnyCausal<true>(ctx, q, begin, heads, scale, kv, out);
 }
 
 }  // namespace HWY_NAMESPACE
@@ -682,6 +1009,11 @@ namespace sluice::cpu {
 HWY_EXPORT(EncoderAttention);
 HWY_EXPORT(AttentionReceived);
 HWY_EXPORT(CausalAttention);
+HWY_EXPORT(EncoderSage);
+HWY_EXPORT(CausalSage);
+HWY_EXPORT(HasInt8Dot);
+
+bool HasInt8Dot() { return HWY_DYNAMIC_DISPATCH(HasInt8Dot)(); }
 
 void EncoderAttentionSimd(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
                           int64_t batch, int heads, int head_dim, float scale, TensorView out,
@@ -700,6 +1032,18 @@ void AttentionReceivedSimd(ExecContext& ctx, ConstTensorView q, ConstTensorView 
 void CausalAttentionSimd(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
                          const KvLayerView& kv, TensorView out) {
   HWY_DYNAMIC_DISPATCH(CausalAttention)(ctx, q, begin, heads, scale, kv, out);
+}
+
+void EncoderAttentionSage(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTensorView v,
+                          int64_t batch, int heads, int head_dim, float scale, TensorView out,
+                          ConstTensorView key_bias) {
+  HWY_DYNAMIC_DISPATCH(EncoderSage)
+  (ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
+}
+
+void CausalAttentionSage(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,
+                         const KvLayerView& kv, TensorView out) {
+  HWY_DYNAMIC_DISPATCH(CausalSage)(ctx, q, begin, heads, scale, kv, out);
 }
 
 }  // namespace sluice::cpu
