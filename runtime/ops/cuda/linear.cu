@@ -6,7 +6,11 @@
 // memory, 4 bytes read and 2 or 4 written (or 8 moved) for each.
 #include <cublasLt.h>
 
+#include <array>
+#include <limits>
 #include <map>
+#include <mutex>
+#include <span>
 #include <tuple>
 
 #include "runtime/ops/cuda/launch.cuh"
@@ -15,6 +19,7 @@
 namespace sluice::cuda {
 namespace {
 
+using ::sluice::cuda::Check;  // of what CUDA reports
 void Check(cublasStatus_t status, const char* what) {
   if (status != CUBLAS_STATUS_SUCCESS) Fail(what, cublasLtGetStatusString(status));
 }
@@ -58,6 +63,8 @@ struct Operation {
   }
   cublasLtMatmulDesc_t handle = nullptr;
 };
+
+constexpr int64_t kWorthTiming = int64_t{1} << 28;  // M * N * K
 
 struct Preference {
   Preference() { Check(cublasLtMatmulPreferenceCreate(&handle), "stating a preference"); }
@@ -123,9 +130,68 @@ __global__ void FinishKernel(FinishArgs a) {
 // and whether there are factors.
 using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int, int, int, int, bool>;
 
+namespace {
+
+// What was chosen, for all contexts of the process: so that the same product adds up in the same
+// order in each of them.
+class Choices {
+ public:
+  // Calls choose() for a key that is asked for the first time.
+  template <typename Choose>
+  cublasLtMatmulAlgo_t Find(const Key& key, const Choose& choose) {
+    const std::lock_guard lock(mutex_);
+    const auto found = chosen_.find(key);
+    return found != chosen_.end() ? found->second : chosen_.emplace(key, choose()).first->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<Key, cublasLtMatmulAlgo_t> chosen_;
+};
+
+Choices& ChoicesOfProcess() {
+  static Choices choices;
+  return choices;
+}
+
+// Of the library's proposals the one that is fastest here. run(algorithm, y): queues the product,
+// whose result y has `bytes` bytes. Waits for the device.
+template <typename Run>
+size_t FastestOf(std::span<const cublasLtMatmulHeuristicResult_t> proposals, size_t bytes,
+                 cudaStream_t stream, const Run& run) {
+  constexpr int kRounds = 3, kRuns = 4;
+  void* const y = Allocate(bytes);  // what is accumulated into must not be changed
+  if (!y) return 0;
+  cudaEvent_t begin = nullptr, end = nullptr;
+  Check(cudaEventCreate(&begin), "making an event");
+  Check(cudaEventCreate(&end), "making an event");
+  Check(cudaMemsetAsync(y, 0, bytes, stream), "clearing memory");
+  size_t best = 0;
+  float least = std::numeric_limits<float>::infinity();
+  for (int round = 0; round < kRounds; ++round) {  // the first one warms up
+    for (size_t i = 0; i < proposals.size(); ++i) {
+      Check(cudaEventRecord(begin, stream), "marking a time");
+      bool ran = true;
+      for (int j = 0; j < kRuns && ran; ++j) ran = run(proposals[i].algo, y);
+      Check(cudaEventRecord(end, stream), "marking a time");
+      Check(cudaEventSynchronize(end), "timing a product");
+      float milliseconds = 0;
+      Check(cudaEventElapsedTime(&milliseconds, begin, end), "timing a product");
+      if (!ran || round == 0 || milliseconds >= least) continue;
+      least = milliseconds;
+      best = i;
+    }
+  }
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  Free(y);
+  return best;
+}
+
+}  // namespace
+
 struct Products::State {
   cublasLtHandle_t library = nullptr;
-  std::map<Key, cublasLtMatmulAlgo_t> chosen;
 };
 
 Products::Products() : state_(std::make_unique<State>()) {
@@ -166,8 +232,18 @@ void Products::Run(const ProductArgs& args, void* workspace, Stream stream) {
   const Key key(args.m, args.n, args.k, args.x_stride, static_cast<int>(args.dtype),
                 static_cast<int>(args.y_dtype), epilogue, static_cast<int>(of_x * 32 + of_y),
                 args.factors != nullptr);
-  auto found = state_->chosen.find(key);
-  if (found == state_->chosen.end()) {
+  const float one = 1, of_c = args.accumulate ? 1.f : 0.f;
+  const int32_t whole_one = 1, whole_zero = 0;
+  const auto factor = [&](const float& real, const int32_t& whole) {
+    return whole_numbers ? static_cast<const void*>(&whole) : &real;
+  };
+  const auto run = [&](const cublasLtMatmulAlgo_t& algorithm, void* result) {
+    return cublasLtMatmul(state_->library, operation.handle, factor(one, whole_one), args.weight,
+                          weight.handle, args.x, x.handle, factor(of_c, whole_zero), result,
+                          y.handle, result, y.handle, &algorithm, workspace, kWorkspaceBytes,
+                          stream);
+  };
+  const auto choose = [&] {
     Preference preference;
     const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
       Check(
@@ -178,27 +254,33 @@ void Products::Run(const ProductArgs& args, void* workspace, Stream stream) {
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, of_x);
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, of_y);
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, of_y);
-    cublasLtMatmulHeuristicResult_t best;
+    std::array<cublasLtMatmulHeuristicResult_t, 8> proposals;
     int count = 0;
-    Check(cublasLtMatmulAlgoGetHeuristic(state_->library, operation.handle, weight.handle, x.handle,
-                                         y.handle, y.handle, preference.handle, 1, &best, &count),
+    Check(cublasLtMatmulAlgoGetHeuristic(
+              state_->library, operation.handle, weight.handle, x.handle, y.handle, y.handle,
+              preference.handle, static_cast<int>(proposals.size()), proposals.data(), &count),
           "choosing an algorithm");
     if (count == 0) {
       throw Error("[cuda] cuBLASLt has no algorithm for M " + std::to_string(args.m) + ", N " +
                   std::to_string(args.n) + ", K " + std::to_string(args.k) + " in " +
                   Name(args.dtype));
     }
-    found = state_->chosen.emplace(key, best.algo).first;
-  }
-  const float one = 1, of_c = args.accumulate ? 1.f : 0.f;
-  const int32_t whole_one = 1, whole_zero = 0;
-  const auto factor = [&](const float& real, const int32_t& whole) {
-    return whole_numbers ? static_cast<const void*>(&whole) : &real;
+    // The library's first proposal takes up to half as long again as its best one for some of a
+    // tower's and a decoder's products. Small ones are not worth the milliseconds.
+    cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+    Check(cudaStreamIsCapturing(stream, &capturing), "asking a stream");
+    size_t best = 0;
+    if (count > 1 && capturing == cudaStreamCaptureStatusNone &&
+        args.m * args.n * args.k >= kWorthTiming) {
+      const size_t bytes = (args.m * args.y_stride) * SizeOf(args.y_dtype);
+      best = FastestOf(std::span(proposals).first(count), bytes, stream,
+                       [&](const cublasLtMatmulAlgo_t& algorithm, void* result) {
+                         return run(algorithm, result) == CUBLAS_STATUS_SUCCESS;
+                       });
+    }
+    return proposals[best].algo;
   };
-  Check(cublasLtMatmul(state_->library, operation.handle, factor(one, whole_one), args.weight,
-                       weight.handle, args.x, x.handle, factor(of_c, whole_zero), args.y, y.handle,
-                       args.y, y.handle, &found->second, workspace, kWorkspaceBytes, stream),
-        "a product");
+  Check(run(ChoicesOfProcess().Find(key, choose), args.y), "a product");
 }
 
 void Finish(const FinishArgs& a, Stream stream) {

@@ -36,7 +36,9 @@ struct ProductArgs {
   bool accumulate = false;  // not with gelu_tanh
 };
 
-// The library and the algorithms it chose, by size. Belongs to one context.
+// The library. For every size it is asked once for its algorithms, and large products are timed
+// with each of them, in the first run that is not captured: the choice holds for the process, but
+// another process may add up in another order. Belongs to one context.
 class Products {
  public:
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
