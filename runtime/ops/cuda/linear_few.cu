@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2) FewRowsKernel(FewRowsArgs a
   }
   const auto* const x = static_cast<const __nv_bfloat16*>(a.x);
   float sums[kOutputs][kPairs][4] = {};
+  LetNextKernelStart();
   for (int64_t begin = part * kAtOnce * kStep; begin < a.k; begin += splits * kAtOnce * kStep) {
     uint4 w[kOutputs][kAtOnce];
 #pragma unroll
@@ -124,6 +125,8 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2) FewRowsKernel(FewRowsArgs a
         if (k < a.k) w[o][j] = __ldcs(reinterpret_cast<const uint4*>(rows[o] + k * kBytes));
       }
     }
+    // The first weights, which no kernel writes, are under way before x is there.
+    if (begin == part * kAtOnce * kStep) WaitForKernelInFront();
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       if (begin + j * kStep >= a.k) break;
@@ -184,6 +187,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2) FewRowsKernel(FewRowsArgs a
     if constexpr (kFormat != WeightFormat::kPlain) sum *= a.factors[n];
     return a.bias ? sum + a.bias[n] : sum;
   };
+  WaitForKernelInFront();  // where K gave this warp nothing to read
   // A lane each writes a result.
 #pragma unroll
   for (int o = 0; o < kResults; ++o) {
@@ -212,8 +216,8 @@ void Launch(const FewRowsArgs& a, const FewRowsLaunch& launch, Stream stream) {
   const int64_t warps = (results + of_warp - 1) / of_warp * launch.splits;
   const auto blocks = static_cast<unsigned>((warps + kWarps - 1) / kWarps);
   const auto run = [&](auto pairs, auto outputs, auto silu_mul) {
-    FewRowsKernel<kFormat, pairs(), outputs(), silu_mul()>
-        <<<blocks, kLanes * kWarps, 0, stream>>>(a, launch.splits);
+    LaunchAhead(FewRowsKernel<kFormat, pairs(), outputs(), silu_mul()>, blocks, kLanes * kWarps,
+                stream, a, launch.splits);
   };
   const auto with_pairs = [&](auto outputs, auto silu_mul) {
     a.m > 2 ? run(std::integral_constant<int, 2>(), outputs, silu_mul)
@@ -248,7 +252,6 @@ void FewRows(const FewRowsArgs& a, Stream stream) {
       Launch<WeightFormat::kInt8>(a, launch, stream);
       break;
   }
-  CheckLaunch("product of few rows");
 }
 
 }  // namespace sluice::cuda

@@ -55,6 +55,8 @@ __global__ void RmsNormKernel(RmsNormArgs args) {
   const Vector* weight = reinterpret_cast<const Vector*>(args.weight);
   Out* y = static_cast<Out*>(args.y) + blockIdx.x * args.y_stride;
   const int64_t vectors = args.d / kVector;
+  WaitForKernelInFront();
+  LetNextKernelStart();
 
   float sum = 0;
   Vector kept[kKept > 0 ? kKept : 1];
@@ -93,8 +95,8 @@ __global__ void RmsNormKernel(RmsNormArgs args) {
 template <typename Out, int kVector>
 void Launch(const RmsNormArgs& args, const NormLaunch& launch, cudaStream_t stream) {
   const auto run = [&](auto kept) {
-    RmsNormKernel<Out, kVector, kept()>
-        <<<static_cast<unsigned>(args.m), launch.threads, 0, stream>>>(args);
+    LaunchAhead(RmsNormKernel<Out, kVector, kept()>, static_cast<unsigned>(args.m), launch.threads,
+                stream, args);
   };
   switch (launch.kept_vectors) {
     case 0:
@@ -136,7 +138,6 @@ void RmsNorm(const RmsNormArgs& args, Stream stream) {
   } else {
     bf16 ? Launch<__nv_bfloat16, 1>(args, launch, stream) : Launch<float, 1>(args, launch, stream);
   }
-  CheckLaunch("rms_norm");
 }
 
 namespace {
