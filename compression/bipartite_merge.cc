@@ -199,7 +199,8 @@ void MergeTo(ExecContext& ctx, MergeState& state, int64_t keep) {
     }
   }
   sorted.features = Tensor(DType::kF32, state.features.shape(), ctx.device());
-  GatherRows(ctx, state.features, order, state.groups, sorted.features);
+  const Workspace::Scope scope(ctx.workspace());
+  GatherRows(ctx, state.features, ListRows(ctx, order, state.groups), sorted.features);
   state = std::move(sorted);
 }
 

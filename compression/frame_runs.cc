@@ -65,7 +65,8 @@ VisualTokens KeepTokens(ExecContext& ctx, const VisualTokens& tokens,
     if (!tokens.scores.empty()) out.scores.push_back(tokens.scores[token]);
   }
   const std::vector<int32_t> rows(kept.begin(), kept.end());
-  GatherRows(ctx, tokens.features, rows, 1, out.features);
+  const Workspace::Scope scope(ctx.workspace());
+  GatherRows(ctx, tokens.features, ListRows(ctx, rows, 1), out.features);
   return out;
 }
 

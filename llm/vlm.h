@@ -26,7 +26,7 @@ struct VlmOptions {
   // Of the projections of the tower and the decoder's layers. Norms, embeddings and the lm_head
   // stay as they are. 8 bits need a GPU and bf16.
   WeightFormat weights = WeightFormat::kPlain;
-  AttentionChoice attention;  // exact, quantised, or in each layer as calibrated
+  AttentionChoice attention = {};  // exact, quantised, or in each layer as calibrated
 };
 
 // What generation_config.json says.

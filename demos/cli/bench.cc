@@ -229,13 +229,18 @@ Arrivals MeasureCompress(ExecContext& ctx, const BenchFlags& flags, const Sessio
     const int64_t count = std::min<int64_t>(flags.batch, flags.context_frames - done);
     whole.push_back(RandomFrames(*session.vlm, count, 4 + done));
     NumberFrames(whole.back(), done);
+    whole.back().features = Placed(std::move(whole.back().features), ctx.device());
   }
   const auto clones = [&] {
     std::vector<VisualTokens> batches;
     for (const VisualTokens& batch : whole) {
-      batches.push_back(
-          {batch.features.Clone(), batch.origins, batch.grid_rows, batch.grid_cols, {}});
+      batches.push_back({TransferTo(ctx, batch.features, ctx.device()),
+                         batch.origins,
+                         batch.grid_rows,
+                         batch.grid_cols,
+                         {}});
     }
+    ctx.Synchronize();
     return batches;
   };
   Arrivals arrivals;
@@ -249,17 +254,18 @@ Arrivals MeasureCompress(ExecContext& ctx, const BenchFlags& flags, const Sessio
       arrivals.batches = clones();
       for (VisualTokens& tokens : arrivals.batches) {
         for (const auto& compressor : compressors) {
-          tokens = compressor->Compress(ctx.host(), std::move(tokens));
+          tokens = compressor->Compress(ctx, std::move(tokens));
         }
       }
+      ctx.Synchronize();
     });
     // Copying what they take is not theirs.
     arrivals.compress_seconds -= FastestSeconds(flags.seconds / 4, [&] { clones(); });
   }
-  // As an encoder leaves them where nothing looks into them.
-  if (session.options.compressors.empty() && session.pyramid.mode() == PyramidMode::kOff) {
+  // PyramidDrop remembers rows in host memory.
+  if (session.pyramid.mode() != PyramidMode::kOff) {
     for (VisualTokens& tokens : arrivals.batches) {
-      tokens.features = Placed(std::move(tokens.features), ctx.device());
+      tokens.features = TransferTo(ctx, tokens.features, Device::kCpu);
     }
   }
   for (const VisualTokens& tokens : arrivals.batches) arrivals.tokens += tokens.size();

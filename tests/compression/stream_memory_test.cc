@@ -182,7 +182,7 @@ class Stream {
  public:
   explicit Stream(const MemoryOptions& options, Device device = Device::kCpu)
       : ctx({.device = device}),
-        random_decoder_(Config(), device),
+        random_decoder_(Config(), DType::kF32, device),
         memory(options, decoder().kv_geometry(), decoder().rotary_frequencies(), kPinned),
         cache(std::make_shared<KvBlockPool>(decoder().kv_geometry(), 0)),
         reference(random_decoder_) {

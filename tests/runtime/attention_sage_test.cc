@@ -400,7 +400,9 @@ TEST(ChooseGpuAttentionTest, SageIsTakenWhereItIsFasterOrAlwaysAndThereIsAKernel
   EXPECT_EQ(choose(90, 4096, 64, false, kAlways), GpuAttention::kSage);
   EXPECT_EQ(choose(90, 1, 128, false, kAlways), GpuAttention::kDecode);
   EXPECT_EQ(choose(90, 4096, 96, false, kAlways), GpuAttention::kPlain);
-  EXPECT_EQ(choose(80, 4096, 128, false, kAlways), GpuAttention::kPlain);
+  EXPECT_EQ(choose(80, 4096, 128, false, kAlways), GpuAttention::kSage);
+  EXPECT_EQ(choose(80, 4096, 64, false, kSage), GpuAttention::kFlashMma);
+  EXPECT_EQ(choose(75, 4096, 128, false, kAlways), GpuAttention::kPlain);
   EXPECT_EQ(choose(90, 4096, 128, true, kAlways), GpuAttention::kPlain);
 }
 

@@ -152,11 +152,13 @@ template <int kCount, typename T>
 __global__ void OverlayKernel(Groups<T> rest, Matrix<const T> x, Lists lists, Matrix<T> y,
                               int pieces) {
   const int64_t row = blockIdx.x, group = blockIdx.y;
-  int place = -1;
+  __shared__ int place;
+  if (threadIdx.x == 0) place = -1;
+  __syncthreads();
   for (int64_t i = threadIdx.x; i < lists.each; i += blockDim.x) {
-    if (lists.Row(group, i) == row) place = static_cast<int>(i);
+    if (lists.Row(group, i) == row) place = static_cast<int>(i);  // at most one thread
   }
-  place = __syncthreads_or(place + 1) - 1;  // at most one thread has found it
+  __syncthreads();
   const auto* from = place < 0 ? rest.of[group].template Row<kCount>(row)
                                : x.template Row<kCount>(group * lists.each + place);
   ConvertRow(from, y.template Row<kCount>(group * gridDim.x + row), pieces);
@@ -213,6 +215,13 @@ void Convert(ConstTensorView x, TensorView y, Stream stream) {
 }
 
 void CopyMatrix(ConstTensorView x, TensorView y, Stream stream) {
+  // The kernel takes a block a row: for a few long ones the driver's copy is faster.
+  constexpr int64_t kFewRows = 64, kLong = int64_t{1} << 14;
+  const size_t element = SizeOf(x.dtype()), row = x.dim(1) * element;
+  if (x.dim(0) < kFewRows && x.dim(1) >= kLong) {
+    return CopyRows(y.raw(), y.stride0() * element, x.raw(), x.stride0() * element, row, x.dim(0),
+                    stream);
+  }
   ConvertListed(x, nullptr, y, stream);
 }
 
