@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Times `sluice bench` and transformers with PyTorch on the same cores, the same checkpoint and the
-same shapes, one after the other, and prints both side by side. Needs torch and transformers.
+"""Times `sluice bench` and transformers with PyTorch on the same cores or the same GPU, the same
+checkpoint and the same shapes, one after the other, and prints both side by side. Needs torch and
+transformers.
 
     scripts/bench_peer.py --model models/sluice-mini
     scripts/bench_peer.py --model build/random-0.5b
+    scripts/bench_peer.py --model build/random-0.5b --device cuda --torch-dtypes bf16 --batch 1
 
 PyTorch runs in every dtype asked for and its faster one counts, stage by stage, next to the one in
 sluice's own dtype. Each figure is the fastest of several repetitions on either side. Encoding is
@@ -27,11 +29,16 @@ DECODED = 16
 
 
 def fastest_seconds(work, budget):
-    work()
+    def finish():
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    finish()
     fastest, total, runs = float("inf"), 0.0, 0
     while runs < 3 or total < budget:
         begin = time.perf_counter()
-        work()
+        finish()
         seconds = time.perf_counter() - begin
         fastest, total, runs = min(fastest, seconds), total + seconds, runs + 1
     return fastest
@@ -39,11 +46,11 @@ def fastest_seconds(work, budget):
 
 def measure_torch(args, dtype, frames, chunk):
     model = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
-        args.model, dtype=dtype, attn_implementation="sdpa").eval()
+        args.model, dtype=dtype, attn_implementation="sdpa").eval().to(args.device)
     config = model.config
     side = config.vision_config.image_size
     torch.manual_seed(0)
-    pixels = torch.rand(1, frames, 3, side, side, dtype=dtype) * 2 - 1
+    pixels = torch.rand(1, frames, 3, side, side, dtype=dtype, device=args.device) * 2 - 1
 
     def encode():
         return model.model.get_video_features(
@@ -55,7 +62,7 @@ def measure_torch(args, dtype, frames, chunk):
     text = model.model.language_model
     patches = side // config.vision_config.patch_size
     tokens = args.context_frames * (-(-patches // 2)) ** 2
-    rows = torch.randn(1, tokens, config.text_config.hidden_size, dtype=dtype)
+    rows = torch.randn(1, tokens, config.text_config.hidden_size, dtype=dtype, device=args.device)
 
     def prefill(step):
         cache = transformers.DynamicCache(config=config.text_config)
@@ -85,6 +92,7 @@ def main():
     parser.add_argument("--sluice", default=str(root / "build" / "release" / "bin" / "sluice"))
     parser.add_argument("--dtype", choices=DTYPES, help="sluice's (default: the machine's best)")
     parser.add_argument("--torch-dtypes", nargs="+", choices=DTYPES, default=["bf16", "f32"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, help="default: what sluice chooses")
     parser.add_argument("--batch", type=int, default=8, help="frames encoded together")
     parser.add_argument("--context-frames", type=int, default=16)
@@ -92,7 +100,8 @@ def main():
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
 
-    command = [args.sluice, "bench", "--json", "--model", args.model, "--batch", str(args.batch),
+    command = [args.sluice, "bench", "--json", "--model", args.model, "--device", args.device,
+               "--batch", str(args.batch),
                "--context-frames", str(args.context_frames), "--seconds", str(args.seconds)]
     command += ["--dtype", args.dtype] if args.dtype else []
     command += ["--threads", str(args.threads)] if args.threads else []

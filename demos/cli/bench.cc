@@ -36,6 +36,7 @@ struct BenchFlags {
   MethodFlags methods;
   int batch = 8;            // frames
   int context_frames = 16;  // decoded after so many frames
+  int sessions = 1;         // that decode together
   double seconds = 2.0;     // at least so long a figure
   bool json = false;
 };
@@ -377,6 +378,44 @@ Json MeasureDecode(ExecContext& ctx, const Vlm& vlm, const BenchFlags& flags, co
           {"percent_of_read_bandwidth", 100 * gbps / peak.read_gbps}};
 }
 
+// A token of each of several sessions at once, every one behind frames of its own.
+Json MeasureTogether(ExecContext& ctx, const Decoder& decoder, const BenchFlags& flags,
+                     const Arrivals& arrivals, const std::shared_ptr<KvBlockPool>& pool,
+                     double alone_tokens_per_s) {
+  constexpr int kTokens = 16;
+  const int64_t sessions = flags.sessions;
+  std::vector<std::unique_ptr<KvCache>> caches;
+  for (int64_t i = 0; i < sessions; ++i) {
+    caches.push_back(std::make_unique<KvCache>(pool));
+    for (const VisualTokens& tokens : arrivals.batches) {
+      if (tokens.size() > 0) Step(ctx, decoder, *caches.back(), tokens.features, {});
+    }
+  }
+  const Tensor rows = RandomTensor(DType::kF32, {sessions, decoder.hidden_size()}, 8, ctx.device());
+  const Tensor logits(DType::kF32, {sessions, decoder.vocab_size()}, ctx.device());
+  const KvCache::Mark context = caches[0]->MarkHere();
+  const double seconds =
+      FastestSeconds(flags.seconds,
+                     [&] {
+                       for (const auto& cache : caches) cache->RewindTo(context);
+                       for (int t = 0; t < kTokens; ++t) {
+                         std::vector<SequenceStep> steps;
+                         for (int64_t i = 0; i < sessions; ++i) {
+                           steps.push_back({caches[i].get(), rows.view().Slice(i, i + 1),
+                                            logits.view().Slice(i, i + 1)});
+                         }
+                         decoder.Step(ctx, steps);
+                       }
+                       ctx.Synchronize();
+                     }) /
+      kTokens;
+  const double rate = static_cast<double>(sessions) / seconds;
+  return {{"sessions", sessions},
+          {"ms_per_step", 1e3 * seconds},
+          {"tokens_per_s", rate},
+          {"times_one", rate / alone_tokens_per_s}};
+}
+
 // Seconds a frame takes to ingest: everything from its pixels to the cache. `after` each batch.
 double IngestSeconds(ExecContext& ctx, Session& session, const BenchFlags& flags,
                      const std::function<void()>& after) {
@@ -499,6 +538,11 @@ void PrintReport(const Json& report) {
              Number(question["percent_of_peak"], 1)});
   table.Add({"decode", Number(decode["tokens_per_s"], 1), "tokens/s", "-", "-",
              Number(decode["gbps"], 1), Number(decode["percent_of_read_bandwidth"], 1)});
+  if (report.contains("decode_together")) {
+    const Json& together = report["decode_together"];
+    table.Add({std::to_string(together["sessions"].get<int64_t>()) + " decode",
+               Number(together["tokens_per_s"], 1), "tokens/s", "-", "-", "-", "-"});
+  }
   std::printf("%s", table.ToString().c_str());
 }
 
@@ -540,6 +584,10 @@ void Bench(const BenchFlags& flags) {
                      std::to_string(needed));
   }
   const auto session = engine.NewSession(options);
+  if (flags.sessions > 1 && session->pyramid.mode() != PyramidMode::kOff) {
+    throw InputError(
+        "[bench] --sessions decodes behind frames that are read whole; expected no --pyramid-drop");
+  }
   Peak peak;
   MeasureProducts(*context, vlm.info().compute_type, flags.seconds, peak);
   peak.read_gbps = MeasureRead(*context, flags.seconds);
@@ -559,6 +607,11 @@ void Bench(const BenchFlags& flags) {
   KvCache& cache = session->pyramid.replays() ? window : session->cache;
   report["question"] = MeasureQuestion(*context, flags, peak, *session, cache);
   report["decode"] = MeasureDecode(*context, vlm, flags, peak, cache);
+  if (flags.sessions > 1) {
+    report["decode_together"] =
+        MeasureTogether(*context, vlm.decoder(), flags, arrivals, session->cache.pool(),
+                        report["decode"]["tokens_per_s"].get<double>());
+  }
   if (flags.json) {
     PrintJson(report);
   } else {
@@ -582,6 +635,11 @@ void AddBench(CLI::App& app) {
   command->add_option("--context-frames", flags->context_frames, "Frames seen before decoding")
       ->capture_default_str()
       ->check(CLI::Range(1, 100000));
+  command
+      ->add_option("--sessions", flags->sessions,
+                   "Also decode so many sessions together, each behind frames of its own")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 256));
   command->add_option("--seconds", flags->seconds, "Repeat each measurement for at least so long")
       ->capture_default_str()
       ->check(CLI::Range(0.0, 600.0));
