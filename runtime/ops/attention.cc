@@ -706,9 +706,10 @@ void RotateAndStore(ExecContext& ctx, TensorView qkv, int heads, std::span<const
     const Workspace::Scope scope(ctx.workspace());
     std::vector<int32_t> numbers(positions.begin(), positions.end());
     for (const KvSegment& segment : segments) {
+      const BlockNumbers of(segment.kv);
       for (int64_t at = segment.begin; at < segment.begin + segment.rows; ++at) {
         numbers.push_back(
-            static_cast<int32_t>(BlockOf(segment.kv, at) * kKvBlockTokens + at % kKvBlockTokens));
+            static_cast<int32_t>(of[at / kKvBlockTokens] * kKvBlockTokens + at % kKvBlockTokens));
       }
     }
     const int32_t* const there = Within(ctx, numbers);

@@ -154,10 +154,10 @@ __global__ void PlainAttentionKernel(PlainAttentionArgs a, Blocks<T> blocks) {
   }
 }
 
-// Decoding: a block of 8 warps takes one sequence, kv head and part of the keys, for all query
-// heads of the group, so that keys and values are read once. A warp takes every eighth chunk of
-// keys and multiplies it on the tensor cores (m16n8k16): rows are the heads of the group, of which
-// there are at most 8, so that half of each product is zero; reading is what limits.
+// Decoding: a block of some warps takes one sequence, kv head and part of the keys, for all query
+// heads of the group, so that keys and values are read once. A warp takes chunks of
+// keys in turn and multiplies it on the tensor cores (m16n8k16): rows are the heads of the group,
+// of which there are at most 8, so that half of each product is zero; reading is what limits.
 //
 // Keys and values go from memory to the registers of the products, 16 bytes a load, without a turn
 // through shared memory: the order of the channels that a product sums over is free, if queries and
@@ -170,14 +170,16 @@ __global__ void PlainAttentionKernel(PlainAttentionArgs a, Blocks<T> blocks) {
 //             16: column g of product j is channel 8 g + j
 // Each warp keeps maxima and sums of its own; they are joined in shared memory, parts in a second
 // kernel.
-constexpr int kDecodeWarps = 8;
-constexpr int kMostGroup = 8;
+// Few pairs of sequence and kv head have short parts, so that a warp has one chunk or two; with
+// many, three smaller blocks of a multiprocessor hide each other's waits.
+constexpr int64_t kFewPairs = 16;
+constexpr int kWarpsOfFew = 8, kWarpsOfMany = 4;
 
-// Parts of a sequence of at most so many keys: a block or two for each of some 132
-// multiprocessors, of at least 128 keys, at most 128 parts.
+// Parts of a sequence of at most so many keys: for each of some 132 multiprocessors one block, or
+// three of the smaller ones; of at least 128 keys, at most 128 parts.
 int PartsFor(const DecodeAttentionArgs& a) {
   const int64_t most_keys = (a.table_pitch - 1) * kBlock, pairs = a.sequences * a.kv_heads;
-  const int64_t wanted = (pairs <= 66 ? 132 : 264) / std::max<int64_t>(1, pairs);
+  const int64_t wanted = (pairs <= kFewPairs ? 132 : 3 * 132) / std::max<int64_t>(1, pairs);
   return static_cast<int>(std::clamp<int64_t>(std::min(wanted, most_keys / 128), 1, 128));
 }
 
@@ -200,8 +202,8 @@ __device__ inline uint32_t Word(const uint4& x, int i) {
   return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
 }
 
-template <int kHeadDim>
-__global__ void __launch_bounds__(kDecodeWarps* kWarp)
+template <int kHeadDim, int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
     DecodeKernel(DecodeAttentionArgs a, Blocks<__nv_bfloat16> blocks, int parts, float* partial) {
   constexpr int kChunk = kHeadDim == 64 ? 32 : 16;  // keys of a warp at once, all in one block
   constexpr int kSlices = kHeadDim / 32, kSpans = kHeadDim / 64;
@@ -228,7 +230,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp)
     }
   }
   float out[kSpans][8][4] = {}, most = -INFINITY, total = 0;
-  for (int first = begin + warp * kChunk; first < end; first += kDecodeWarps * kChunk) {
+  for (int first = begin + warp * kChunk; first < end; first += kWarps * kChunk) {
     const __nv_bfloat16* const at = blocks.Key(table, first, kv_head);
     uint4 key[kChunk / 8][kSlices], value[kChunk / 16][4][kSpans];
 #pragma unroll
@@ -312,8 +314,8 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp)
   total += __shfl_xor_sync(0xffffffffu, total, 1);
   total += __shfl_xor_sync(0xffffffffu, total, 2);
 
-  __shared__ float mosts[kDecodeWarps][kMostGroup], totals[kDecodeWarps][kMostGroup];
-  __shared__ float sums[kDecodeWarps][kMostGroup][kHeadDim];
+  __shared__ float mosts[kWarps][kMostDecodeGroup], totals[kWarps][kMostDecodeGroup];
+  __shared__ float sums[kWarps][kMostDecodeGroup][kHeadDim];
   if (t == 0) {
     mosts[warp][g] = most;
     totals[warp][g] = total;
@@ -332,8 +334,8 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp)
   for (int at = threadIdx.x; at < group * (kHeadDim + 2); at += blockDim.x) {
     const int head = at / (kHeadDim + 2), d = at % (kHeadDim + 2);
     float largest = -INFINITY, all = 0;
-    for (int w = 0; w < kDecodeWarps; ++w) largest = fmaxf(largest, mosts[w][head]);
-    for (int w = 0; w < kDecodeWarps && d <= kHeadDim; ++w) {
+    for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, mosts[w][head]);
+    for (int w = 0; w < kWarps && d <= kHeadDim; ++w) {
       if (mosts[w][head] == -INFINITY) continue;
       all += exp2f(mosts[w][head] - largest) * (d < kHeadDim ? sums[w][head][d] : totals[w][head]);
     }
@@ -378,8 +380,15 @@ template <int kHeadDim>
 void LaunchDecode(const DecodeAttentionArgs& a, float* partial, Stream stream) {
   const int parts = PartsFor(a);
   const dim3 grid(parts, a.kv_heads, static_cast<unsigned>(a.sequences));
-  LaunchAhead(DecodeKernel<kHeadDim>, grid, kDecodeWarps * kWarp, stream, a,
-              BlocksOf<__nv_bfloat16>(a.base, a.kv_heads, a.head_dim), parts, partial);
+  const auto launch = [&](auto kernel, int warps) {
+    LaunchAhead(kernel, grid, warps * kWarp, stream, a,
+                BlocksOf<__nv_bfloat16>(a.base, a.kv_heads, a.head_dim), parts, partial);
+  };
+  if (a.sequences * a.kv_heads <= kFewPairs) {
+    launch(DecodeKernel<kHeadDim, kWarpsOfFew>, kWarpsOfFew);
+  } else {
+    launch(DecodeKernel<kHeadDim, kWarpsOfMany>, kWarpsOfMany);
+  }
   LaunchAhead(JoinPartsKernel<kHeadDim>, static_cast<unsigned>(a.sequences * a.heads), kJoinThreads,
               stream, partial, parts, static_cast<__nv_bfloat16*>(a.out));
 }
@@ -526,11 +535,6 @@ void PlainAttention(const PlainAttentionArgs& a, Stream stream) {
     }
   });
   CheckLaunch("attention");
-}
-
-bool CanDecode(int heads, int kv_heads, int head_dim, DType dtype) {
-  return dtype == DType::kBF16 && (head_dim == 64 || head_dim == 128) &&
-         heads / kv_heads <= kMostGroup;
 }
 
 size_t DecodeWorkspaceBytes(const DecodeAttentionArgs& a) {

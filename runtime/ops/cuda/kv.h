@@ -77,7 +77,11 @@ struct DecodeAttentionArgs {
   int64_t table_pitch = 0;
   int64_t sequences = 0;
 };
-bool CanDecode(int heads, int kv_heads, int head_dim, DType dtype);
+constexpr int kMostDecodeGroup = 8;  // query heads of a kv head
+constexpr bool CanDecode(int heads, int kv_heads, int head_dim, DType dtype) {
+  return dtype == DType::kBF16 && (head_dim == 64 || head_dim == 128) &&
+         heads / kv_heads <= kMostDecodeGroup;
+}
 size_t DecodeWorkspaceBytes(const DecodeAttentionArgs& args);
 void DecodeAttention(const DecodeAttentionArgs& args, void* workspace, Stream stream);
 

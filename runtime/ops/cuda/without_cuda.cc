@@ -113,7 +113,6 @@ void MeanKeys(const KvBlocks&, const LayerRows&, const int32_t*, int64_t, int32_
   Refuse();
 }
 void PlainAttention(const PlainAttentionArgs&, Stream) { Refuse(); }
-bool CanDecode(int, int, int, DType) { return false; }
 size_t DecodeWorkspaceBytes(const DecodeAttentionArgs&) { Refuse(); }
 void DecodeAttention(const DecodeAttentionArgs&, void*, Stream) { Refuse(); }
 void KeyScores(const KeyScoreArgs&, Stream) { Refuse(); }
