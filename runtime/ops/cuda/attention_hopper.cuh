@@ -147,17 +147,12 @@ void LaunchPersistent(void (*kernel)(Params...), int threads, int shared_bytes, 
         "asking for the device's multiprocessors");
   Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         "taking shared memory for attention");
-  cudaLaunchAttribute ahead;
-  ahead.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  ahead.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(std::min(processors, pieces));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &ahead;
-  config.numAttrs = 1;
-  Check(cudaLaunchKernelEx(&config, kernel, given...), "launching attention");
+  LaunchAhead(kernel, config, given...);
 }
 
 }  // namespace sluice::cuda::hopper

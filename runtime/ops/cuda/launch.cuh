@@ -46,19 +46,24 @@ __device__ inline void LetNextKernelStart() {
 #endif
 }
 
+// config: without attributes.
 template <typename... Params, typename... Given>
-void LaunchAhead(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream,
-                 const Given&... given) {
+void LaunchAhead(void (*kernel)(Params...), cudaLaunchConfig_t config, const Given&... given) {
   cudaLaunchAttribute ahead;
   ahead.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   ahead.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &ahead;
+  config.numAttrs = ComputeCapability() >= 90 ? 1 : 0;
+  Check(cudaLaunchKernelEx(&config, kernel, Params(given)...), "a launch");
+}
+template <typename... Params, typename... Given>
+void LaunchAhead(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream,
+                 const Given&... given) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.stream = stream;
-  config.attrs = &ahead;
-  config.numAttrs = ComputeCapability() >= 90 ? 1 : 0;
-  Check(cudaLaunchKernelEx(&config, kernel, Params(given)...), "a launch");
+  LaunchAhead(kernel, config, given...);
 }
 
 constexpr int kThreads = 256;

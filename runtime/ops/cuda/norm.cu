@@ -92,12 +92,9 @@ __global__ void RmsNormKernel(RmsNormArgs args) {
   }
 }
 
-template <typename Out, int kVector>
-void Launch(const RmsNormArgs& args, const NormLaunch& launch, cudaStream_t stream) {
-  const auto run = [&](auto kept) {
-    LaunchAhead(RmsNormKernel<Out, kVector, kept()>, static_cast<unsigned>(args.m), launch.threads,
-                stream, args);
-  };
+// Calls run with how many vectors a thread keeps as a constant.
+template <typename Run>
+void WithKept(const NormLaunch& launch, const Run& run) {
   switch (launch.kept_vectors) {
     case 0:
       return run(std::integral_constant<int, 0>());
@@ -105,11 +102,21 @@ void Launch(const RmsNormArgs& args, const NormLaunch& launch, cudaStream_t stre
       return run(std::integral_constant<int, 1>());
     case 2:
       return run(std::integral_constant<int, 2>());
+    case 3:
+      return run(std::integral_constant<int, 3>());
     case 4:
       return run(std::integral_constant<int, 4>());
     default:
       return run(std::integral_constant<int, 8>());
   }
+}
+
+template <typename Out, int kVector>
+void Launch(const RmsNormArgs& args, const NormLaunch& launch, cudaStream_t stream) {
+  WithKept(launch, [&](auto kept) {
+    LaunchAhead(RmsNormKernel<Out, kVector, kept()>, static_cast<unsigned>(args.m), launch.threads,
+                stream, args);
+  });
 }
 
 }  // namespace
@@ -231,24 +238,10 @@ __global__ void LayerNormKernel(LayerNormArgs args) {
 
 template <typename Out, int kVector>
 void Launch(const LayerNormArgs& args, const NormLaunch& launch, cudaStream_t stream) {
-  const auto run = [&](auto kept) {
+  WithKept(launch, [&](auto kept) {
     const dim3 grid(static_cast<unsigned>(args.m), static_cast<unsigned>(args.matrices));
     LayerNormKernel<Out, kVector, kept()><<<grid, launch.threads, 0, stream>>>(args);
-  };
-  switch (launch.kept_vectors) {
-    case 0:
-      return run(std::integral_constant<int, 0>());
-    case 1:
-      return run(std::integral_constant<int, 1>());
-    case 2:
-      return run(std::integral_constant<int, 2>());
-    case 3:
-      return run(std::integral_constant<int, 3>());
-    case 4:
-      return run(std::integral_constant<int, 4>());
-    default:
-      return run(std::integral_constant<int, 8>());
-  }
+  });
 }
 
 }  // namespace
