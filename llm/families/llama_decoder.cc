@@ -72,6 +72,18 @@ std::vector<KvSegment> KvSegments(std::span<const Segment> segments, int layer) 
   return result;
 }
 
+// Where the keys of their rows are rotated to.
+std::vector<int32_t> Positions(std::span<const Segment> segments, int layer) {
+  std::vector<int32_t> positions;
+  for (const Segment& segment : segments) {
+    const int64_t first = segment.CacheRow(layer);
+    for (int64_t i = 0; i < segment.rows; ++i) {
+      positions.push_back(segment.step->cache->PositionOf(layer, first + i));
+    }
+  }
+  return positions;
+}
+
 int64_t CountRows(std::span<const Segment> segments) {
   int64_t rows = 0;
   for (const Segment& segment : segments) rows += segment.rows;
@@ -197,7 +209,9 @@ class LlamaDecoder : public Decoder {
   void Check(std::span<const SequenceStep> sequences) const;
   void CheckReach(int64_t needed) const;
   void RunChunk(ExecContext& ctx, std::vector<Segment> segments, const DecoderProbe& probe) const;
-  void RunDecoding(ExecContext& ctx, std::vector<Segment>& segments, TensorView hidden) const;
+  void RunDecoding(ExecContext& ctx, std::span<const Segment> segments, TensorView hidden) const;
+  void RunDecodingLayer(ExecContext& ctx, int layer, std::span<const Segment> segments,
+                        TensorView hidden) const;
   void RunStaged(ExecContext& ctx, const SequenceStep& step, const DecoderProbe& probe) const;
   void Recall(ExecContext& ctx, int layer, const StagedRows& staged) const;
   TensorView PassBoundary(ExecContext& ctx, int layer, bool single_chunk, StagedRows& staged) const;
@@ -212,16 +226,20 @@ class LlamaDecoder : public Decoder {
                      TensorView qkv) const;
   void RotateAndStore(ExecContext& ctx, int layer, std::span<const Segment> segments,
                       TensorView qkv) const;
+  void AddAttention(int layer, std::span<const Segment> segments, TraceScope& trace) const;
   void Attend(ExecContext& ctx, int layer, std::span<const Segment> segments, ConstTensorView qkv,
               TensorView hidden) const;
   void RunMlp(ExecContext& ctx, const LlamaLayer& layer, TensorView hidden) const;
   void WriteLogits(ExecContext& ctx, std::span<const Segment> segments, ConstTensorView hidden,
                    const DecoderProbe& probe) const;
-  void Normalise(ExecContext& ctx, const Tensor& weight, ConstTensorView hidden,
-                 TensorView y) const;
+  // A product with rows that are normalised first.
+  LinearOptions After(const Tensor& norm, Activation activation = Activation::kNone) const {
+    return {.activation = activation, .rms_norm = norm, .rms_eps = config_.rms_norm_eps};
+  }
 
   // What errors begin with: the family whose checkpoint this is.
   std::string Place() const { return std::string("[") + config_.family + "] "; }
+  float AttentionScale() const { return 1.0f / std::sqrt(static_cast<float>(config_.head_dim)); }
   int64_t q_width() const { return int64_t{config_.num_heads} * config_.head_dim; }
   int64_t kv_width() const { return int64_t{config_.num_kv_heads} * config_.head_dim; }
 
@@ -250,7 +268,7 @@ LlamaDecoder::LlamaDecoder(WeightStore& weights, const LlamaConfig& config)
       const auto copy = std::make_shared<Tensor>(Placed(embedding_.view, weights.device()));
       embedding_ = {*copy, copy, nullptr};
     }
-    lm_head_ = weights.TakeLinear("lm_head", config.vocab_size, width, false);
+    lm_head_ = weights.TakeProjection("lm_head", config.vocab_size, width, false);
   } else if (config.tie_word_embeddings) {
     lm_head_ = LinearWeight(std::move(embedding), Tensor(), weights.device());
   } else {
@@ -390,22 +408,37 @@ void LlamaDecoder::RunChunk(ExecContext& ctx, std::vector<Segment> segments,
 }
 
 // A row of each of some sequences, on a GPU: a step that recurs.
-void LlamaDecoder::RunDecoding(ExecContext& ctx, std::vector<Segment>& segments,
+void LlamaDecoder::RunDecoding(ExecContext& ctx, std::span<const Segment> segments,
                                TensorView hidden) const {
   const int64_t rows = hidden.dim(0);
   const TensorView logits = ctx.workspace().Allocate(DType::kF32, {rows, config_.vocab_size});
   ctx.Recurring("decode " + std::to_string(rows), [&] {
-    for (int i = 0; i < config_.num_layers; ++i) RunLayer(ctx, i, segments, hidden, {}, nullptr);
-    Workspace::Scope scope(ctx.workspace());
-    const TensorView narrow = ctx.workspace().Allocate(dtype_, hidden.shape());
-    Normalise(ctx, final_norm_, hidden, narrow);
-    TracedLinear(ctx, "decoder/lm_head", narrow, lm_head_, logits);
+    for (int i = 0; i < config_.num_layers; ++i) RunDecodingLayer(ctx, i, segments, hidden);
+    TracedLinear(ctx, "decoder/lm_head", hidden, lm_head_, logits, After(final_norm_));
   });
   for (const Segment& segment : segments) {
     const int64_t to = segment.step->logits.dim(0) == 1 ? 0 : segment.offset;
     CopyRows(ctx, logits.Slice(segment.row, segment.row + 1),
              segment.step->logits.Slice(to, to + 1));
   }
+}
+
+void LlamaDecoder::RunDecodingLayer(ExecContext& ctx, int layer, std::span<const Segment> segments,
+                                    TensorView hidden) const {
+  const Workspace::Scope scope(ctx.workspace());
+  const int64_t rows = hidden.dim(0);
+  const TensorView qkv = ctx.workspace().Allocate(dtype_, {rows, q_width() + 2 * kv_width()});
+  const TensorView mixed = ctx.workspace().Allocate(dtype_, {rows, q_width()});
+  Project(ctx, layer, hidden, layers_[layer].qkv, qkv);
+  {
+    TraceScope trace(&ctx.tracer(), "decoder/attention", rows);
+    AddAttention(layer, segments, trace);
+    RotateStoreAndAttend(ctx, qkv, config_.num_heads, Positions(segments, layer), inv_freq_,
+                         KvSegments(segments, layer), AttentionScale(), mixed,
+                         layers_[layer].attention);
+  }
+  TracedLinear(ctx, "decoder/out", mixed, layers_[layer].out, hidden, {.accumulate = true});
+  RunMlp(ctx, layers_[layer], hidden);
 }
 
 // Layer by layer over all rows, in chunks inside a layer: what leaves before a layer may depend on
@@ -585,8 +618,7 @@ std::vector<float> LlamaDecoder::Attention(ExecContext& ctx, int layer, const St
   for (int64_t i = 0; i < count; ++i) {
     const int64_t seen = rows - count + i + 1;
     weights.resize(cached + seen);
-    MeanAttentionRow(ctx, q.Slice(i, i + 1), config_.num_heads,
-                     1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
+    MeanAttentionRow(ctx, q.Slice(i, i + 1), config_.num_heads, AttentionScale(),
                      staged.step->cache->layer(layer), cached_rows, k.Slice(0, seen), weights);
     for (size_t j = 0; j < weights.size(); ++j) mean[j] += weights[j] / static_cast<float>(count);
     trace.AddWork(2.0 * (cached + seen) * q_width(),
@@ -625,21 +657,10 @@ TensorView LlamaDecoder::RunLayer(ExecContext& ctx, int layer, std::vector<Segme
   return hidden;
 }
 
-void LlamaDecoder::Normalise(ExecContext& ctx, const Tensor& weight, ConstTensorView hidden,
-                             TensorView y) const {
-  TraceScope trace(&ctx.tracer(), "decoder/norm", hidden.dim(0));
-  trace.AddWork(4.0 * hidden.shape().NumElements(),
-                static_cast<double>(hidden.SizeBytes()) + y.SizeBytes());
-  RmsNorm(ctx, hidden, weight, config_.rms_norm_eps, y);
-}
-
 // weight: of a layer's qkv, all or some of its outputs.
 void LlamaDecoder::Project(ExecContext& ctx, int layer, ConstTensorView hidden,
                            const LinearWeight& weight, TensorView y) const {
-  Workspace::Scope scope(ctx.workspace());
-  const TensorView narrow = ctx.workspace().Allocate(dtype_, hidden.shape());
-  Normalise(ctx, layers_[layer].attention_norm, hidden, narrow);
-  TracedLinear(ctx, "decoder/qkv", narrow, weight, y);
+  TracedLinear(ctx, "decoder/qkv", hidden, weight, y, After(layers_[layer].attention_norm));
 }
 
 // Queries and values on both sides of `keys`.
@@ -659,16 +680,20 @@ void LlamaDecoder::ProjectAround(ExecContext& ctx, int layer, ConstTensorView hi
 void LlamaDecoder::RotateAndStore(ExecContext& ctx, int layer, std::span<const Segment> segments,
                                   TensorView qkv) const {
   TraceScope trace(&ctx.tracer(), "decoder/rotate_store", qkv.dim(0));
-  std::vector<int32_t> positions;
-  positions.reserve(qkv.dim(0));
-  for (const Segment& segment : segments) {
-    const int64_t first = segment.CacheRow(layer);
-    for (int64_t i = 0; i < segment.rows; ++i) {
-      positions.push_back(segment.step->cache->PositionOf(layer, first + i));
-    }
-  }
-  sluice::RotateAndStore(ctx, qkv, config_.num_heads, positions, inv_freq_,
+  sluice::RotateAndStore(ctx, qkv, config_.num_heads, Positions(segments, layer), inv_freq_,
                          KvSegments(segments, layer));
+}
+
+void LlamaDecoder::AddAttention(int layer, std::span<const Segment> segments,
+                                TraceScope& trace) const {
+  for (const Segment& segment : segments) {
+    if (segment.rows == 0) continue;
+    const int64_t first = segment.CacheRow(layer);
+    const double seen = first + 0.5 * (segment.rows + 1);  // in the mean
+    trace.AddWork(
+        4.0 * segment.rows * seen * q_width(),
+        2.0 * SizeOf(dtype_) * (segment.rows * q_width() + (first + segment.rows) * kv_width()));
+  }
 }
 
 void LlamaDecoder::Attend(ExecContext& ctx, int layer, std::span<const Segment> segments,
@@ -677,17 +702,9 @@ void LlamaDecoder::Attend(ExecContext& ctx, int layer, std::span<const Segment> 
   const TensorView mixed = ctx.workspace().Allocate(dtype_, {hidden.dim(0), q_width()});
   {
     TraceScope trace(&ctx.tracer(), "decoder/attention", hidden.dim(0));
-    const std::vector<KvSegment> parts = KvSegments(segments, layer);
-    for (const KvSegment& segment : parts) {
-      const int64_t first = segment.begin;
-      const double seen = first + 0.5 * (segment.rows + 1);  // in the mean
-      trace.AddWork(
-          4.0 * segment.rows * seen * q_width(),
-          2.0 * SizeOf(dtype_) * (segment.rows * q_width() + (first + segment.rows) * kv_width()));
-    }
-    CausalAttention(ctx, qkv.Columns(0, q_width()), parts, config_.num_heads,
-                    1.0f / std::sqrt(static_cast<float>(config_.head_dim)), mixed,
-                    layers_[layer].attention);
+    AddAttention(layer, segments, trace);
+    CausalAttention(ctx, qkv.Columns(0, q_width()), KvSegments(segments, layer), config_.num_heads,
+                    AttentionScale(), mixed, layers_[layer].attention);
   }
   TracedLinear(ctx, "decoder/out", mixed, layers_[layer].out, hidden, {.accumulate = true});
 }
@@ -696,11 +713,9 @@ void LlamaDecoder::RunMlp(ExecContext& ctx, const LlamaLayer& layer, TensorView 
   Workspace& workspace = ctx.workspace();
   Workspace::Scope scope(workspace);
   const int64_t rows = hidden.dim(0), inner = config_.intermediate_size;
-  const TensorView narrow = workspace.Allocate(dtype_, hidden.shape());
   const TensorView gated = workspace.Allocate(dtype_, {rows, inner});
-  Normalise(ctx, layer.mlp_norm, hidden, narrow);
-  TracedLinear(ctx, "decoder/mlp", narrow, layer.gate_up, gated,
-               {.activation = Activation::kSiluMul});
+  TracedLinear(ctx, "decoder/mlp", hidden, layer.gate_up, gated,
+               After(layer.mlp_norm, Activation::kSiluMul));
   TracedLinear(ctx, "decoder/mlp", gated, layer.down, hidden, {.accumulate = true});
 }
 
@@ -708,15 +723,17 @@ void LlamaDecoder::WriteLogits(ExecContext& ctx, std::span<const Segment> segmen
                                ConstTensorView hidden, const DecoderProbe& probe) const {
   Workspace& workspace = ctx.workspace();
   Workspace::Scope scope(workspace);
-  const TensorView narrow = workspace.Allocate(dtype_, hidden.shape());
-  Normalise(ctx, final_norm_, hidden, narrow);
-  if (probe) probe("norm", ConvertTo(TransferTo(ctx, narrow, Device::kCpu), DType::kF32));
+  if (probe) {
+    const TensorView narrow = workspace.Allocate(dtype_, hidden.shape());
+    RmsNorm(ctx, hidden, final_norm_, config_.rms_norm_eps, narrow);
+    probe("norm", ConvertTo(TransferTo(ctx, narrow, Device::kCpu), DType::kF32));
+  }
   const int64_t rows = hidden.dim(0);
   if (rows > 1 && rows == std::count_if(segments.begin(), segments.end(),
                                         [](const Segment& s) { return s.rows == 1; })) {
     // Several sequences that decode: the weight is read once for all of them.
     const TensorView together = workspace.Allocate(DType::kF32, {rows, config_.vocab_size});
-    TracedLinear(ctx, "decoder/lm_head", narrow, lm_head_, together);
+    TracedLinear(ctx, "decoder/lm_head", hidden, lm_head_, together, After(final_norm_));
     int64_t row = 0;
     for (const Segment& segment : segments) {
       if (segment.rows == 0) continue;
@@ -732,7 +749,8 @@ void LlamaDecoder::WriteLogits(ExecContext& ctx, std::span<const Segment> segmen
     if (segment.rows == 0) continue;
     const int64_t to = segment.step->logits.dim(0) == 1 ? 0 : segment.offset;
     const TensorView logits = segment.step->logits.Slice(to, to + segment.rows);
-    TracedLinear(ctx, "decoder/lm_head", narrow.Slice(row, row + segment.rows), lm_head_, logits);
+    TracedLinear(ctx, "decoder/lm_head", hidden.Slice(row, row + segment.rows), lm_head_, logits,
+                 After(final_norm_));
     ShowOnHost(ctx, probe, "logits", logits);
     row += segment.rows;
   }

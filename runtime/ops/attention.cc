@@ -235,6 +235,43 @@ void CheckDevice(const char* op, const ExecContext& ctx, const KvLayerView& kv) 
               ", got one on the " + Name(kv.device));
 }
 
+// Of the rows of segments of one pool that follow each other; returns how many.
+int64_t CheckQkv(const char* op, const ExecContext& ctx, ConstTensorView qkv, int heads,
+                 std::span<const KvSegment> segments) {
+  const KvLayerView& first = segments.front().kv;
+  int64_t rows = 0;
+  for (const KvSegment& segment : segments) {
+    const KvLayerView& kv = segment.kv;
+    CheckKv(op, kv, segment.begin, segment.rows);
+    CheckDevice(op, ctx, kv);
+    if (kv.kv_heads != first.kv_heads || kv.head_dim != first.head_dim || kv.base != first.base) {
+      throw Error(std::string("[") + op + "] segments must be of one pool, got caches of " +
+                  std::to_string(first.kv_heads) + " and " + std::to_string(kv.kv_heads) +
+                  " kv heads of " + std::to_string(first.head_dim) + " and " +
+                  std::to_string(kv.head_dim));
+    }
+    if (segment.row != rows) {
+      throw Error(std::string("[") + op + "] segments must follow each other, got one at row " +
+                  std::to_string(segment.row) + " behind " + std::to_string(rows) + " rows");
+    }
+    rows += segment.rows;
+  }
+  const int64_t width = (int64_t{heads} + 2 * first.kv_heads) * first.head_dim;
+  CheckMatrix(op, "qkv", qkv, rows, width, first.dtype);
+  return rows;
+}
+
+void CheckRotation(const char* op, int64_t rows, int64_t head_dim,
+                   std::span<const int32_t> positions, ConstTensorView inv_freq) {
+  if (positions.size() == static_cast<size_t>(rows) && inv_freq.shape() == Shape{head_dim / 2} &&
+      inv_freq.dtype() == DType::kF32) {
+    return;
+  }
+  throw Error(std::string("[") + op + "] expected " + std::to_string(rows) + " positions and " +
+              std::to_string(head_dim / 2) + " frequencies in f32, got " +
+              std::to_string(positions.size()) + " and " + Describe(inv_freq));
+}
+
 cuda::KvBlocks BlocksOf(const KvLayerView& kv) {
   return {const_cast<void*>(kv.base), kv.kv_heads, kv.head_dim, kv.dtype};
 }
@@ -274,35 +311,47 @@ void FlashAttention(ExecContext& ctx, const cuda::AttentionArgs& args) {
   ctx.Queue(cuda::Attention, args, ScratchOf(ctx, bytes), bytes);
 }
 
-// One row of each of consecutive segments.
-void DecodeOnGpu(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment> segments,
-                 int heads, float scale, TensorView out) {
+// How the rows of DecodeOnGpu are rotated and stored first, where they are.
+struct Rotation {
+  std::span<const int32_t> positions;
+  ConstTensorView inv_freq;  // empty: they have been
+};
+
+// One row of each of consecutive segments. q: the first of them, at q_stride from the next.
+void DecodeOnGpu(ExecContext& ctx, const void* q, int64_t q_stride,
+                 std::span<const KvSegment> segments, int heads, float scale,
+                 const Rotation& rotation, TensorView out) {
   const Workspace::Scope scope(ctx.workspace());
   int64_t blocks = 0;
   for (const KvSegment& segment : segments) {
     blocks = std::max(blocks, (segment.begin + kKvBlockTokens) / kKvBlockTokens);
   }
   const int64_t pitch = (blocks + kTogether - 1) / kTogether * kTogether + 1;
-  std::vector<int32_t> tables;
+  std::vector<int32_t> numbers;
   for (const KvSegment& segment : segments) {
-    const size_t end = tables.size() + pitch;
-    tables.push_back(static_cast<int32_t>(segment.begin + 1));
-    AppendBlocks(segment.kv, 0, segment.begin + 1, tables);
-    tables.resize(end, 0);
+    const size_t end = numbers.size() + pitch;
+    numbers.push_back(static_cast<int32_t>(segment.begin + 1));
+    AppendBlocks(segment.kv, 0, segment.begin + 1, numbers);
+    numbers.resize(end, 0);
   }
+  const size_t tables = numbers.size();
+  numbers.insert(numbers.end(), rotation.positions.begin(), rotation.positions.end());
+  const int32_t* const there = Within(ctx, numbers);
   const KvLayerView& kv = segments.front().kv;
-  const ConstTensorView first = q.Slice(segments.front().row, segments.front().row + 1);
-  const cuda::DecodeAttentionArgs args = {.q = first.raw(),
-                                          .q_stride = q.stride0(),
-                                          .out = out.raw(),
-                                          .heads = heads,
-                                          .kv_heads = kv.kv_heads,
-                                          .head_dim = kv.head_dim,
-                                          .scale = scale,
-                                          .base = kv.base,
-                                          .tables = Within(ctx, tables),
-                                          .table_pitch = pitch,
-                                          .sequences = static_cast<int64_t>(segments.size())};
+  const cuda::DecodeAttentionArgs args = {
+      .q = q,
+      .q_stride = q_stride,
+      .out = out.raw(),
+      .heads = heads,
+      .kv_heads = kv.kv_heads,
+      .head_dim = kv.head_dim,
+      .scale = scale,
+      .base = kv.base,
+      .tables = there,
+      .table_pitch = pitch,
+      .sequences = static_cast<int64_t>(segments.size()),
+      .inv_freq = static_cast<const float*>(rotation.inv_freq.raw()),
+      .positions = there + tables};
   ctx.Queue(cuda::DecodeAttention, args, ScratchOf(ctx, cuda::DecodeWorkspaceBytes(args)));
 }
 
@@ -369,7 +418,7 @@ void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment,
   const SageTrace trace(ctx, precision, quantised, segment.rows);
   if (kernel == GpuAttention::kDecode && ReadWide({q})) {
     const KvSegment alone{.row = 0, .rows = 1, .begin = segment.begin, .kv = kv};
-    return DecodeOnGpu(ctx, q, {&alone, 1}, heads, scale, out);
+    return DecodeOnGpu(ctx, q.raw(), q.stride0(), {&alone, 1}, heads, scale, {}, out);
   }
   if (quantised) return SageOnGpu(ctx, q, segment, heads, scale, out);
   std::vector<int32_t> table = {static_cast<int32_t>(seen)};
@@ -406,19 +455,26 @@ void SegmentOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment,
   ctx.Queue(cuda::PlainAttention, args);
 }
 
-void CausalOnGpu(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment> segments,
-                 int heads, float scale, AttentionPrecision precision, TensorView out) {
-  bool decodes = ReadWide({q});
+// Whether they are consecutive rows, one a segment, that the kernel for decoding takes.
+bool AllDecode(std::span<const KvSegment> segments, int heads) {
   for (size_t i = 0; i < segments.size(); ++i) {
     const KvSegment& s = segments[i];
-    decodes = decodes && s.rows == 1 && s.row == segments[0].row + static_cast<int64_t>(i) &&
-              s.kv.base == segments[0].kv.base;
+    if (s.rows != 1 || s.row != segments[0].row + static_cast<int64_t>(i) ||
+        s.kv.base != segments[0].kv.base) {
+      return false;
+    }
   }
   const KvLayerView& kv = segments.front().kv;
-  if (decodes && ChooseGpuAttention(cuda::ComputeCapability(), 1, heads, kv.kv_heads, kv.head_dim,
-                                    kv.dtype, true, false) == GpuAttention::kDecode) {
+  return ChooseGpuAttention(cuda::ComputeCapability(), 1, heads, kv.kv_heads, kv.head_dim, kv.dtype,
+                            true, false) == GpuAttention::kDecode;
+}
+
+void CausalOnGpu(ExecContext& ctx, ConstTensorView q, std::span<const KvSegment> segments,
+                 int heads, float scale, AttentionPrecision precision, TensorView out) {
+  if (ReadWide({q}) && AllDecode(segments, heads)) {
     const SageTrace trace(ctx, precision, false, static_cast<int64_t>(segments.size()));
-    return DecodeOnGpu(ctx, q, segments, heads, scale, out);
+    return DecodeOnGpu(ctx, q.Slice(segments[0].row, segments[0].row + 1).raw(), q.stride0(),
+                       segments, heads, scale, {}, out);
   }
   int64_t done = 0;
   for (const KvSegment& s : segments) {
@@ -674,34 +730,10 @@ void RotateAndStore(ExecContext& ctx, TensorView qkv, int heads, std::span<const
   constexpr char kOp[] = "rotate_and_store";
   if (segments.empty()) return;
   const KvLayerView& first = segments.front().kv;
-  const int64_t head_dim = first.head_dim, kv_width = first.kv_heads * head_dim;
-  const int64_t q_width = heads * head_dim;
-  int64_t rows = 0;
-  for (const KvSegment& segment : segments) {
-    const KvLayerView& kv = segment.kv;
-    CheckKv(kOp, kv, segment.begin, segment.rows);
-    CheckDevice(kOp, ctx, kv);
-    if (kv.kv_heads != first.kv_heads || kv.head_dim != first.head_dim || kv.base != first.base) {
-      throw Error("[rotate_and_store] segments must be of one pool, got caches of " +
-                  std::to_string(first.kv_heads) + " and " + std::to_string(kv.kv_heads) +
-                  " kv heads of " + std::to_string(head_dim) + " and " +
-                  std::to_string(kv.head_dim));
-    }
-    if (segment.row != rows) {
-      throw Error("[rotate_and_store] segments must follow each other, got one at row " +
-                  std::to_string(segment.row) + " behind " + std::to_string(rows) + " rows");
-    }
-    rows += segment.rows;
-  }
-  CheckMatrix(kOp, "qkv", qkv, rows, q_width + 2 * kv_width, first.dtype);
+  const int64_t rows = CheckQkv(kOp, ctx, qkv, heads, segments);
   if (ctx.device() == Device::kCuda &&
       cuda::CanRotateAndStore(first.head_dim, qkv.stride0(), first.dtype)) {
-    if (positions.size() != static_cast<size_t>(rows) || inv_freq.shape() != Shape{head_dim / 2} ||
-        inv_freq.dtype() != DType::kF32) {
-      throw Error("[rotate_and_store] expected " + std::to_string(rows) + " positions and " +
-                  std::to_string(head_dim / 2) + " frequencies in f32, got " +
-                  std::to_string(positions.size()) + " and " + Describe(inv_freq));
-    }
+    CheckRotation(kOp, rows, first.head_dim, positions, inv_freq);
     OnGpu(kOp, ctx, {qkv, inv_freq});
     const Workspace::Scope scope(ctx.workspace());
     std::vector<int32_t> numbers(positions.begin(), positions.end());
@@ -717,6 +749,8 @@ void RotateAndStore(ExecContext& ctx, TensorView qkv, int heads, std::span<const
                      there, there + rows, static_cast<const float*>(inv_freq.raw()));
   }
   // Query and key heads stand beside each other.
+  const int64_t q_width = int64_t{heads} * first.head_dim;
+  const int64_t kv_width = int64_t{first.kv_heads} * first.head_dim;
   Rope(ctx, qkv.Columns(0, q_width + kv_width), first.head_dim, positions, inv_freq);
   for (const KvSegment& segment : segments) {
     const ConstTensorView of = qkv.Slice(segment.row, segment.row + segment.rows);
@@ -891,6 +925,29 @@ void CausalAttention(ExecContext& ctx, ConstTensorView q, std::span<const KvSegm
         break;
     }
   }
+}
+
+void RotateStoreAndAttend(ExecContext& ctx, TensorView qkv, int heads,
+                          std::span<const int32_t> positions, ConstTensorView inv_freq,
+                          std::span<const KvSegment> segments, float scale, TensorView out,
+                          AttentionPrecision precision) {
+  constexpr char kOp[] = "rotate_store_and_attend";
+  if (segments.empty()) return;
+  const int head_dim = segments.front().kv.head_dim;
+  const ConstTensorView q = qkv.Columns(0, int64_t{heads} * head_dim);
+  if (ctx.device() == Device::kCuda && ReadWide({qkv}) && AllDecode(segments, heads)) {
+    const int64_t rows = CheckQkv(kOp, ctx, qkv, heads, segments);
+    CheckRotation(kOp, rows, head_dim, positions, inv_freq);
+    CheckScale(kOp, scale);
+    CheckMatrix(kOp, "out", out, rows, q.dim(1), q.dtype());
+    CheckContiguous(kOp, "out", out);
+    OnGpu(kOp, ctx, {qkv, inv_freq, out});
+    const SageTrace trace(ctx, precision, false, rows);
+    return DecodeOnGpu(ctx, qkv.raw(), qkv.stride0(), segments, heads, scale, {positions, inv_freq},
+                       out);
+  }
+  RotateAndStore(ctx, qkv, heads, positions, inv_freq, segments);
+  CausalAttention(ctx, q, segments, heads, scale, out, precision);
 }
 
 }  // namespace sluice

@@ -120,6 +120,14 @@ void CausalAttention(ExecContext& ctx, ConstTensorView q, std::span<const KvSegm
                      int heads, float scale, TensorView out,
                      AttentionPrecision precision = AttentionPrecision::kExact);
 
+// RotateAndStore, then CausalAttention of the rows' queries: what decoding does with a row of each
+// sequence, on a GPU in one launch. Arguments as of these; qkv is used up. There it may read what
+// the caches hold of earlier positions while the op in front still runs: that must not store them.
+void RotateStoreAndAttend(ExecContext& ctx, TensorView qkv, int heads,
+                          std::span<const int32_t> positions, ConstTensorView inv_freq,
+                          std::span<const KvSegment> segments, float scale, TensorView out,
+                          AttentionPrecision precision = AttentionPrecision::kExact);
+
 // Which implementation runs, as a pure function that can be printed and tested. `queries`: rows
 // that share a head of keys. `amx`: this process may use AMX-BF16 tiles; `reference`: the context
 // asks for reference kernels; `int8_dot`: the vectors multiply int8 (cpu::HasInt8Dot).

@@ -12,6 +12,7 @@
 #include "runtime/ops/cuda/linear.h"
 #include "runtime/ops/cuda/linear_few.h"
 #include "runtime/ops/cuda/quantise.h"
+#include "runtime/ops/norm.h"
 #include "runtime/ops/quantise.h"
 #include "runtime/transfer.h"
 
@@ -121,13 +122,28 @@ class LinearImpl {
     return ::sluice::OnGpu("linear", ctx, {x, weight.weight_.view, y});
   }
 
+  static GpuLinearKernel Choose(ConstTensorView x, const LinearWeight& weight,
+                                const LinearOptions& options) {
+    const bool aligned =
+        reinterpret_cast<uintptr_t>(x.raw()) % 16 == 0 && x.stride0() * SizeOf(x.dtype()) % 16 == 0;
+    return ChooseGpuLinear(x.dim(0), weight.k_, aligned, weight.dtype_, weight.format_,
+                           options.activation);
+  }
+
+  // Whether the product normalises the rows of x itself.
+  static bool Normalises(const ExecContext& ctx, ConstTensorView x, const LinearWeight& weight,
+                         const LinearOptions& options) {
+    const int64_t bytes = x.dim(0) * x.dim(1) * static_cast<int64_t>(SizeOf(weight.dtype_));
+    return ctx.device() == Device::kCuda && bytes <= cuda::kMostNormedBytes &&
+           Choose(x, weight, options) == GpuLinearKernel::kFewRows &&
+           ::sluice::OnGpu("linear", ctx, {options.rms_norm}) &&
+           reinterpret_cast<uintptr_t>(options.rms_norm.raw()) % 16 == 0;
+  }
+
   // x is rows apart as they lie.
   static void RunOnGpu(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight,
                        TensorView y, const LinearOptions& options) {
-    const bool aligned =
-        reinterpret_cast<uintptr_t>(x.raw()) % 16 == 0 && x.stride0() * SizeOf(x.dtype()) % 16 == 0;
-    switch (ChooseGpuLinear(x.dim(0), weight.k_, aligned, weight.dtype_, weight.format_,
-                            options.activation)) {
+    switch (Choose(x, weight, options)) {
       case GpuLinearKernel::kFewRows:
         return RunFewRows(ctx, x, weight, y, options);
       case GpuLinearKernel::kCublas:
@@ -149,6 +165,8 @@ class LinearImpl {
                                 .k = weight.k_,
                                 .x = x.raw(),
                                 .x_stride = x.stride0(),
+                                .norm = Floats(options.rms_norm),
+                                .norm_eps = options.rms_eps,
                                 .weight = weight.weight_.view.raw(),
                                 .weight_stride = weight.weight_.view.stride0(),
                                 .format = weight.format_,
@@ -468,9 +486,17 @@ GpuLinearKernel ChooseGpuLinear(int64_t m, int64_t k, bool aligned, DType dtype,
 void Linear(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight, TensorView y,
             const LinearOptions& options) {
   if (weight.n() == 0) throw Error("[linear] weight must be set, got an empty one");
-  if (x.shape().rank() != 2 || x.dim(1) != weight.k() || x.dtype() != weight.dtype()) {
-    throw Error("[linear] x must be [M, " + std::to_string(weight.k()) + "] " +
-                Name(weight.dtype()) + ", got " + x.shape().ToString() + " " + Name(x.dtype()));
+  const bool normed = !options.rms_norm.empty();
+  const DType dtype = normed ? DType::kF32 : weight.dtype();
+  if (x.shape().rank() != 2 || x.dim(1) != weight.k() || x.dtype() != dtype) {
+    throw Error("[linear] x must be [M, " + std::to_string(weight.k()) + "] " + Name(dtype) +
+                ", got " + x.shape().ToString() + " " + Name(x.dtype()));
+  }
+  if (normed &&
+      (options.rms_norm.shape() != Shape{weight.k()} || options.rms_norm.dtype() != DType::kF32)) {
+    throw Error("[linear] the norm's weight must be " + Shape{weight.k()}.ToString() +
+                " f32, got " + options.rms_norm.shape().ToString() + " " +
+                Name(options.rms_norm.dtype()));
   }
   const bool paired = options.activation == Activation::kSiluMul;
   if (paired && weight.n() % 2 != 0) {
@@ -490,6 +516,12 @@ void Linear(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight, Ten
   if (x.dim(0) == 0) return;
 
   Workspace::Scope scope(ctx.workspace());
+  if (normed && !LinearImpl::Normalises(ctx, x, weight, options)) {
+    const TensorView rows = ctx.workspace().Allocate(weight.dtype(), x.shape());
+    RmsNorm(ctx, x, options.rms_norm, options.rms_eps, rows);
+    return Linear(ctx, rows, weight, y,
+                  {.activation = options.activation, .accumulate = options.accumulate});
+  }
   if (LinearImpl::RunsOnGpu(ctx, x, weight, y)) {
     return LinearImpl::RunOnGpu(ctx, x, weight, y, options);
   }

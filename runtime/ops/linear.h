@@ -84,7 +84,8 @@ class LinearWeight {
   Tensor rounded_bias_;  // on a GPU: as bf16, for results in bf16
 };
 
-// x: [M, K] in the weight's dtype (rows may be strided, then they are copied first); y: [M, N] (or
+// x: [M, K] in the weight's dtype, or f32 with options.rms_norm (rows may be strided, then they are
+// copied first); y: [M, N] (or
 // as the activation says) f32 or the weight's dtype, contiguous. Throws Error naming shapes or
 // dtypes that do not fit. The first call with a new M prepares code for it (0.2 to 4 ms) where
 // oneDNN runs, kept in the context.
@@ -99,7 +100,7 @@ const char* Name(LinearKernel kernel);
 LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, bool native_bf16, bool amx,
                           bool reference);
 
-// Likewise on a GPU. aligned: the rows of x begin at multiples of 16 bytes.
+// Likewise on a GPU. aligned: the rows of x begin at multiples of 16 bytes, before a norm as well.
 enum class GpuLinearKernel {
   kFewRows,     // ours, products in bf16 whatever the weight's format
   kCublas,      // in the compute dtype

@@ -272,6 +272,75 @@ TEST_F(CudaKvTest, SequencesThatDecodeTogetherEqualThoseAlone) {
   }
 }
 
+TEST_F(CudaKvTest, RowsThatDecodeAreRotatedStoredAndAttendedToInOneStep) {
+  struct Case {
+    int heads, kv_heads, head_dim;
+    DType dtype = DType::kBF16;
+  };
+  // The first few go to the kernel for decoding, the others to the ops one by one.
+  for (const Case& c : {Case{14, 2, 64}, Case{28, 4, 128}, Case{8, 1, 64}, Case{5, 5, 128},
+                        Case{9, 1, 64}, Case{2, 2, 72}, Case{4, 2, 64, DType::kF32}}) {
+    // Own rows at both ends of a block, of a warp's chunk and of a part; one sequence and many,
+    // which take other kernels.
+    const std::vector<int64_t> lengths = {1, 2, 63, 64, 65, 129, 16, 17, 700, 1283};
+    for (const size_t sequences : {size_t{1}, lengths.size()}) {
+      for (size_t at = 0; at < lengths.size(); at += sequences) {
+        SCOPED_TRACE(std::to_string(c.heads) + " heads of " + std::to_string(c.head_dim) + " " +
+                     Name(c.dtype) + ", " + std::to_string(lengths[at]) + " keys of the first of " +
+                     std::to_string(sequences));
+        constexpr int64_t kBlocksEach = 21;
+        const int64_t kv_width = int64_t{c.kv_heads} * c.head_dim;
+        const int64_t q_width = int64_t{c.heads} * c.head_dim;
+        const Blocks all(*gpu_, c.kv_heads, c.head_dim, c.dtype,
+                         static_cast<int64_t>(sequences) * kBlocksEach * kKvBlockTokens, 5);
+        std::vector<KvSegment> cuda, cpu;
+        std::vector<int32_t> positions;
+        for (size_t i = 0; i < sequences; ++i) {
+          const auto row = static_cast<int64_t>(i);
+          const int64_t before = lengths[at + i] - 1;
+          for (const bool gpu : {false, true}) {
+            KvLayerView kv = gpu ? all.cuda : all.cpu;
+            kv.blocks = kv.blocks.subspan(row * kBlocksEach, kBlocksEach);
+            const Tensor keys = RandomTensor(c.dtype, {before, kv_width}, 20 + i);
+            const Tensor values = RandomTensor(c.dtype, {before, kv_width}, 40 + i);
+            if (gpu) {
+              StoreKv(*gpu_, There(keys), There(values), 0, kv);
+            } else {
+              StoreKv(reference_, keys, values, 0, kv);
+            }
+            (gpu ? cuda : cpu).push_back({.row = row, .rows = 1, .begin = before, .kv = kv});
+          }
+          positions.push_back(static_cast<int32_t>(9973 * i + 17));
+        }
+        gpu_->Synchronize();
+        const Tensor frequencies(DType::kF32, {c.head_dim / 2});
+        for (int i = 0; i < c.head_dim / 2; ++i) {
+          frequencies.data<float>()[i] = std::pow(1e6f, -2.0f * i / c.head_dim);
+        }
+        const auto rows = static_cast<int64_t>(sequences);
+        const Tensor qkv = RandomTensor(c.dtype, {rows, q_width + 2 * kv_width + 8}, 9);
+        const Tensor there = There(qkv);
+        const Tensor want(c.dtype, {rows, q_width}), got(c.dtype, {rows, q_width}, Device::kCuda);
+        const int64_t width = q_width + 2 * kv_width;
+        RotateStoreAndAttend(reference_, qkv.view().Columns(0, width), c.heads, positions,
+                             frequencies, cpu, 0.125f, want);
+        RotateStoreAndAttend(*gpu_, there.view().Columns(0, width), c.heads, positions,
+                             There(frequencies), cuda, 0.125f, got);
+        ExpectEqual(got, want, "attended to");
+        for (size_t i = 0; i < sequences; ++i) {
+          const Shape all_rows{cpu[i].begin + 1, kv_width};
+          const Tensor k(c.dtype, all_rows), v(c.dtype, all_rows);
+          const Tensor gk(c.dtype, all_rows, Device::kCuda), gv(c.dtype, all_rows, Device::kCuda);
+          LoadKv(reference_, cpu[i].kv, 0, k, v);
+          LoadKv(*gpu_, cuda[i].kv, 0, gk, gv);
+          ExpectEqual(gk, k, "keys");
+          ExpectEqual(gv, v, "values");
+        }
+      }
+    }
+  }
+}
+
 TEST_F(CudaKvTest, EncoderAttentionEqualsTheReference) {
   struct Case {
     int64_t batch, queries, keys;

@@ -75,12 +75,6 @@ void MoveKv(KvBlocks kv, const int32_t* where, KvRows rows, Stream stream) {
   CheckLaunch("move keys and values");
 }
 
-__device__ inline float WarpSum(float x) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2)
-    x += __shfl_xor_sync(0xffffffffu, x, offset);
-  return x;
-}
-
 // out[i, h] = softmax_t(q[i, h] . k[t, h / group] * scale + bias_t) v[t, h / group], any head size.
 //
 // A block of 4 warps takes one query and head; each warp every fourth key. A lane holds channels
@@ -170,17 +164,21 @@ __global__ void PlainAttentionKernel(PlainAttentionArgs a, Blocks<T> blocks) {
 //             16: column g of product j is channel 8 g + j
 // Each warp keeps maxima and sums of its own; they are joined in shared memory, parts in a second
 // kernel.
+// With inv_freq the first keys and values, which no kernel of the step writes, are under way before
+// the row is there. Its own key and value take the place of what was read where they belong, and go
+// to the cache as well.
 // Few pairs of sequence and kv head have short parts, so that a warp has one chunk or two; with
 // many, three smaller blocks of a multiprocessor hide each other's waits.
 constexpr int64_t kFewPairs = 16;
 constexpr int kWarpsOfFew = 8, kWarpsOfMany = 4;
 
 // Parts of a sequence of at most so many keys: for each of some 132 multiprocessors one block, or
-// three of the smaller ones; of at least 128 keys, at most 128 parts.
+// three of the smaller ones; of at least 128 keys.
+constexpr int kMostParts = 128;
 int PartsFor(const DecodeAttentionArgs& a) {
   const int64_t most_keys = (a.table_pitch - 1) * kBlock, pairs = a.sequences * a.kv_heads;
   const int64_t wanted = (pairs <= kFewPairs ? 132 : 3 * 132) / std::max<int64_t>(1, pairs);
-  return static_cast<int>(std::clamp<int64_t>(std::min(wanted, most_keys / 128), 1, 128));
+  return static_cast<int>(std::clamp<int64_t>(std::min(wanted, most_keys / 128), 1, kMostParts));
 }
 
 // d[16, 8] += a[16, 16] b[16, 8] where rows 8 to 15 of a are zero.
@@ -207,32 +205,24 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
     DecodeKernel(DecodeAttentionArgs a, Blocks<__nv_bfloat16> blocks, int parts, float* partial) {
   constexpr int kChunk = kHeadDim == 64 ? 32 : 16;  // keys of a warp at once, all in one block
   constexpr int kSlices = kHeadDim / 32, kSpans = kHeadDim / 64;
+  constexpr int kPairsOfHead = kHeadDim / 2;
   const int part = blockIdx.x, kv_head = blockIdx.y;
   const int64_t sequence = blockIdx.z;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const int group = a.heads / a.kv_heads;
-  WaitForKernelInFront();
   LetNextKernelStart();
+  // Tables are there when a step begins.
   const int32_t* const table = a.tables + sequence * a.table_pitch + 1;
   const int keys = table[-1];
   const int per_part = ((keys + parts - 1) / parts + kChunk - 1) / kChunk * kChunk;
   const int begin = part * per_part, end = min(keys, begin + per_part);
   const float to_log2 = a.scale * 1.44269504f;
 
-  uint4 q[kSlices];
-#pragma unroll
-  for (int i = 0; i < kSlices; ++i) {
-    q[i] = make_uint4(0, 0, 0, 0);
-    if (g < group) {
-      q[i] = *reinterpret_cast<const uint4*>(
-          static_cast<const __nv_bfloat16*>(a.q) + sequence * a.q_stride +
-          (int64_t{kv_head} * group + g) * kHeadDim + 32 * i + 8 * t);
-    }
-  }
-  float out[kSpans][8][4] = {}, most = -INFINITY, total = 0;
-  for (int first = begin + warp * kChunk; first < end; first += kWarps * kChunk) {
+  uint4 key[kChunk / 8][kSlices], value[kChunk / 16][4][kSpans];
+  // Of this lane, values are of these rows of a chunk.
+  const auto value_row = [&](int n, int r) { return 16 * n + 2 * t + r % 2 + r / 2 * 8; };
+  const auto read = [&](int first) {
     const __nv_bfloat16* const at = blocks.Key(table, first, kv_head);
-    uint4 key[kChunk / 8][kSlices], value[kChunk / 16][4][kSpans];
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n) {
 #pragma unroll
@@ -245,7 +235,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
     for (int n = 0; n < kChunk / 16; ++n) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const int row = 16 * n + 2 * t + r % 2 + r / 2 * 8;
+        const int row = value_row(n, r);
 #pragma unroll
         for (int i = 0; i < kSpans; ++i) {
           // What lies behind the end may be no number, which a weight of zero does not hide.
@@ -253,6 +243,79 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
           if (first + row < end) {
             value[n][r][i] = __ldcs(reinterpret_cast<const uint4*>(
                 at + blocks.ValuesBehindKeys() + row * kHeadDim + 64 * i + 8 * g));
+          }
+        }
+      }
+    }
+  };
+  const bool rotates = a.inv_freq != nullptr, stores = rotates && begin < end && end == keys;
+  const int first_of_warp = begin + warp * kChunk;
+  if (rotates && first_of_warp < end) read(first_of_warp);
+
+  // The group's queries and, behind them, the row's own key and value.
+  __shared__ __align__(16) __nv_bfloat16 heads[kMostDecodeGroup + 2][kHeadDim];
+  __shared__ float sines[kPairsOfHead], cosines[kPairsOfHead];
+  if (rotates) {
+    for (int i = threadIdx.x; i < kPairsOfHead; i += kWarps * kWarp) {
+      SineAndCosine(a.positions[sequence], a.inv_freq[i], sines[i], cosines[i]);
+    }
+    __syncthreads();
+  }
+  WaitForKernelInFront();
+  if (!rotates && first_of_warp < end) read(first_of_warp);  // the kernel in front stored the last
+  const auto* const row = static_cast<const __nv_bfloat16*>(a.q) + sequence * a.q_stride;
+  for (int at = threadIdx.x; at < (group + (stores ? 2 : 0)) * kPairsOfHead; at += kWarps * kWarp) {
+    const int head = at / kPairsOfHead, i = at % kPairsOfHead;
+    const bool is_query = head<group, is_value = head> group;
+    const auto* const from = row + (is_query   ? kv_head * group + head
+                                    : is_value ? a.heads + a.kv_heads + kv_head
+                                               : a.heads + kv_head) *
+                                       kHeadDim;
+    __nv_bfloat16 low = from[i], high = from[i + kPairsOfHead];
+    if (rotates && !is_value) {
+      const float one = ToFloat(low), other = ToFloat(high);
+      low = FromFloat<__nv_bfloat16>(one * cosines[i] - other * sines[i]);
+      high = FromFloat<__nv_bfloat16>(other * cosines[i] + one * sines[i]);
+    }
+    __nv_bfloat16* const to = heads[is_query ? head : kMostDecodeGroup + is_value];
+    to[i] = low;
+    to[i + kPairsOfHead] = high;
+    if (is_query) continue;
+    __nv_bfloat16* const slot =
+        blocks.Key(table, keys - 1, kv_head) + (is_value ? blocks.ValuesBehindKeys() : 0);
+    slot[i] = low;
+    slot[i + kPairsOfHead] = high;
+  }
+  __syncthreads();
+  const auto piece = [&](int head, int channel) {
+    return *reinterpret_cast<const uint4*>(&heads[head][channel]);
+  };
+  uint4 q[kSlices];
+#pragma unroll
+  for (int i = 0; i < kSlices; ++i) {
+    q[i] = g < group ? piece(g, 32 * i + 8 * t) : make_uint4(0, 0, 0, 0);
+  }
+  float out[kSpans][8][4] = {}, most = -INFINITY, total = 0;
+  for (int first = first_of_warp; first < end; first += kWarps * kChunk) {
+    if (first > first_of_warp) read(first);
+    if (stores && first + kChunk >= keys) {
+      const int last = keys - 1 - first;
+#pragma unroll
+      for (int n = 0; n < kChunk / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < kSlices; ++i) {
+          if (8 * n + g == last) key[n][i] = piece(kMostDecodeGroup, 32 * i + 8 * t);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kChunk / 16; ++n) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+#pragma unroll
+          for (int i = 0; i < kSpans; ++i) {
+            if (value_row(n, r) == last) {
+              value[n][r][i] = piece(kMostDecodeGroup + 1, 64 * i + 8 * g);
+            }
           }
         }
       }
@@ -343,36 +406,38 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
   }
 }
 
-// Joins the parts of one sequence and head, of which there are at most kJoinThreads. A thread first
-// takes a part's maximum; then groups of D threads, one a channel, each take every so manieth part.
+// Joins the parts of one sequence and head. A thread takes a part's maximum and total, and, one of
+// a group of D threads, its channel of every so manieth part, all read before any is needed.
 constexpr int kJoinThreads = 256;
 template <int kHeadDim>
 __global__ void JoinPartsKernel(const float* partial, int parts, __nv_bfloat16* out) {
   constexpr int kPitch = kHeadDim + 2, kGroups = kJoinThreads / kHeadDim;
-  __shared__ float shares[kJoinThreads], sums[kGroups][kHeadDim], totals[kGroups];
+  constexpr int kHeld = kMostParts / kGroups;
+  __shared__ float shares[kJoinThreads], sums[kGroups][kHeadDim];
   const int64_t row = blockIdx.x;
   const float* const from = partial + row * parts * kPitch;
   const int thread = threadIdx.x, group = thread / kHeadDim, channel = thread % kHeadDim;
-  WaitForKernelInFront();
   LetNextKernelStart();
-  const float most = thread < parts ? from[thread * kPitch + kHeadDim + 1] : -INFINITY;
-  const float largest = BlockMax(most);
-  shares[thread] = exp2f(most - largest);  // 0 where there are no keys: one part has some
-  __syncthreads();
-  float sum = 0, total = 0;
-#pragma unroll 8
-  for (int p = group; p < parts; p += kGroups) {
-    sum += shares[p] * from[p * kPitch + channel];
-    total += shares[p] * from[p * kPitch + kHeadDim];
+  WaitForKernelInFront();
+  float2 end = make_float2(0, -INFINITY);
+  if (thread < parts) end = *reinterpret_cast<const float2*>(from + thread * kPitch + kHeadDim);
+  float held[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int part = group + i * kGroups;
+    held[i] = part < parts ? from[part * kPitch + channel] : 0;
   }
+  // 0 where there are no keys: one part has some.
+  const float share = exp2f(end.y - BlockMax(end.y));
+  shares[thread] = share;
+  const float total = BlockSum(share * end.x);
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) sum += shares[group + i * kGroups] * held[i];
   sums[group][channel] = sum;
-  if (channel == 0) totals[group] = total;
   __syncthreads();
   if (group > 0) return;
-  for (int g = 1; g < kGroups; ++g) {
-    sum += sums[g][channel];
-    total += totals[g];
-  }
+  for (int g = 1; g < kGroups; ++g) sum += sums[g][channel];
   out[row * kHeadDim + channel] = __float2bfloat16_rn(sum / total);
 }
 

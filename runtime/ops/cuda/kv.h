@@ -64,7 +64,9 @@ struct PlainAttentionArgs {
 void PlainAttention(const PlainAttentionArgs& args, Stream stream);
 
 // One query of each of `sequences` sequences over its keys, in bf16, D 64 or 128, at most 8 query
-// heads a kv head: what decoding does. Bound by reading the keys and values once.
+// heads a kv head: what decoding does. Bound by reading the keys and values once. With `inv_freq`
+// the rows hold keys and values behind the queries, as those of RotateAndStore do, and it does
+// first what that does: the rows' own are the last of a sequence.
 struct DecodeAttentionArgs {
   const void* q = nullptr;  // [sequences, heads * D] bf16
   int64_t q_stride = 0;
@@ -76,6 +78,8 @@ struct DecodeAttentionArgs {
   const int32_t* tables = nullptr;
   int64_t table_pitch = 0;
   int64_t sequences = 0;
+  const float* inv_freq = nullptr;     // [D / 2], or null: the rows are queries, rotated already
+  const int32_t* positions = nullptr;  // with inv_freq: of each sequence's row
 };
 constexpr int kMostDecodeGroup = 8;  // query heads of a kv head
 constexpr bool CanDecode(int heads, int kv_heads, int head_dim, DType dtype) {

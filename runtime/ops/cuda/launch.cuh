@@ -74,6 +74,15 @@ inline unsigned BlocksFor(int64_t count) {
       std::clamp<int64_t>((count + kThreads - 1) / kThreads, 1, int64_t{1} << 16));
 }
 
+// The sum of `value` over the warp, for every lane.
+template <typename T>
+__device__ T WarpSum(T value) {
+  for (int offset = 16; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, offset);
+  }
+  return value;
+}
+
 // The sum, or the largest, of `value` over the block, for every thread; all threads take part. The
 // block has whole warps.
 template <typename Join>

@@ -3,28 +3,30 @@
 namespace sluice::cuda {
 
 FewRowsLaunch ChooseFewRows(int64_t n, int64_t k, WeightFormat format, bool silu_mul) {
-  // As many outputs a warp as leave enough warps that their reads cover the memory's delay.
-  // Measured on an H100, one row in fp8, microseconds with (outputs, splits):
-  //   37888 x 3584  (2, 1): 55.6  (4, 1): 53.2  (4, 2): 59.9
-  //   3584 x 18944  (1, 1): 38.5  (2, 1): 29.0  (4, 1): 33.8  (4, 2): 28.4
-  //   4608 x 3584   (1, 1): 10.4  (2, 1): 11.5  (4, 1): 11.7  (4, 2): 12.3
-  //   896 x 4864    (1, 1): 6.1   (1, 2): 5.2   (1, 4): 6.7   (4, 8): 6.0
-  //   896 x 896     (1, 1): 2.6   (1, 2): 2.8   (2, 1): 2.9   (4, 1): 3.6
-  constexpr int64_t kEnoughWarps = 1100;
-  FewRowsLaunch launch;
-  for (const int outputs : {4, 2, 1}) {
-    if (outputs == 1 && silu_mul) break;
-    launch = {outputs, 1};
-    // Values of K that a warp reads of a row at once: each part has as many.
-    const int64_t at_once =
-        (format == WeightFormat::kPlain ? 256 : 512) * (outputs == 1 ? 4 : 8 / outputs);
-    const int most_splits = outputs == 1 ? 8 : 2;
-    while (n / outputs * launch.splits < kEnoughWarps && launch.splits < most_splits &&
-           2 * launch.splits * at_once <= k) {
-      launch.splits *= 2;
-    }
-    if (n / outputs * launch.splits >= kEnoughWarps) break;
+  // As many outputs a warp as leave enough warps that their reads cover the memory's delay; where
+  // even few leave too few, parts of K that are still a whole read. Measured on an H100 in a row of
+  // launches, one row, microseconds in bf16 / fp8 with (outputs, splits):
+  //   37888 x 3584, norm  (2, 1): 91.0 / 55.8  (4, 1): 91.6 / 54.3  (4, 2): 91.8 / 59.4
+  //   4608 x 3584, norm   (1, 1): 17.6 / 12.0  (2, 1): 13.1 / 10.0  (4, 2): 13.4 / 10.8
+  //   3584 x 18944        (1, 2): 49.6 / 32.9  (2, 1): 53.2 / 29.9  (4, 2): 48.2 / 27.5
+  //   3584 x 3584         (1, 1): 10.6 / 10.0  (2, 1): 11.6 / 8.4   (4, 2): 10.9 / 8.1
+  //   9728 x 896, norm    (2, 1): 8.5 / 8.1    (4, 1): 6.9 / 7.2    (4, 2): 9.9 / -
+  //   896 x 4864          (1, 1): 8.1 / 6.8    (1, 2): 5.9 / 4.6    (1, 4): 4.7 / 6.1
+  //   896 x 896           (1, 1): 2.4 / 2.2    (2, 1): 2.6 / 2.4    (4, 1): 3.8 / 3.7
+  constexpr int64_t kEnoughWarps = 2000, kEnoughOfParts = 1700;
+  // Values of K that a warp reads of a row at once.
+  const auto at_once = [&](int outputs) {
+    return (format == WeightFormat::kPlain ? 256 : 512) * (outputs == 1 ? 4 : 8 / outputs);
+  };
+  for (const int outputs : {4, 2}) {
+    if (n / outputs >= kEnoughWarps) return {outputs, 1};
   }
+  for (const int outputs : {4, 2}) {
+    if (2 * at_once(outputs) <= k && 2 * (n / outputs) >= kEnoughOfParts) return {outputs, 2};
+  }
+  if (silu_mul) return {2, 1};
+  FewRowsLaunch launch = {1, 1};
+  while (launch.splits < 8 && 2 * launch.splits * at_once(1) <= k) launch.splits *= 2;
   return launch;
 }
 

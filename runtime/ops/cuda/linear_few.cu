@@ -11,6 +11,10 @@
 // values of each lane: which k's they are does not matter as long as x and W agree, so nothing is
 // exchanged. Values of 8 bits are widened to bf16, exactly. `splits` warps of a block share an
 // output's K, turn by turn, and add their sums in shared memory.
+//
+// Where rows are normalised first, x[m, k] = r[m] row[m, k] norm[k] with r[m] = 1 / sqrt(mean_k
+// row[m, k]^2 + eps), each block puts row * norm into shared memory in bf16, M * K * 2 bytes, while
+// it sums the squares, and r joins the factors at the end: nobody waits for the sum.
 #include "runtime/ops/cuda/launch.cuh"
 #include "runtime/ops/cuda/linear_few.h"
 
@@ -90,15 +94,42 @@ __device__ inline Values<kValues> Read(const __nv_bfloat16* from) {
   return x;
 }
 
+// Puts row * norm of each row into shared memory and returns to every warp's first lanes, row by
+// row, the warp's part of the sum of its squares. All threads of the block call it.
+template <int kRows>
+__device__ inline void Normalise(const FewRowsArgs& a, __nv_bfloat16* to, float (&squares)[kRows]) {
+  const auto* const norm = reinterpret_cast<const float4*>(a.norm);
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) {
+    squares[m] = 0;
+    if (m >= a.m) continue;
+    const auto* const row =
+        reinterpret_cast<const float4*>(static_cast<const float*>(a.x) + m * a.x_stride);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < a.k / 4; i += kLanes * kWarps) {
+      const float4 x = row[i], w = norm[i];
+      squares[m] += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
+      const __nv_bfloat162 low = __floats2bfloat162_rn(x.x * w.x, x.y * w.y);
+      const __nv_bfloat162 high = __floats2bfloat162_rn(x.z * w.z, x.w * w.w);
+      reinterpret_cast<uint2*>(to + m * a.k)[i] = make_uint2(
+          reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
+    }
+    squares[m] = WarpSum(squares[m]);
+  }
+}
+
 // kPairs: of rows of x. kOutputs: rows of W that a warp takes, with kSiluMul the first half of them
-// gates and the others their ups.
-template <WeightFormat kFormat, int kPairs, int kOutputs, bool kSiluMul>
-__global__ void __launch_bounds__(kLanes* kWarps, 2) FewRowsKernel(FewRowsArgs a, int splits) {
+// gates and the others their ups. kNorm: rows are normalised.
+template <WeightFormat kFormat, int kPairs, int kOutputs, bool kSiluMul, bool kNorm>
+__global__ void __launch_bounds__(kLanes* kWarps, kNorm&& kPairs == 1 ? 3 : 2)
+    FewRowsKernel(FewRowsArgs a, int splits) {
   constexpr int kValues = kValuesOf<kFormat>, kAtOnce = kReads<kOutputs>;
   constexpr int kBytes = 16 / kValues;         // of a value
   constexpr int64_t kStep = kLanes * kValues;  // values of K that a warp reads of a row at once
   constexpr int kResults = kSiluMul ? kOutputs / 2 : kOutputs;
-  __shared__ float shared_sums[kWarps][kOutputs * 2 * kPairs];
+  constexpr int kRows = 2 * kPairs;
+  __shared__ float shared_sums[kWarps][kOutputs * kRows], shared_squares[kWarps][kRows];
+  extern __shared__ uint4 shared_x[];  // with kNorm [M, K] bf16
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int part = warp % splits;
   const int64_t outputs = kSiluMul ? a.n / 2 : a.n;
@@ -111,11 +142,12 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2) FewRowsKernel(FewRowsArgs a
     const int64_t n = min(first + o % kResults, outputs - 1) + o / kResults * outputs;
     rows[o] = static_cast<const uint8_t*>(a.weight) + n * a.weight_stride * kBytes;
   }
-  const auto* const x = static_cast<const __nv_bfloat16*>(a.x);
+  const auto* const x = kNorm ? reinterpret_cast<const __nv_bfloat16*>(shared_x)
+                              : static_cast<const __nv_bfloat16*>(a.x);
+  const int64_t x_stride = kNorm ? a.k : a.x_stride;
   float sums[kOutputs][kPairs][4] = {};
-  LetNextKernelStart();
-  for (int64_t begin = part * kAtOnce * kStep; begin < a.k; begin += splits * kAtOnce * kStep) {
-    uint4 w[kOutputs][kAtOnce];
+  uint4 w[kOutputs][kAtOnce];
+  const auto read_weights = [&](int64_t begin) {
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int64_t k = begin + j * kStep + lane * kValues;
@@ -125,8 +157,23 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2) FewRowsKernel(FewRowsArgs a
         if (k < a.k) w[o][j] = __ldcs(reinterpret_cast<const uint4*>(rows[o] + k * kBytes));
       }
     }
-    // The first weights, which no kernel writes, are under way before x is there.
-    if (begin == part * kAtOnce * kStep) WaitForKernelInFront();
+  };
+  LetNextKernelStart();
+  // The first weights, which no kernel writes, are under way before x is there.
+  const int64_t first_k = part * kAtOnce * kStep;
+  read_weights(first_k);
+  WaitForKernelInFront();
+  if constexpr (kNorm) {
+    float squares[kRows];
+    Normalise(a, reinterpret_cast<__nv_bfloat16*>(shared_x), squares);
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      if (lane == 0) shared_squares[warp][m] = squares[m];
+    }
+    __syncthreads();
+  }
+  for (int64_t begin = first_k; begin < a.k; begin += splits * kAtOnce * kStep) {
+    if (begin > first_k) read_weights(begin);
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       if (begin + j * kStep >= a.k) break;
@@ -134,9 +181,9 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2) FewRowsKernel(FewRowsArgs a
       Values<kValues> of_x[kPairs], below[kPairs];
 #pragma unroll
       for (int p = 0; p < kPairs; ++p) {
-        if (k < a.k) of_x[p] = Read<kValues>(x + 2 * p * a.x_stride + k);
+        if (k < a.k) of_x[p] = Read<kValues>(x + 2 * p * x_stride + k);
         if (k < a.k && 2 * p + 1 < a.m) {
-          below[p] = Read<kValues>(x + (2 * p + 1) * a.x_stride + k);
+          below[p] = Read<kValues>(x + (2 * p + 1) * x_stride + k);
         }
       }
 #pragma unroll
@@ -156,18 +203,15 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2) FewRowsKernel(FewRowsArgs a
   // Lane 4 g + q has columns 2 q and 2 q + 1 of row g, and of row 8 + g behind them.
   const int group = lane / 4;
   const bool counts = lane % 4 == group / 2;
-  float of_row[kOutputs][2 * kPairs];
+  float of_row[kOutputs][kRows];
 #pragma unroll
   for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
-    for (int m = 0; m < 2 * kPairs; ++m) {
+    for (int m = 0; m < kRows; ++m) {
       const float* const at = sums[o][m / 2] + m % 2 * 2;
-      float sum = counts ? (group % 2 == 0 ? at[0] : at[1]) : 0.f;
-      for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-      }
+      const float sum = WarpSum(counts ? (group % 2 == 0 ? at[0] : at[1]) : 0.f);
       of_row[o][m] = sum;
-      if (splits > 1 && lane == 0) shared_sums[warp][o * 2 * kPairs + m] = sum;
+      if (splits > 1 && lane == 0) shared_sums[warp][o * kRows + m] = sum;
     }
   }
   if (splits > 1) {
@@ -176,28 +220,39 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2) FewRowsKernel(FewRowsArgs a
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
-      for (int m = 0; m < 2 * kPairs; ++m) {
+      for (int m = 0; m < kRows; ++m) {
         for (int other = 1; other < splits; ++other) {
-          of_row[o][m] += shared_sums[warp + other][o * 2 * kPairs + m];
+          of_row[o][m] += shared_sums[warp + other][o * kRows + m];
         }
       }
     }
   }
-  const auto value = [&](float sum, int64_t n) {
+  float row_factor[kRows];
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) {
+    row_factor[m] = 1;
+    if constexpr (kNorm) {
+      float squares = 0;
+#pragma unroll
+      for (int of = 0; of < kWarps; ++of) squares += shared_squares[of][m];
+      row_factor[m] = rsqrtf(squares / static_cast<float>(a.k) + a.norm_eps);
+    }
+  }
+  const auto value = [&](int o, int m, int64_t n) {
+    float sum = of_row[o][m] * row_factor[m];
     if constexpr (kFormat != WeightFormat::kPlain) sum *= a.factors[n];
     return a.bias ? sum + a.bias[n] : sum;
   };
-  WaitForKernelInFront();  // where K gave this warp nothing to read
   // A lane each writes a result.
 #pragma unroll
   for (int o = 0; o < kResults; ++o) {
 #pragma unroll
-    for (int m = 0; m < 2 * kPairs; ++m) {
+    for (int m = 0; m < kRows; ++m) {
       const int64_t n = first + o;
-      if (lane != o * 2 * kPairs + m || m >= a.m || n >= outputs) continue;
-      float result = value(of_row[o][m], n);
+      if (lane != o * kRows + m || m >= a.m || n >= outputs) continue;
+      float result = value(o, m, n);
       if constexpr (kSiluMul) {
-        result = result / (1.f + expf(-result)) * value(of_row[kResults + o][m], n + outputs);
+        result = result / (1.f + expf(-result)) * value(kResults + o, m, n + outputs);
       }
       if (a.y_dtype == DType::kBF16) {
         static_cast<__nv_bfloat16*>(a.y)[m * outputs + n] = __float2bfloat16_rn(result);
@@ -216,8 +271,17 @@ void Launch(const FewRowsArgs& a, const FewRowsLaunch& launch, Stream stream) {
   const int64_t warps = (results + of_warp - 1) / of_warp * launch.splits;
   const auto blocks = static_cast<unsigned>((warps + kWarps - 1) / kWarps);
   const auto run = [&](auto pairs, auto outputs, auto silu_mul) {
-    LaunchAhead(FewRowsKernel<kFormat, pairs(), outputs(), silu_mul()>, blocks, kLanes * kWarps,
-                stream, a, launch.splits);
+    const auto launch_kernel = [&](auto kernel, size_t shared_bytes) {
+      cudaLaunchConfig_t config = {};
+      config.gridDim = blocks;
+      config.blockDim = kLanes * kWarps;
+      config.dynamicSmemBytes = shared_bytes;
+      config.stream = stream;
+      LaunchAhead(kernel, config, a, launch.splits);
+    };
+    a.norm ? launch_kernel(FewRowsKernel<kFormat, pairs(), outputs(), silu_mul(), true>,
+                           a.m * a.k * sizeof(__nv_bfloat16))
+           : launch_kernel(FewRowsKernel<kFormat, pairs(), outputs(), silu_mul(), false>, 0);
   };
   const auto with_pairs = [&](auto outputs, auto silu_mul) {
     a.m > 2 ? run(std::integral_constant<int, 2>(), outputs, silu_mul)

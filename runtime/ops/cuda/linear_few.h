@@ -12,6 +12,8 @@
 namespace sluice::cuda {
 
 constexpr int64_t kMostFewRows = 4;
+// Of rows that are normalised first, so many bytes in bf16 in all.
+constexpr int64_t kMostNormedBytes = 32 << 10;
 
 // y = x W^T * factors + bias (+ y), or with `silu_mul`, where W's rows are gate | up and y has N /
 // 2 columns, y = silu(gate) * up. Products of bf16, sums and the activation in f32, rounded once.
@@ -19,8 +21,11 @@ constexpr int64_t kMostFewRows = 4;
 // kMostFewRows rows; y contiguous.
 struct FewRowsArgs {
   int64_t m = 0, n = 0, k = 0;
-  const void* x = nullptr;  // [M, K] bf16, rows x_stride elements apart
+  const void* x = nullptr;  // [M, K] bf16, or f32 with `norm`; rows x_stride elements apart
   int64_t x_stride = 0;
+  // Where set, [K] f32: x's rows are normalised first, as RmsNorm does (runtime/ops/norm.h).
+  const float* norm = nullptr;
+  float norm_eps = 0;
   const void* weight = nullptr;  // [N, K], rows weight_stride elements apart
   int64_t weight_stride = 0;
   WeightFormat format = WeightFormat::kPlain;  // plain: bf16

@@ -35,13 +35,6 @@ __global__ void MergeRowsKernel(const float* x, int64_t x_stride, const float* s
 
 constexpr int kPairWarps = 8;
 
-__device__ float WarpSum(float value) {
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, offset);
-  }
-  return value;
-}
-
 // A block takes a row at an even place, a warp every kPairWarps-th row at an odd one, lanes every
 // 32nd channel. N^2 / 4 dot products a part, read from the second-level cache: about 30 MB for 196
 // rows of 896.

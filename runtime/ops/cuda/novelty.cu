@@ -21,12 +21,6 @@ __device__ uint32_t Ordered(float value) {
   return bits >> 31 ? ~bits : bits | 1u << 31;
 }
 
-template <typename T>
-__device__ T WarpSum(T value) {
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kAll, value, offset);
-  return value;
-}
-
 // What the kernels of a call share. Frames have N rows; arrays of channels are [F, D].
 struct Problem {
   const float* x;
