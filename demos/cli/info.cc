@@ -88,8 +88,8 @@ Json FastPaths(const Vlm& vlm, const CpuInfo& cpu) {
     const int capability = cuda::ComputeCapability();
     const int heads = vlm.decoder().num_heads();
     const auto linear = [&](int64_t rows) {
-      return Name(ChooseGpuLinear(rows, vlm.decoder().hidden_size(), /*aligned=*/true, dtype,
-                                  vlm.info().weights, Activation::kNone));
+      return Name(ChooseGpuLinear(rows, vlm.decoder().hidden_size(), vlm.decoder().hidden_size(),
+                                  /*aligned=*/true, dtype, vlm.info().weights, Activation::kNone));
     };
     const auto causal = [&](int64_t queries) {
       return AttentionName(

@@ -108,7 +108,7 @@ enum class GpuLinearKernel {
   kCublasInt8,  // x quantised to int8, sums in int32
 };
 const char* Name(GpuLinearKernel kernel);
-GpuLinearKernel ChooseGpuLinear(int64_t m, int64_t k, bool aligned, DType dtype,
+GpuLinearKernel ChooseGpuLinear(int64_t m, int64_t n, int64_t k, bool aligned, DType dtype,
                                 WeightFormat format, Activation activation);
 
 }  // namespace sluice

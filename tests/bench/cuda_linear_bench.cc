@@ -76,7 +76,7 @@ void Product(benchmark::State& state) {
   state.counters["FLOP/s"] = Counter(2.0 * static_cast<double>(m) * static_cast<double>(n * k),
                                      Counter::kIsIterationInvariantRate);
   state.SetLabel(std::string(Name(format)) + " " +
-                 Name(ChooseGpuLinear(m, k, true, DType::kBF16, format,
+                 Name(ChooseGpuLinear(m, n, k, true, DType::kBF16, format,
                                       silu_mul ? Activation::kSiluMul : Activation::kNone)));
 }
 

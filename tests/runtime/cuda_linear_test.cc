@@ -29,11 +29,16 @@ constexpr Activation kActivations[] = {Activation::kNone, Activation::kGeluTanh,
 TEST(GpuLinearTest, FewRowsGoToTheKernelThatReadsTheWeightOnce) {
   const auto choose = [](int64_t m, int64_t k, WeightFormat format, bool aligned = true,
                          Activation activation = Activation::kNone) {
-    return std::string(Name(ChooseGpuLinear(m, k, aligned, DType::kBF16, format, activation)));
+    return std::string(Name(ChooseGpuLinear(m, 896, k, aligned, DType::kBF16, format, activation)));
   };
   EXPECT_EQ(choose(1, 896, WeightFormat::kPlain), "few_rows");
   EXPECT_EQ(choose(1, 896, WeightFormat::kFp8), "few_rows");
   EXPECT_EQ(choose(4, 896, WeightFormat::kInt8, true, Activation::kSiluMul), "few_rows");
+  EXPECT_EQ(choose(16, 896, WeightFormat::kPlain), "few_rows");
+  EXPECT_EQ(choose(17, 896, WeightFormat::kPlain), "cublas");
+  EXPECT_EQ(choose(2, 18944, WeightFormat::kPlain), "few_rows");
+  EXPECT_EQ(choose(3, 18944, WeightFormat::kPlain), "cublas");
+  EXPECT_EQ(choose(3, 18944, WeightFormat::kFp8), "few_rows");
   EXPECT_EQ(choose(196, 896, WeightFormat::kPlain), "cublas");
   EXPECT_EQ(choose(196, 896, WeightFormat::kFp8), "cublas_fp8");
   EXPECT_EQ(choose(196, 896, WeightFormat::kInt8), "cublas_int8");
@@ -43,9 +48,9 @@ TEST(GpuLinearTest, FewRowsGoToTheKernelThatReadsTheWeightOnce) {
   EXPECT_EQ(choose(1, 904, WeightFormat::kFp8), "cublas_fp8");
   EXPECT_EQ(choose(1, 896, WeightFormat::kInt8, false), "cublas_int8");
   EXPECT_EQ(choose(1, 896, WeightFormat::kInt8, true, Activation::kGeluErf), "cublas_int8");
-  EXPECT_STREQ(
-      Name(ChooseGpuLinear(1, 896, true, DType::kF32, WeightFormat::kPlain, Activation::kNone)),
-      "cublas");
+  EXPECT_STREQ(Name(ChooseGpuLinear(1, 896, 896, true, DType::kF32, WeightFormat::kPlain,
+                                    Activation::kNone)),
+               "cublas");
 }
 
 TEST(GpuLinearTest, LargeWeightsAreCutByOutputsAndSmallOnesByInputsToo) {
@@ -205,10 +210,11 @@ TEST_F(CudaLinearTest, ProductsEqualThoseOfWhatQuantisingLeaves) {
   };
   // Rows on both sides of every bound, odd and prime sizes, widths that are padded, sizes of
   // models.
-  const Size sizes[] = {{1, 896, 896},  {1, 40, 4864},  {2, 34, 48},     {3, 130, 1600},
-                        {4, 72, 320},   {8, 38, 896},   {9, 256, 64},    {65, 64, 896},
-                        {16, 50, 4864}, {17, 40, 48},   {5, 38, 37},     {3, 6, 1},
-                        {33, 34, 37},   {49, 320, 320}, {100, 66, 1152}, {64, 128, 4304}};
+  const Size sizes[] = {{1, 896, 896},   {1, 40, 4864},  {2, 34, 48},     {3, 130, 1600},
+                        {4, 72, 320},    {8, 38, 896},   {9, 256, 64},    {65, 64, 896},
+                        {16, 50, 4864},  {17, 40, 48},   {5, 38, 37},     {3, 6, 1},
+                        {33, 34, 37},    {49, 320, 320}, {100, 66, 1152}, {64, 128, 4304},
+                        {12, 200, 1600}, {16, 2200, 64}, {7, 2, 16}};
   for (const auto& [m, n, k] : sizes) {
     // Products of about 1, so that activations bend.
     const Tensor x = RandomTensor(DType::kBF16, {m, k + 8}, 1), gx = OnGpu(x);
@@ -223,7 +229,7 @@ TEST_F(CudaLinearTest, ProductsEqualThoseOfWhatQuantisingLeaves) {
         };
         const LinearWeight weight(Share(w.Clone()), bias(), {Device::kCuda, format});
         for (const Activation activation : kActivations) {
-          const bool few = ChooseGpuLinear(m, k, true, DType::kBF16, format, activation) ==
+          const bool few = ChooseGpuLinear(m, n, k, true, DType::kBF16, format, activation) ==
                            GpuLinearKernel::kFewRows;
           const Matrix left = Quantised(rows, few ? WeightFormat::kPlain : format);
           const Matrix right = Quantised(w, format);
@@ -293,7 +299,7 @@ TEST_F(CudaLinearTest, ProductsOfRowsThatAreNormalisedFirstEqualThoseAfterANorm)
         // 2^-9 / sqrt(3) in the mean: the sum by as much, five times that for the worst of all, and
         // three times again where gates and ups meet. Rows in 8 bits are off by up to 8 and in the
         // mean 2.6 %, and biases by 2^-9.
-        const bool few = ChooseGpuLinear(m, k, true, DType::kBF16, format, activation) ==
+        const bool few = ChooseGpuLinear(m, n, k, true, DType::kBF16, format, activation) ==
                          GpuLinearKernel::kFewRows;
         const bool quantised = !few && format != WeightFormat::kPlain;
         const bool paired = activation == Activation::kSiluMul;

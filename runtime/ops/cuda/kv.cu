@@ -164,11 +164,10 @@ __global__ void PlainAttentionKernel(PlainAttentionArgs a, Blocks<T> blocks) {
 //             16: column g of product j is channel 8 g + j
 // Each warp keeps maxima and sums of its own; they are joined in shared memory, parts in a second
 // kernel.
-// With inv_freq the first keys and values, which no kernel of the step writes, are under way before
-// the row is there. Its own key and value take the place of what was read where they belong, and go
-// to the cache as well.
 // Few pairs of sequence and kv head have short parts, so that a warp has one chunk or two; with
-// many, three smaller blocks of a multiprocessor hide each other's waits.
+// many, three smaller blocks of a multiprocessor hide each other's waits. With inv_freq a row's own
+// key and value go to the cache first. With few pairs the first chunk, which else no kernel of the
+// step writes, is then under way before the row is there; the row's own take their place in it.
 constexpr int64_t kFewPairs = 16;
 constexpr int kWarpsOfFew = 8, kWarpsOfMany = 4;
 
@@ -249,8 +248,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
     }
   };
   const bool rotates = a.inv_freq != nullptr, stores = rotates && begin < end && end == keys;
+  // Many blocks hide each other's waits, and have no registers for it.
+  constexpr bool kEarly = kWarps == kWarpsOfFew;
   const int first_of_warp = begin + warp * kChunk;
-  if (rotates && first_of_warp < end) read(first_of_warp);
+  const bool early = kEarly && rotates;
+  if (early && first_of_warp < end) read(first_of_warp);
 
   // The group's queries and, behind them, the row's own key and value.
   __shared__ __align__(16) __nv_bfloat16 heads[kMostDecodeGroup + 2][kHeadDim];
@@ -262,7 +264,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
     __syncthreads();
   }
   WaitForKernelInFront();
-  if (!rotates && first_of_warp < end) read(first_of_warp);  // the kernel in front stored the last
   const auto* const row = static_cast<const __nv_bfloat16*>(a.q) + sequence * a.q_stride;
   for (int at = threadIdx.x; at < (group + (stores ? 2 : 0)) * kPairsOfHead; at += kWarps * kWarp) {
     const int head = at / kPairsOfHead, i = at % kPairsOfHead;
@@ -297,8 +298,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
   }
   float out[kSpans][8][4] = {}, most = -INFINITY, total = 0;
   for (int first = first_of_warp; first < end; first += kWarps * kChunk) {
-    if (first > first_of_warp) read(first);
-    if (stores && first + kChunk >= keys) {
+    if (!early || first > first_of_warp) read(first);
+    if (kEarly && stores && first + kChunk >= keys) {
       const int last = keys - 1 - first;
 #pragma unroll
       for (int n = 0; n < kChunk / 8; ++n) {

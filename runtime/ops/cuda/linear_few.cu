@@ -1,16 +1,16 @@
 // y[m, n] = factor[n] * sum_k x[m, k] W[n, k]
 //
 // Bound by reading the weight once: N * K * 2 bytes, or half of that in 8 bits. All else is done in
-// its shadow by the matrix units.
+// its shadow by the matrix units. One or two rows, and three to sixteen, take different kernels.
 //
-// A warp takes some outputs (with silu_mul some gates and their ups). Of each it reads 512 bytes of
-// the weight's row at a time, 16 a lane, and as many values of x, which stays in the caches. Lane
-// 4 g + q's values are column g of one mma.m16n8k16 after the other and row g of x: products of
-// parts g of both, eight parts at once. So sums [g, g] count, which are added up at the end, and
-// all the others are for nothing; a second row of x takes rows 8 to 15. An instruction takes four
-// values of each lane: which k's they are does not matter as long as x and W agree, so nothing is
-// exchanged. Values of 8 bits are widened to bf16, exactly. `splits` warps of a block share an
-// output's K, turn by turn, and add their sums in shared memory.
+// FewRowsKernel. A warp takes some outputs (with silu_mul some gates and their ups). Of each it
+// reads 512 bytes of the weight's row at a time, 16 a lane, and as many values of x, which stays in
+// the caches. Lane 4 g + q's values are column g of one mma.m16n8k16 after the other and row g of
+// x: products of parts g of both, eight parts at once. So sums [g, g] count, which are added up at
+// the end, and all the others are for nothing; a second row of x takes rows 8 to 15. An instruction
+// takes four values of each lane: which k's they are does not matter as long as x and W agree, so
+// nothing is exchanged. Values of 8 bits are widened to bf16, exactly. `splits` warps of a block
+// share an output's K, turn by turn, and add their sums in shared memory.
 //
 // Where rows are normalised first, x[m, k] = r[m] row[m, k] norm[k] with r[m] = 1 / sqrt(mean_k
 // row[m, k]^2 + eps), each block puts row * norm into shared memory in bf16, M * K * 2 bytes, while
@@ -94,6 +94,26 @@ __device__ inline Values<kValues> Read(const __nv_bfloat16* from) {
   return x;
 }
 
+// A product's sum with what the weight's format and the bias add to it.
+template <WeightFormat kFormat>
+__device__ inline float Finished(const FewRowsArgs& a, float sum, int64_t n) {
+  if constexpr (kFormat != WeightFormat::kPlain) sum *= a.factors[n];
+  return a.bias ? sum + a.bias[n] : sum;
+}
+
+// up: with kSiluMul.
+template <bool kSiluMul>
+__device__ inline void WriteResult(const FewRowsArgs& a, int64_t m, int64_t n, int64_t outputs,
+                                   float result, float up) {
+  if constexpr (kSiluMul) result = result / (1.f + expf(-result)) * up;
+  if (a.y_dtype == DType::kBF16) {
+    static_cast<__nv_bfloat16*>(a.y)[m * outputs + n] = __float2bfloat16_rn(result);
+  } else {
+    float& y = static_cast<float*>(a.y)[m * outputs + n];
+    y = a.accumulate ? y + result : result;
+  }
+}
+
 // Puts row * norm of each row into shared memory and returns to every warp's first lanes, row by
 // row, the warp's part of the sum of its squares. All threads of the block call it.
 template <int kRows>
@@ -118,16 +138,16 @@ __device__ inline void Normalise(const FewRowsArgs& a, __nv_bfloat16* to, float 
   }
 }
 
-// kPairs: of rows of x. kOutputs: rows of W that a warp takes, with kSiluMul the first half of them
-// gates and the others their ups. kNorm: rows are normalised.
-template <WeightFormat kFormat, int kPairs, int kOutputs, bool kSiluMul, bool kNorm>
-__global__ void __launch_bounds__(kLanes* kWarps, kNorm&& kPairs == 1 ? 3 : 2)
+// kOutputs: rows of W that a warp takes, with kSiluMul the first half of them gates and the others
+// their ups. kNorm: rows are normalised.
+template <WeightFormat kFormat, int kOutputs, bool kSiluMul, bool kNorm>
+__global__ void __launch_bounds__(kLanes* kWarps, kNorm ? 3 : 2)
     FewRowsKernel(FewRowsArgs a, int splits) {
   constexpr int kValues = kValuesOf<kFormat>, kAtOnce = kReads<kOutputs>;
   constexpr int kBytes = 16 / kValues;         // of a value
   constexpr int64_t kStep = kLanes * kValues;  // values of K that a warp reads of a row at once
   constexpr int kResults = kSiluMul ? kOutputs / 2 : kOutputs;
-  constexpr int kRows = 2 * kPairs;
+  constexpr int kRows = kMostSummedRows;
   __shared__ float shared_sums[kWarps][kOutputs * kRows], shared_squares[kWarps][kRows];
   extern __shared__ uint4 shared_x[];  // with kNorm [M, K] bf16
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
@@ -145,7 +165,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, kNorm&& kPairs == 1 ? 3 : 2)
   const auto* const x = kNorm ? reinterpret_cast<const __nv_bfloat16*>(shared_x)
                               : static_cast<const __nv_bfloat16*>(a.x);
   const int64_t x_stride = kNorm ? a.k : a.x_stride;
-  float sums[kOutputs][kPairs][4] = {};
+  float sums[kOutputs][4] = {};
   uint4 w[kOutputs][kAtOnce];
   const auto read_weights = [&](int64_t begin) {
 #pragma unroll
@@ -178,23 +198,14 @@ __global__ void __launch_bounds__(kLanes* kWarps, kNorm&& kPairs == 1 ? 3 : 2)
     for (int j = 0; j < kAtOnce; ++j) {
       if (begin + j * kStep >= a.k) break;
       const int64_t k = begin + j * kStep + lane * kValues;
-      Values<kValues> of_x[kPairs], below[kPairs];
-#pragma unroll
-      for (int p = 0; p < kPairs; ++p) {
-        if (k < a.k) of_x[p] = Read<kValues>(x + 2 * p * x_stride + k);
-        if (k < a.k && 2 * p + 1 < a.m) {
-          below[p] = Read<kValues>(x + (2 * p + 1) * x_stride + k);
-        }
-      }
+      Values<kValues> of_x, below;
+      if (k < a.k) of_x = Read<kValues>(x + k);
+      if (k < a.k && a.m > 1) below = Read<kValues>(x + x_stride + k);
 #pragma unroll
       for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
         for (int i = 0; i < kValues / 4; ++i) {
-          const uint2 wide = Widen<kFormat>(w[o][j], i);
-#pragma unroll
-          for (int p = 0; p < kPairs; ++p) {
-            Multiply(of_x[p].four[i], below[p].four[i], wide, sums[o][p]);
-          }
+          Multiply(of_x.four[i], below.four[i], Widen<kFormat>(w[o][j], i), sums[o]);
         }
       }
     }
@@ -208,7 +219,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, kNorm&& kPairs == 1 ? 3 : 2)
   for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
-      const float* const at = sums[o][m / 2] + m % 2 * 2;
+      const float* const at = sums[o] + 2 * m;
       const float sum = WarpSum(counts ? (group % 2 == 0 ? at[0] : at[1]) : 0.f);
       of_row[o][m] = sum;
       if (splits > 1 && lane == 0) shared_sums[warp][o * kRows + m] = sum;
@@ -239,9 +250,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, kNorm&& kPairs == 1 ? 3 : 2)
     }
   }
   const auto value = [&](int o, int m, int64_t n) {
-    float sum = of_row[o][m] * row_factor[m];
-    if constexpr (kFormat != WeightFormat::kPlain) sum *= a.factors[n];
-    return a.bias ? sum + a.bias[n] : sum;
+    return Finished<kFormat>(a, of_row[o][m] * row_factor[m], n);
   };
   // A lane each writes a result.
 #pragma unroll
@@ -250,27 +259,141 @@ __global__ void __launch_bounds__(kLanes* kWarps, kNorm&& kPairs == 1 ? 3 : 2)
     for (int m = 0; m < kRows; ++m) {
       const int64_t n = first + o;
       if (lane != o * kRows + m || m >= a.m || n >= outputs) continue;
-      float result = value(o, m, n);
-      if constexpr (kSiluMul) {
-        result = result / (1.f + expf(-result)) * value(kResults + o, m, n + outputs);
-      }
-      if (a.y_dtype == DType::kBF16) {
-        static_cast<__nv_bfloat16*>(a.y)[m * outputs + n] = __float2bfloat16_rn(result);
-      } else {
-        float& y = static_cast<float*>(a.y)[m * outputs + n];
-        y = a.accumulate ? y + result : result;
-      }
+      WriteResult<kSiluMul>(a, m, n, outputs, value(o, m, n),
+                            kSiluMul ? value(kOutputs - kResults + o, m, n + outputs) : 0.f);
     }
   }
 }
 
+// TileKernel. A block takes 16 outputs (with silu_mul 16 gates and their ups) for all rows, each of
+// its warps every so manieth step of K, and they add up in shared memory. W is the left side of
+// mma.m16n8k16, 8 rows of x the right one. Lane 4 g + t reads 16 bytes of outputs g and g + 8, and
+// what they meet of rows g (and 8 + g) of x: four lanes side by side, so 64 bytes of a row. Every
+// block reads all of x, from the second-level cache: M * K * 2 bytes.
+template <WeightFormat kFormat, int kTiles, int kOfBlock, bool kSiluMul>
+__global__ void __launch_bounds__(kLanes* kOfBlock, kOfBlock == kWarps ? 2 : 1)
+    TileKernel(FewRowsArgs a) {
+  constexpr int kOutputs = 16, kRows = 8, kParts = kSiluMul ? 2 : 1;
+  constexpr int kValues = kValuesOf<kFormat>, kBytes = 16 / kValues;
+  constexpr int kStep = 4 * kValues;         // values of K
+  constexpr int kAtOnce = kSiluMul ? 2 : 4;  // steps whose reads are under way
+  __shared__ float4 shared_sums[kOfBlock][kParts][kTiles][kLanes];
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
+  const int64_t outputs = kSiluMul ? a.n / 2 : a.n, first = blockIdx.x * int64_t{kOutputs};
+
+  const uint8_t* rows[kParts][2];
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Outputs beyond the last are read as the last, and not written.
+      const int64_t n = min(first + g + 8 * half, outputs - 1) + part * outputs;
+      rows[part][half] = static_cast<const uint8_t*>(a.weight) + n * a.weight_stride * kBytes;
+    }
+  }
+  float sums[kParts][kTiles][4] = {};
+  uint4 w[kAtOnce][kParts][2];
+  const auto k_of = [&](int64_t step) { return step * kStep + t * kValues; };
+  const auto read_weights = [&](int64_t step) {
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t k = k_of(step + j * kOfBlock);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint4& to = w[j][part][half];
+          to = make_uint4(0, 0, 0, 0);
+          if (k < a.k) to = __ldcs(reinterpret_cast<const uint4*>(rows[part][half] + k * kBytes));
+        }
+      }
+    }
+  };
+  LetNextKernelStart();
+  read_weights(warp);  // which no kernel writes
+  WaitForKernelInFront();
+  for (int64_t step = warp; step * kStep < a.k; step += kOfBlock * kAtOnce) {
+    if (step > warp) read_weights(step);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t k = k_of(step + j * kOfBlock);
+      Values<kValues> x[kTiles];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const int row = kRows * tile + g;
+        if (k < a.k && row < a.m) {
+          x[tile] = Read<kValues>(static_cast<const __nv_bfloat16*>(a.x) + row * a.x_stride + k);
+        }
+      }
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int i = 0; i < kValues / 4; ++i) {
+          const uint2 upper = Widen<kFormat>(w[j][part][0], i);
+          const uint2 lower = Widen<kFormat>(w[j][part][1], i);
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            Multiply(upper, lower, x[tile].four[i], sums[part][tile]);
+          }
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const float* const of = sums[part][tile];
+      shared_sums[warp][part][tile][lane] = make_float4(of[0], of[1], of[2], of[3]);
+    }
+  }
+  __syncthreads();
+
+  // A thread takes a result.
+  const int row = threadIdx.x / kOutputs, output = threadIdx.x % kOutputs;
+  const int64_t n = first + output;
+  if (row >= a.m || n >= outputs) return;
+  const auto value = [&](int part) {
+    // Lane 4 g + t has columns 2 t and 2 t + 1 of outputs g and, behind them, g + 8.
+    const int at = output / 8 * 2 + row % 2, of_lane = output % 8 * 4 + row % kRows / 2;
+    float sum = 0;
+#pragma unroll
+    for (int of = 0; of < kOfBlock; ++of) {
+      sum += reinterpret_cast<const float*>(&shared_sums[of][part][row / kRows][of_lane])[at];
+    }
+    return Finished<kFormat>(a, sum, n + part * outputs);
+  };
+  WriteResult<kSiluMul>(a, row, n, outputs, value(0), kSiluMul ? value(kParts - 1) : 0.f);
+}
+
 template <WeightFormat kFormat>
-void Launch(const FewRowsArgs& a, const FewRowsLaunch& launch, Stream stream) {
+void LaunchTiles(const FewRowsArgs& a, Stream stream) {
+  constexpr int kOutputs = 16, kRows = 8;
+  constexpr unsigned kFewBlocks = 132;  // there more warps share each
+  const int64_t results = a.silu_mul ? a.n / 2 : a.n;
+  const auto blocks = static_cast<unsigned>((results + kOutputs - 1) / kOutputs);
+  const auto run = [&](auto tiles, auto warps) {
+    LaunchAhead(a.silu_mul ? TileKernel<kFormat, tiles(), warps(), true>
+                           : TileKernel<kFormat, tiles(), warps(), false>,
+                blocks, kLanes * warps(), stream, a);
+  };
+  const auto with_warps = [&](auto tiles) {
+    blocks <= kFewBlocks ? run(tiles, std::integral_constant<int, 2 * kWarps>())
+                         : run(tiles, std::integral_constant<int, kWarps>());
+  };
+  a.m > kRows ? with_warps(std::integral_constant<int, 2>())
+              : with_warps(std::integral_constant<int, 1>());
+}
+
+template <WeightFormat kFormat>
+void Launch(const FewRowsArgs& a, Stream stream) {
+  if (a.m > kMostSummedRows) return LaunchTiles<kFormat>(a, stream);
+  const FewRowsLaunch launch = ChooseFewRows(a.n, a.k, a.format, a.silu_mul);
   const int64_t results = a.silu_mul ? a.n / 2 : a.n;
   const int64_t of_warp = a.silu_mul ? launch.outputs / 2 : launch.outputs;
   const int64_t warps = (results + of_warp - 1) / of_warp * launch.splits;
   const auto blocks = static_cast<unsigned>((warps + kWarps - 1) / kWarps);
-  const auto run = [&](auto pairs, auto outputs, auto silu_mul) {
+  const auto run = [&](auto outputs, auto silu_mul) {
     const auto launch_kernel = [&](auto kernel, size_t shared_bytes) {
       cudaLaunchConfig_t config = {};
       config.gridDim = blocks;
@@ -279,41 +402,36 @@ void Launch(const FewRowsArgs& a, const FewRowsLaunch& launch, Stream stream) {
       config.stream = stream;
       LaunchAhead(kernel, config, a, launch.splits);
     };
-    a.norm ? launch_kernel(FewRowsKernel<kFormat, pairs(), outputs(), silu_mul(), true>,
+    a.norm ? launch_kernel(FewRowsKernel<kFormat, outputs(), silu_mul(), true>,
                            a.m * a.k * sizeof(__nv_bfloat16))
-           : launch_kernel(FewRowsKernel<kFormat, pairs(), outputs(), silu_mul(), false>, 0);
-  };
-  const auto with_pairs = [&](auto outputs, auto silu_mul) {
-    a.m > 2 ? run(std::integral_constant<int, 2>(), outputs, silu_mul)
-            : run(std::integral_constant<int, 1>(), outputs, silu_mul);
+           : launch_kernel(FewRowsKernel<kFormat, outputs(), silu_mul(), false>, 0);
   };
   constexpr std::integral_constant<int, 1> kOne;
   constexpr std::integral_constant<int, 2> kTwo;
   constexpr std::integral_constant<int, 4> kFour;
   if (a.silu_mul) {
-    launch.outputs == 4 ? with_pairs(kFour, std::true_type()) : with_pairs(kTwo, std::true_type());
+    launch.outputs == 4 ? run(kFour, std::true_type()) : run(kTwo, std::true_type());
   } else if (launch.outputs == 1) {
-    with_pairs(kOne, std::false_type());
+    run(kOne, std::false_type());
   } else if (launch.outputs == 2) {
-    with_pairs(kTwo, std::false_type());
+    run(kTwo, std::false_type());
   } else {
-    with_pairs(kFour, std::false_type());
+    run(kFour, std::false_type());
   }
 }
 
 }  // namespace
 
 void FewRows(const FewRowsArgs& a, Stream stream) {
-  const FewRowsLaunch launch = ChooseFewRows(a.n, a.k, a.format, a.silu_mul);
   switch (a.format) {
     case WeightFormat::kPlain:
-      Launch<WeightFormat::kPlain>(a, launch, stream);
+      Launch<WeightFormat::kPlain>(a, stream);
       break;
     case WeightFormat::kFp8:
-      Launch<WeightFormat::kFp8>(a, launch, stream);
+      Launch<WeightFormat::kFp8>(a, stream);
       break;
     case WeightFormat::kInt8:
-      Launch<WeightFormat::kInt8>(a, launch, stream);
+      Launch<WeightFormat::kInt8>(a, stream);
       break;
   }
 }

@@ -11,8 +11,10 @@
 
 namespace sluice::cuda {
 
-constexpr int64_t kMostFewRows = 4;
-// Of rows that are normalised first, so many bytes in bf16 in all.
+constexpr int64_t kMostFewRows = 16;
+// Up to so many rows each warp sums whole products, and rows may be normalised first, so many bytes
+// in bf16 in all.
+constexpr int kMostSummedRows = 2;
 constexpr int64_t kMostNormedBytes = 32 << 10;
 
 // y = x W^T * factors + bias (+ y), or with `silu_mul`, where W's rows are gate | up and y has N /
@@ -23,7 +25,8 @@ struct FewRowsArgs {
   int64_t m = 0, n = 0, k = 0;
   const void* x = nullptr;  // [M, K] bf16, or f32 with `norm`; rows x_stride elements apart
   int64_t x_stride = 0;
-  // Where set, [K] f32: x's rows are normalised first, as RmsNorm does (runtime/ops/norm.h).
+  // Where set, [K] f32: x's rows are normalised first, as RmsNorm does (runtime/ops/norm.h); at
+  // most kMostSummedRows.
   const float* norm = nullptr;
   float norm_eps = 0;
   const void* weight = nullptr;  // [N, K], rows weight_stride elements apart
@@ -37,7 +40,7 @@ struct FewRowsArgs {
   bool silu_mul = false;
 };
 
-// How the work is cut: each warp takes so many rows of W (with silu_mul half of them gates, the
+// How the work on few enough rows is cut: each warp takes so many rows of W (with silu_mul half of them gates, the
 // others their ups), and one of `splits` parts of K.
 struct FewRowsLaunch {
   int outputs = 1;  // 1, 2 or 4; with silu_mul 2 or 4
