@@ -9,14 +9,16 @@
 #include "runtime/archive.h"
 #include "runtime/error.h"
 #include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 #include "tests/support/temporary_directory.h"
 
 namespace sluice {
 namespace {
 
-using testing::HasSubstr;
-using testing::Property;
-using testing::ThrowsMessage;
+using ::sluice::testing::SkippedWithout;
+using ::testing::HasSubstr;
+using ::testing::Property;
+using ::testing::ThrowsMessage;
 
 constexpr int kRows = 3, kCols = 4, kWidth = 8;
 
@@ -48,7 +50,7 @@ VisualTokens Copy(const VisualTokens& tokens) {
 }
 
 // What every compressor promises, walked over the list, so that a new one is tested once listed.
-class TokenCompressorTest : public testing::TestWithParam<CompressorEntry> {};
+class TokenCompressorTest : public ::testing::TestWithParam<CompressorEntry> {};
 
 TEST_P(TokenCompressorTest, KeepsOrderAndInventsNothing) {
   ExecContext ctx({});
@@ -124,7 +126,7 @@ TEST_P(TokenCompressorTest, ContinuesAfterBeingSavedAsIfItHadNotBeen) {
 // that differ by the order of sums (copies not at all). Widths and frames of real models; the
 // second batch has a frame of another length, and the third is undone and comes again.
 TEST_P(TokenCompressorTest, DoesOnAGpuWhatItDoesOnTheCpu) {
-  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  if (SkippedWithout(Device::kCuda)) return;
   ExecContext cpu({}), gpu({.device = Device::kCuda});
   const auto here = GetParam().make(GetParam().default_value);
   const auto there = GetParam().make(GetParam().default_value);
@@ -172,7 +174,7 @@ TEST_P(TokenCompressorTest, DoesOnAGpuWhatItDoesOnTheCpu) {
 }
 
 TEST_P(TokenCompressorTest, GoesOnElsewhereAfterBeingSavedOnAGpu) {
-  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  if (SkippedWithout(Device::kCuda)) return;
   ExecContext cpu({}), gpu({.device = Device::kCuda});
   const TemporaryDirectory directory;
   const auto saved = GetParam().make(GetParam().default_value);
@@ -199,7 +201,7 @@ TEST_P(TokenCompressorTest, GoesOnElsewhereAfterBeingSavedOnAGpu) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, TokenCompressorTest,
-                         testing::ValuesIn(TokenCompressors().begin(), TokenCompressors().end()),
+                         ::testing::ValuesIn(TokenCompressors().begin(), TokenCompressors().end()),
                          [](const auto& info) {
                            std::string name(info.param.name);
                            std::erase(name, '-');

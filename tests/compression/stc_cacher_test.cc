@@ -16,6 +16,7 @@
 
 #include "runtime/error.h"
 #include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 #include "tests/support/tiny_towers.h"
 
 namespace sluice {
@@ -28,6 +29,7 @@ using ::sluice::testing::kTinyTokens;
 using ::sluice::testing::NumberedFrames;
 using ::sluice::testing::RelativeDifference;
 using ::sluice::testing::Rows;
+using ::sluice::testing::SkippedWithout;
 using ::sluice::testing::TinyTower;
 using ::testing::HasSubstr;
 using ::testing::ThrowsMessage;
@@ -196,9 +198,7 @@ template <typename Param>
 class StcCacherDeviceTest : public ::testing::TestWithParam<Param> {
  protected:
   void SetUp() override {
-    if (device() == Device::kCuda && cuda::DeviceCount() == 0) {
-      GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
-    }
+    if (SkippedWithout(device())) return;
     place_ = std::make_unique<Place>(device());
   }
   Device device() const {

@@ -18,11 +18,14 @@
 #include "runtime/error.h"
 #include "runtime/ops/attention.h"
 #include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 #include "tests/support/random_decoder.h"
 #include "tests/support/tensor_testing.h"
 
 namespace sluice {
 namespace {
+
+using ::sluice::testing::SkippedWithout;
 
 constexpr int kLayers = 2, kHeads = 4, kKvHeads = 2, kSize = 8, kWidth = 32;
 constexpr int64_t kVocabulary = 48, kPinned = 5, kWindow = 100;
@@ -270,15 +273,9 @@ struct RecallCase {
   int64_t host_bytes;
 };
 
-void SkipWithout(Device device) {
-  if (device == Device::kCuda && cuda::DeviceCount() == 0) {
-    GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
-  }
-}
-
 class StreamMemoryTest : public ::testing::TestWithParam<std::tuple<RecallCase, Device>> {
  protected:
-  void SetUp() override { SkipWithout(std::get<Device>(GetParam())); }
+  void SetUp() override { SkippedWithout(std::get<Device>(GetParam())); }
 };
 
 TEST_P(StreamMemoryTest, AnswersAsTheAssemblyWorkedOutInDouble) {
@@ -377,7 +374,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 class StreamMemoryWindowTest : public ::testing::TestWithParam<Device> {
  protected:
-  void SetUp() override { SkipWithout(GetParam()); }
+  void SetUp() override { SkippedWithout(GetParam()); }
 };
 INSTANTIATE_TEST_SUITE_P(Devices, StreamMemoryWindowTest,
                          ::testing::Values(Device::kCpu, Device::kCuda),
@@ -564,7 +561,7 @@ TEST_P(StreamMemoryWindowTest, AFullDiskTakesNothingFromWhatIsHeld) {
 
 // Rows of random numbers in caches on the CPU and on the GPU: what leaves, and what comes back.
 TEST(StreamMemoryGpuTest, StoresAndRecallsTheSameBytesAsTheCpu) {
-  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  if (SkippedWithout(Device::kCuda)) return;
   constexpr int64_t kFrame = 21, kFrames = 20, kTokens = kPinned + kFrame * kFrames;
   const Tensor frequencies = InverseFrequencies(Config());
   for (const DType dtype : {DType::kF32, DType::kBF16}) {

@@ -13,7 +13,7 @@
 #include "compression/stc_cacher.h"
 #include "runtime/error.h"
 #include "runtime/ops/attention.h"
-#include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 #include "tests/support/tiny_towers.h"
 
 namespace sluice {
@@ -183,7 +183,7 @@ void TurboTowerTest::CompareWithTheMethod(Device device) {
 TEST_P(TurboTowerTest, EqualsTheMethodInDoublePrecision) { CompareWithTheMethod(Device::kCpu); }
 
 TEST_P(TurboTowerTest, EqualsTheMethodInDoublePrecisionOnAGpu) {
-  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  if (::sluice::testing::SkippedWithout(Device::kCuda)) return;
   CompareWithTheMethod(Device::kCuda);
 }
 

@@ -15,6 +15,7 @@
 #include "llm/vlm.h"
 #include "runtime/safetensors.h"
 #include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 
 namespace sluice {
 namespace {
@@ -33,12 +34,10 @@ std::ostream& operator<<(std::ostream& os, const GoldenCase& c) {
   return os << c.name << " " << Name(c.dtype) << " " << Name(c.device);
 }
 
-class ModelGoldenTest : public testing::TestWithParam<GoldenCase> {
+class ModelGoldenTest : public ::testing::TestWithParam<GoldenCase> {
  protected:
   void SetUp() override {
-    if (GetParam().device == Device::kCuda && cuda::DeviceCount() == 0) {
-      GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
-    }
+    if (::sluice::testing::SkippedWithout(GetParam().device)) return;
     golden_ = SafetensorsFile::Open(GetParam().golden);
     VlmOptions options;
     options.compute_type = GetParam().dtype;
@@ -231,10 +230,11 @@ std::vector<GoldenCase> Cases() {
   return cases;
 }
 
-INSTANTIATE_TEST_SUITE_P(Models, ModelGoldenTest, testing::ValuesIn(Cases()), [](const auto& info) {
-  return info.param.name + "_" + sluice::Name(info.param.dtype) +
-         (info.param.device == Device::kCuda ? "_cuda" : "");
-});
+INSTANTIATE_TEST_SUITE_P(Models, ModelGoldenTest, ::testing::ValuesIn(Cases()),
+                         [](const auto& info) {
+                           return info.param.name + "_" + sluice::Name(info.param.dtype) +
+                                  (info.param.device == Device::kCuda ? "_cuda" : "");
+                         });
 
 }  // namespace
 }  // namespace sluice

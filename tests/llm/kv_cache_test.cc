@@ -13,6 +13,7 @@
 
 #include "runtime/error.h"
 #include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 
 namespace sluice {
 namespace {
@@ -120,7 +121,7 @@ TEST(KvCacheTest, ABranchSharesBlocksAndGoesOnByItself) {
 
 // Nothing waits between the steps: their order in the stream is enough.
 TEST(KvCacheTest, BranchesOnAGpuGoOnByThemselves) {
-  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  if (::sluice::testing::SkippedWithout(Device::kCuda)) return;
   ExecContext ctx({.device = Device::kCuda});
   KvGeometry geometry = kGeometry;
   geometry.device = Device::kCuda;

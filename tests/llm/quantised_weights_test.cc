@@ -7,6 +7,7 @@
 
 #include "llm/kv_cache.h"
 #include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 #include "tests/support/random_decoder.h"
 #include "tests/support/tensor_testing.h"
 
@@ -15,6 +16,7 @@ namespace {
 
 using ::sluice::testing::At;
 using ::sluice::testing::RandomTensor;
+using ::sluice::testing::SkippedWithout;
 
 constexpr int kPrompt = 70, kDecoded = 6;
 
@@ -62,7 +64,7 @@ double Cosine(const Tensor& a, const Tensor& b, int64_t row) {
 }
 
 TEST(QuantisedWeightsTest, LogitsPointWhereThoseOfBf16Do) {
-  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  if (SkippedWithout(Device::kCuda)) return;
   const RandomDecoder plain(Config(), DType::kBF16, Device::kCuda);
   const Tensor want = Logits(*plain.decoder);
   // Where both sides are quantised a product loses 3.7 % of its size in fp8 and 1.1 % in int8,

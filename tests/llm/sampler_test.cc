@@ -13,10 +13,12 @@
 
 #include "runtime/error.h"
 #include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 
 namespace sluice {
 namespace {
 
+using ::sluice::testing::SkippedWithout;
 using ::testing::HasSubstr;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -159,7 +161,7 @@ TEST(SamplerTest, OptionsOutOfRangeAreRefused) {
 // The same seed draws the same ids on both devices. Distributions: flat as noise, peaked as a
 // language model's, with ties, with ids that cannot be; small and large vocabularies.
 TEST(SamplerTest, AGpuDrawsWhatTheCpuDraws) {
-  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  if (SkippedWithout(Device::kCuda)) return;
   ExecContext gpu({.device = Device::kCuda});
   std::vector<SamplingOptions> all;
   for (const float temperature : {0.0f, 0.01f, 0.7f, 2.0f}) {
@@ -214,7 +216,7 @@ TEST(SamplerTest, AGpuDrawsWhatTheCpuDraws) {
 }
 
 TEST(SamplerTest, AGpuTellsWhatIsWrongWithLogits) {
-  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  if (SkippedWithout(Device::kCuda)) return;
   ExecContext gpu({.device = Device::kCuda});
   for (const float temperature : {0.0f, 1.0f}) {
     for (const int top_k : {0, 2}) {

@@ -15,14 +15,16 @@
 #include "runtime/ops/kv_layers.h"
 #include "runtime/ops/rows.h"
 #include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 #include "tests/support/tensor_testing.h"
 
 namespace sluice {
 namespace {
 
-using ::sluice::testing::At;
 using ::sluice::testing::ExpectClose;
+using ::sluice::testing::GpuTest;
 using ::sluice::testing::RandomTensor;
+using ::sluice::testing::Values;
 
 constexpr DType kTypes[] = {DType::kF32, DType::kBF16};
 
@@ -62,26 +64,12 @@ class Blocks {
   std::vector<void*> on_host_, on_device_;
 };
 
-class CudaKvTest : public ::testing::Test {
+class CudaKvTest : public GpuTest {
  protected:
-  void SetUp() override {
-    if (cuda::DeviceCount() == 0) {
-      GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
-    }
-    gpu_ = std::make_unique<ExecContext>(ExecOptions{.device = Device::kCuda});
-  }
-  Tensor There(const Tensor& tensor) { return TransferTo(*gpu_, tensor, Device::kCuda); }
-  static std::vector<double> Values(ConstTensorView x) {
-    std::vector<double> values;
-    for (int64_t i = 0; i < x.dim(0); ++i) {
-      for (int64_t j = 0; j < x.dim(1); ++j) values.push_back(At(x, i, j));
-    }
-    return values;
-  }
   // f32: exponentials good to 2 ulp and sums of up to some thousand terms in another order. bf16:
   // probabilities and results are rounded to 2^-9 on either side.
   void ExpectEqual(const Tensor& on_gpu, const Tensor& want, const std::string& what) {
-    const Tensor got = TransferTo(*gpu_, on_gpu, Device::kCpu);
+    const Tensor got = Here(on_gpu);
     const bool wide = want.dtype() == DType::kF32;
     ExpectClose(got, Values(want), wide ? 1e-5 : 1e-2, wide ? 1e-4 : 3e-2, what);
   }
@@ -92,9 +80,6 @@ class CudaKvTest : public ::testing::Test {
     StoreKv(reference_, keys, values, 0, blocks.cpu);
     StoreKv(*gpu_, There(keys), There(values), 0, blocks.cuda);
   }
-
-  ExecContext reference_{ExecOptions{.kernels = KernelChoice::kReference}};
-  std::unique_ptr<ExecContext> gpu_;
 };
 
 TEST_F(CudaKvTest, RowsComeBackFromBlocksAsTheyWereStored) {
@@ -112,7 +97,7 @@ TEST_F(CudaKvTest, RowsComeBackFromBlocksAsTheyWereStored) {
                 begin, blocks.cuda);
         LoadKv(*gpu_, blocks.cuda, begin, back.view().Columns(0, width),
                back.view().Columns(width, 2 * width));
-        EXPECT_EQ(Values(TransferTo(*gpu_, back, Device::kCpu)), Values(both));
+        EXPECT_EQ(Values(Here(back)), Values(both));
       }
       Fill(blocks, 300, 5);
       std::vector<int32_t> rows;
@@ -127,8 +112,8 @@ TEST_F(CudaKvTest, RowsComeBackFromBlocksAsTheyWereStored) {
       const Tensor k(dtype, {count, width}, Device::kCuda), v(dtype, {count, width}, Device::kCuda);
       LoadKv(reference_, to_host, 0, keys, values);
       LoadKv(*gpu_, to, 0, k, v);
-      EXPECT_EQ(Values(TransferTo(*gpu_, k, Device::kCpu)), Values(keys));
-      EXPECT_EQ(Values(TransferTo(*gpu_, v, Device::kCpu)), Values(values));
+      EXPECT_EQ(Values(Here(k)), Values(keys));
+      EXPECT_EQ(Values(Here(v)), Values(values));
     }
   }
 }
@@ -402,12 +387,12 @@ TEST_F(CudaKvTest, RowsAreConvertedAndEmbedded) {
     const Tensor want(DType::kF32, {4, 37}), got(DType::kF32, {4, 37}, Device::kCuda);
     Embed(reference_, table, ids, want);
     Embed(*gpu_, gtable, ids, got);
-    EXPECT_EQ(Values(TransferTo(*gpu_, got, Device::kCpu)), Values(want));
+    EXPECT_EQ(Values(Here(got)), Values(want));
     for (const DType to : kTypes) {
       const Tensor y(to, {50, 30}), gy(to, {50, 30}, Device::kCuda);
       Convert(reference_, table.view().Columns(3, 33), y);
       Convert(*gpu_, gtable.view().Columns(3, 33), gy);
-      EXPECT_EQ(Values(TransferTo(*gpu_, gy, Device::kCpu)), Values(y));
+      EXPECT_EQ(Values(Here(gy)), Values(y));
     }
   }
 }
@@ -426,8 +411,8 @@ TEST_F(CudaKvTest, RowsNeedNotAscend) {
     const Tensor k(dtype, {5, 80}, Device::kCuda), v(dtype, {5, 80}, Device::kCuda);
     LoadKv(reference_, to_host, 0, keys, values);
     LoadKv(*gpu_, to, 0, k, v);
-    EXPECT_EQ(Values(TransferTo(*gpu_, k, Device::kCpu)), Values(keys));
-    EXPECT_EQ(Values(TransferTo(*gpu_, v, Device::kCpu)), Values(values));
+    EXPECT_EQ(Values(Here(k)), Values(keys));
+    EXPECT_EQ(Values(Here(v)), Values(values));
     const Tensor q = RandomTensor(dtype, {1, 6 * 40}, 3), none(dtype, {0, 80});
     std::vector<float> want(rows.size()), got(rows.size());
     MeanAttentionRow(reference_, q, 6, 0.2f, blocks.cpu, rows, none, want);
@@ -498,7 +483,7 @@ TEST_F(CudaKvTest, RowsOfAllLayersArePackedAsOnTheCpu) {
           }
           PackKv(reference_, cpu, begin, count, packing, want);
           PackKv(*gpu_, cuda, begin, count, packing, got);
-          EXPECT_EQ(bytes(TransferTo(*gpu_, got, Device::kCpu)), bytes(want))
+          EXPECT_EQ(bytes(Here(got)), bytes(want))
               << (packing == KvPacking::kInt8 ? "int8" : "plain");
           if (packing == KvPacking::kInt8 || count == 0) continue;
           UnpackKv(reference_, want, count, cpu_to, 5);
@@ -507,7 +492,7 @@ TEST_F(CudaKvTest, RowsOfAllLayersArePackedAsOnTheCpu) {
           PackKv(reference_, cpu_to, 5, count, packing, again);
           PackKv(*gpu_, cuda_to, 5, count, packing, back);
           EXPECT_EQ(bytes(again), bytes(want));
-          EXPECT_EQ(bytes(TransferTo(*gpu_, back, Device::kCpu)), bytes(want));
+          EXPECT_EQ(bytes(Here(back)), bytes(want));
         }
       }
       if (size % 2 != 0) continue;
@@ -523,7 +508,7 @@ TEST_F(CudaKvTest, RowsOfAllLayersArePackedAsOnTheCpu) {
         MeanKeys(reference_, cpu, 70, counts, first, frequencies, want);
         MeanKeys(*gpu_, cuda, 70, counts, first, There(frequencies), got);
         // Sines good to 2 ulp, and sums of at most 100 terms in another order.
-        ExpectClose(TransferTo(*gpu_, got, Device::kCpu), Values(want), 2e-6, 1e-5, "means");
+        ExpectClose(Here(got), Values(want), 2e-6, 1e-5, "means");
       }
     }
   }
@@ -542,7 +527,7 @@ TEST_F(CudaKvTest, QuantisedRowsAreWidenedAsOnTheCpu) {
     const Tensor want(dtype, x.shape()), got(dtype, x.shape(), Device::kCuda);
     DequantiseKv(reference_, x, runs, scales, want);
     DequantiseKv(*gpu_, There(x), There(runs), There(scales), got);
-    EXPECT_EQ(Values(TransferTo(*gpu_, got, Device::kCpu)), Values(want));
+    EXPECT_EQ(Values(Here(got)), Values(want));
   }
 }
 

@@ -11,7 +11,7 @@
 #include "runtime/ops/cuda/linear_few.h"
 #include "runtime/ops/linear.h"
 #include "runtime/ops/quantise.h"
-#include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 #include "tests/support/tensor_testing.h"
 
 namespace sluice {
@@ -19,7 +19,9 @@ namespace {
 
 using ::sluice::testing::At;
 using ::sluice::testing::ExpectClose;
+using ::sluice::testing::GpuTest;
 using ::sluice::testing::RandomTensor;
+using ::sluice::testing::Values;
 
 constexpr WeightFormat kFormats[] = {WeightFormat::kFp8, WeightFormat::kInt8};
 constexpr Activation kActivations[] = {Activation::kNone, Activation::kGeluTanh,
@@ -70,19 +72,11 @@ TEST(GpuLinearTest, LargeWeightsAreCutByOutputsAndSmallOnesByInputsToo) {
   EXPECT_EQ(choose(16, 64, WeightFormat::kInt8, true), Cut(2, 1));
 }
 
-class CudaLinearTest : public ::testing::Test {
+class CudaLinearTest : public GpuTest {
  protected:
-  void SetUp() override {
-    if (cuda::DeviceCount() == 0) {
-      GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
-    }
-    gpu_ = std::make_unique<ExecContext>(ExecOptions{.device = Device::kCuda});
-  }
   static bool Runs(WeightFormat format) {
     return format != WeightFormat::kFp8 || cuda::ComputeCapability() >= 89;
   }
-  Tensor OnGpu(ConstTensorView tensor) { return TransferTo(*gpu_, tensor, Device::kCuda); }
-  Tensor OnHost(ConstTensorView tensor) { return TransferTo(*gpu_, tensor, Device::kCpu); }
   static SharedMatrix Share(Tensor tensor) {
     const auto keeper = std::make_shared<Tensor>(std::move(tensor));
     return {*keeper, keeper, nullptr};
@@ -90,18 +84,11 @@ class CudaLinearTest : public ::testing::Test {
 
   // [M, K] doubles.
   using Matrix = std::vector<double>;
-  static Matrix Values(ConstTensorView x) {
-    Matrix values;
-    for (int64_t i = 0; i < x.dim(0); ++i) {
-      for (int64_t j = 0; j < x.dim(1); ++j) values.push_back(At(x, i, j));
-    }
-    return values;
-  }
   // What is left of x in a format.
   Matrix Quantised(ConstTensorView x, WeightFormat format) {
     if (format == WeightFormat::kPlain) return Values(x);
     const Tensor q(StorageOf(format), x.shape()), factors(DType::kF32, {x.dim(0)});
-    QuantiseRows(cpu_, x, format, q, factors);
+    QuantiseRows(reference_, x, format, q, factors);
     Matrix values;
     const auto* const bytes = static_cast<const uint8_t*>(q.view().raw());
     for (int64_t i = 0; i < x.dim(0); ++i) {
@@ -150,9 +137,6 @@ class CudaLinearTest : public ::testing::Test {
     }
     return y;
   }
-
-  ExecContext cpu_{ExecOptions{.kernels = KernelChoice::kReference}};
-  std::unique_ptr<ExecContext> gpu_;
 };
 
 TEST_F(CudaLinearTest, QuantisersEqualTheReferenceBitForBit) {
@@ -176,15 +160,15 @@ TEST_F(CudaLinearTest, QuantisersEqualTheReferenceBitForBit) {
           values[(m - 1) * (k + gap) + i] =
               BFloat16::From(deviation * (i == 0 ? 448.f : static_cast<float>(i % 96 - 48) / 4));
         }
-        const Tensor gx = OnGpu(x);
+        const Tensor gx = There(x);
         for (const WeightFormat format : kFormats) {
           for (const int64_t width : {k, (k + 15) / 16 * 16}) {
             const Tensor want(StorageOf(format), {m, width}), want_factors(DType::kF32, {m});
             const Tensor got(StorageOf(format), {m, width}, Device::kCuda);
             const Tensor got_factors(DType::kF32, {m}, Device::kCuda);
-            QuantiseRows(cpu_, x.view().Columns(0, k), format, want, want_factors);
+            QuantiseRows(reference_, x.view().Columns(0, k), format, want, want_factors);
             QuantiseRows(*gpu_, gx.view().Columns(0, k), format, got, got_factors);
-            const Tensor back = OnHost(got), back_factors = OnHost(got_factors);
+            const Tensor back = Here(got), back_factors = Here(got_factors);
             const auto bytes = [](const Tensor& t) {
               const auto* const first = static_cast<const uint8_t*>(t.view().raw());
               return std::vector<uint8_t>(first, first + t.SizeBytes());
@@ -217,7 +201,7 @@ TEST_F(CudaLinearTest, ProductsEqualThoseOfWhatQuantisingLeaves) {
                         {12, 200, 1600}, {16, 2200, 64}, {7, 2, 16}};
   for (const auto& [m, n, k] : sizes) {
     // Products of about 1, so that activations bend.
-    const Tensor x = RandomTensor(DType::kBF16, {m, k + 8}, 1), gx = OnGpu(x);
+    const Tensor x = RandomTensor(DType::kBF16, {m, k + 8}, 1), gx = There(x);
     const ConstTensorView rows = x.view().Columns(0, k), grows = gx.view().Columns(0, k);
     const Tensor w = RandomTensor(DType::kBF16, {n, k}, 2, 1 / std::sqrt(static_cast<float>(k)));
     for (const WeightFormat format :
@@ -238,7 +222,7 @@ TEST_F(CudaLinearTest, ProductsEqualThoseOfWhatQuantisingLeaves) {
             for (const bool accumulate : {false, true}) {
               if (accumulate && (activation != Activation::kNone || out != DType::kF32)) continue;
               const Tensor before = RandomTensor(out, {m, paired ? n / 2 : n}, 4);
-              const Tensor got = OnGpu(before);
+              const Tensor got = There(before);
               Linear(*gpu_, grows, weight, got,
                      {.activation = activation, .accumulate = accumulate});
               const Matrix want = Product(left, right, k, bias(), activation,
@@ -255,7 +239,7 @@ TEST_F(CudaLinearTest, ProductsEqualThoseOfWhatQuantisingLeaves) {
                   " x " + std::to_string(k) + " activation " +
                   std::to_string(static_cast<int>(activation)) + " to " + Name(out) +
                   (biased ? " biased" : "") + (accumulate ? " accumulating" : "");
-              ExpectClose(OnHost(got), want, tolerance, tolerance, what);
+              ExpectClose(Here(got), want, tolerance, tolerance, what);
             }
           }
         }
@@ -273,8 +257,8 @@ TEST_F(CudaLinearTest, ProductsOfRowsThatAreNormalisedFirstEqualThoseAfterANorm)
   for (const auto& [m, n, k] :
        {Size{1, 40, 896}, Size{1, 896, 4864}, Size{2, 34, 48}, Size{3, 130, 1600},
         Size{4, 72, 3584}, Size{4, 16, 4864}, Size{1, 6, 904}, Size{2, 50, 37}, Size{9, 64, 896}}) {
-    const Tensor x = RandomTensor(DType::kF32, {m, k + 4}, 1, 30), gx = OnGpu(x);
-    const Tensor norm = RandomTensor(DType::kF32, {k}, 5), gnorm = OnGpu(norm);
+    const Tensor x = RandomTensor(DType::kF32, {m, k + 4}, 1, 30), gx = There(x);
+    const Tensor norm = RandomTensor(DType::kF32, {k}, 5), gnorm = There(norm);
     const Tensor w = RandomTensor(DType::kBF16, {n, k}, 2, 1 / std::sqrt(static_cast<float>(k)));
     constexpr double kEps = 1e-3;
     Matrix rows = Values(x.view().Columns(0, k));
@@ -304,7 +288,7 @@ TEST_F(CudaLinearTest, ProductsOfRowsThatAreNormalisedFirstEqualThoseAfterANorm)
         const bool quantised = !few && format != WeightFormat::kPlain;
         const bool paired = activation == Activation::kSiluMul;
         const double tolerance = (quantised ? 0.15 : few ? 6e-3 : 2e-2) * (paired ? 3 : 1);
-        ExpectClose(OnHost(got), want, tolerance, tolerance,
+        ExpectClose(Here(got), want, tolerance, tolerance,
                     std::string(Name(format)) + " " + std::to_string(m) + " x " +
                         std::to_string(n) + " x " + std::to_string(k) + " activation " +
                         std::to_string(static_cast<int>(activation)));
@@ -325,12 +309,12 @@ TEST_F(CudaLinearTest, EightBitsLoseOfRandomProductsWhatTheirMantissaTells) {
     if (!Runs(format)) continue;
     const LinearWeight narrow(Share(w.Clone()), Tensor(), {Device::kCuda, format});
     for (const int64_t m : {int64_t{1}, int64_t{4}, int64_t{200}}) {
-      const Tensor x = OnGpu(RandomTensor(DType::kBF16, {m, kInputs}, 2));
+      const Tensor x = There(RandomTensor(DType::kBF16, {m, kInputs}, 2));
       const Tensor want(DType::kF32, {m, kOutputs}, Device::kCuda);
       const Tensor got(DType::kF32, {m, kOutputs}, Device::kCuda);
       Linear(*gpu_, x, plain, want);
       Linear(*gpu_, x, narrow, got);
-      const Matrix a = Values(OnHost(got)), b = Values(OnHost(want));
+      const Matrix a = Values(Here(got)), b = Values(Here(want));
       double error = 0, norm = 0;
       for (size_t i = 0; i < a.size(); ++i) {
         error += (a[i] - b[i]) * (a[i] - b[i]);
@@ -354,7 +338,7 @@ TEST_F(CudaLinearTest, PartsOfAWeightGiveThePartsOfItsProduct) {
                               {Device::kCuda, format});
     EXPECT_EQ(weight.SizeBytes(), size_t{kOutputs * 80 + kOutputs * 4 + kOutputs * (4 + 2)});
     for (const int64_t m : {3, 40}) {
-      const Tensor x = OnGpu(RandomTensor(DType::kBF16, {m, kInputs}, 3));
+      const Tensor x = There(RandomTensor(DType::kBF16, {m, kInputs}, 3));
       const Tensor whole(DType::kF32, {m, kOutputs}, Device::kCuda);
       Linear(*gpu_, x, weight, whole);
       for (const auto& [begin, end] :
@@ -364,7 +348,7 @@ TEST_F(CudaLinearTest, PartsOfAWeightGiveThePartsOfItsProduct) {
         const Tensor y(DType::kF32, {m, end - begin}, Device::kCuda);
         Linear(*gpu_, x, part, y);
         // fp8 may be summed in another order where the library takes another tile.
-        ExpectClose(OnHost(y), Values(OnHost(whole.view()).view().Columns(begin, end)), 1e-3, 1e-3,
+        ExpectClose(Here(y), Values(Here(whole.view()).view().Columns(begin, end)), 1e-3, 1e-3,
                     std::string(Name(format)) + " " + std::to_string(begin));
       }
     }
@@ -375,7 +359,7 @@ TEST_F(CudaLinearTest, StackedWeightsAreQuantisedAsApart) {
   constexpr int64_t kInputs = 64;
   const Tensor a = RandomTensor(DType::kBF16, {24, kInputs}, 1);
   const Tensor b = RandomTensor(DType::kBF16, {40, kInputs}, 2, 100);
-  const Tensor x = OnGpu(RandomTensor(DType::kBF16, {2, kInputs}, 3));
+  const Tensor x = There(RandomTensor(DType::kBF16, {2, kInputs}, 3));
   for (const WeightFormat format : kFormats) {
     if (!Runs(format)) continue;
     const WeightPlace place(Device::kCuda, format);
@@ -385,7 +369,7 @@ TEST_F(CudaLinearTest, StackedWeightsAreQuantisedAsApart) {
     const Tensor apart(DType::kF32, {2, 40}, Device::kCuda);
     Linear(*gpu_, x, both, together);
     Linear(*gpu_, x, second, apart);
-    EXPECT_EQ(Values(OnHost(together).view().Columns(24, 64)), Values(OnHost(apart)));
+    EXPECT_EQ(Values(Here(together).view().Columns(24, 64)), Values(Here(apart)));
   }
 }
 

@@ -10,9 +10,12 @@
 
 #include "runtime/error.h"
 #include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 
 namespace sluice {
 namespace {
+
+using ::sluice::testing::SkippedWithout;
 
 constexpr int64_t kMany = int64_t{1} << 27;  // values: a copy takes about a third of a millisecond
 constexpr int kCopies = 100;
@@ -20,9 +23,7 @@ constexpr int kCopies = 100;
 class CudaMemoryTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    if (cuda::DeviceCount() == 0) {
-      GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
-    }
+    if (SkippedWithout(Device::kCuda)) return;
     busy_ = std::make_unique<ExecContext>(ExecOptions{.device = Device::kCuda});
     other_ = std::make_unique<ExecContext>(ExecOptions{.device = Device::kCuda});
   }

@@ -4,18 +4,18 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "runtime/error.h"
 #include "runtime/ops/novelty.h"
-#include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 #include "tests/support/tensor_testing.h"
 
 namespace sluice {
 namespace {
 
+using ::sluice::testing::GpuTest;
 using ::sluice::testing::RandomTensor;
 
 struct Frames {
@@ -27,18 +27,11 @@ constexpr Frames kFrames[] = {{1, 1, 1},      {2, 3, 2},      {3, 5, 37},   {1, 
                               {8, 196, 896},  {2, 196, 3584}, {5, 64, 256}, {1, 729, 1152},
                               {2, 1500, 130}, {16, 49, 64}};
 
-class CudaNoveltyTest : public ::testing::Test {
+class CudaNoveltyTest : public GpuTest {
  protected:
-  void SetUp() override {
-    if (cuda::DeviceCount() == 0) {
-      GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
-    }
-    gpu_ = std::make_unique<ExecContext>(ExecOptions{.device = Device::kCuda});
-  }
-  Tensor There(ConstTensorView x) { return TransferTo(*gpu_, x, Device::kCuda); }
   // Largest difference of f32 values.
   double Difference(const Tensor& there, const Tensor& want) {
-    const Tensor got = TransferTo(*gpu_, there, Device::kCpu);
+    const Tensor got = Here(there);
     double most = 0;
     for (int64_t i = 0; i < want.shape().NumElements(); ++i) {
       const double error = std::abs(double{got.data<float>()[i]} - want.data<float>()[i]);
@@ -46,9 +39,6 @@ class CudaNoveltyTest : public ::testing::Test {
     }
     return most;
   }
-
-  ExecContext cpu_{ExecOptions()};
-  std::unique_ptr<ExecContext> gpu_;
 };
 
 TEST_F(CudaNoveltyTest, NoveltyEqualsTheReference) {
@@ -79,7 +69,7 @@ TEST_F(CudaNoveltyTest, NoveltyEqualsTheReference) {
                              .novelty = want,
                              .score = score,
                              .by_rank = by_rank};
-            Novelty(cpu_, args);
+            Novelty(reference_, args);
             args.x = all_there.view().Columns(0, width);
             args.history = first ? ConstTensorView() : history_there.view();
             args.new_history = history_there;
@@ -105,8 +95,8 @@ TEST_F(CudaNoveltyTest, CosinesToAllThatWasSeenEqualTheReference) {
     const Tensor history_there(DType::kI32, history.shape(), Device::kCuda);
     for (const bool first : {true, false}) {
       const auto view = [&](const Tensor& t) { return t.view().Columns(0, width); };
-      HistoryCosines(cpu_, view(x), frames, first ? ConstTensorView() : history.view(), history,
-                     want);
+      HistoryCosines(reference_, view(x), frames, first ? ConstTensorView() : history.view(),
+                     history, want);
       HistoryCosines(*gpu_, view(x_there), frames, first ? ConstTensorView() : history_there.view(),
                      history_there, got);
       // In double, rounded once.
@@ -127,9 +117,9 @@ TEST_F(CudaNoveltyTest, TheLargestAreTheSameWithTiesAndWithoutNumbers) {
       const Tensor values_there = There(values);
       const Tensor want(DType::kI32, {frames * kept}),
           got(DType::kI32, {frames * kept}, Device::kCuda);
-      LargestOfGroups(cpu_, values, frames, want);
+      LargestOfGroups(reference_, values, frames, want);
       LargestOfGroups(*gpu_, values_there, frames, got);
-      const Tensor here = TransferTo(*gpu_, got, Device::kCpu);
+      const Tensor here = Here(got);
       for (int64_t i = 0; i < frames * kept; ++i) {
         ASSERT_EQ(here.data<int32_t>()[i], want.data<int32_t>()[i]) << rows << " " << kept;
       }
@@ -137,7 +127,7 @@ TEST_F(CudaNoveltyTest, TheLargestAreTheSameWithTiesAndWithoutNumbers) {
       values.data<float>()[rows / 2] = std::nanf("");
       values.data<float>()[0] = std::nanf("");
       LargestOfGroups(*gpu_, There(values), frames, got);
-      const Tensor odd = TransferTo(*gpu_, got, Device::kCpu);
+      const Tensor odd = Here(got);
       for (int64_t i = 0; i < frames * kept; ++i) {
         const int32_t place = odd.data<int32_t>()[i];
         ASSERT_TRUE(place >= 0 && place < rows);
@@ -156,10 +146,10 @@ TEST_F(CudaNoveltyTest, RowsJoinTheNearestThatStays) {
       const Tensor x = RandomTensor(DType::kF32, {frames * rows, width}, 6);
       const Tensor values = RandomTensor(DType::kF32, {frames * rows}, 7);
       const Tensor places(DType::kI32, {frames * kept});
-      LargestOfGroups(cpu_, values, frames, places);
+      LargestOfGroups(reference_, values, frames, places);
       const Tensor want(DType::kF32, {frames * kept, width});
       const Tensor got(DType::kF32, want.shape(), Device::kCuda);
-      JoinRows(cpu_, x, frames, places, from, want);
+      JoinRows(reference_, x, frames, places, from, want);
       JoinRows(*gpu_, There(x), frames, There(places), from, got);
       // With one channel all cosines are 1 or -1 up to rounding, which decides: skip.
       if (width > 1) {

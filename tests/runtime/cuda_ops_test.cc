@@ -18,50 +18,35 @@
 #include "runtime/ops/rows.h"
 #include "runtime/ops/similarity.h"
 #include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 #include "tests/support/tensor_testing.h"
 
 namespace sluice {
 namespace {
 
-using ::sluice::testing::At;
 using ::sluice::testing::ExpectClose;
+using ::sluice::testing::GpuTest;
 using ::sluice::testing::RandomTensor;
+using ::sluice::testing::Values;
 
 // Rows and widths: none, one, odd, prime, a block and one more, of real models.
 const std::pair<int64_t, int64_t> kSizes[] = {{0, 8},    {1, 1},      {3, 37},    {5, 896},
                                               {7, 1025}, {196, 1152}, {33, 3584}, {1000, 64}};
 constexpr DType kTypes[] = {DType::kF32, DType::kBF16};
 
-class CudaOpsTest : public ::testing::Test {
+class CudaOpsTest : public GpuTest {
  protected:
-  void SetUp() override {
-    if (cuda::DeviceCount() == 0) {
-      GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
-    }
-    gpu_ = std::make_unique<ExecContext>(ExecOptions{.device = Device::kCuda});
-  }
-  Tensor OnGpu(const Tensor& tensor) { return TransferTo(*gpu_, tensor, Device::kCuda); }
   // A matrix with `gap` elements behind each row, so that strides count.
   static Tensor Rows(DType dtype, int64_t m, int64_t d, int64_t gap, int seed) {
     return RandomTensor(dtype, {m, d + gap}, seed, 4);
   }
-  static std::vector<double> Values(ConstTensorView x) {
-    std::vector<double> values;
-    for (int64_t i = 0; i < x.dim(0); ++i) {
-      for (int64_t j = 0; j < x.dim(1); ++j) values.push_back(At(x, i, j));
-    }
-    return values;
-  }
   // What lies on the GPU against a reference on the CPU. f32: sums of D terms in another order and
   // functions good to 2 ulp. bf16: one rounding, which may fall to the other side.
   void ExpectEqual(const Tensor& on_gpu, const Tensor& want, const std::string& what) {
-    const Tensor got = TransferTo(*gpu_, on_gpu, Device::kCpu);
+    const Tensor got = Here(on_gpu);
     const double tolerance = want.dtype() == DType::kF32 ? 2e-6 : 8e-3;
     ExpectClose(got, Values(want), tolerance, tolerance, what);
   }
-
-  ExecContext reference_{ExecOptions{.kernels = KernelChoice::kReference}};
-  std::unique_ptr<ExecContext> gpu_;
 };
 
 TEST_F(CudaOpsTest, CopiesKeepRowsApart) {
@@ -89,7 +74,7 @@ TEST_F(CudaOpsTest, NormsEqualTheReference) {
         const Tensor x = Rows(DType::kF32, m, d, gap, 1), more = Rows(DType::kF32, m, d, 2, 4);
         const Tensor weight = RandomTensor(DType::kF32, {d}, 2),
                      bias = RandomTensor(DType::kF32, {d}, 3);
-        const Tensor gx = OnGpu(x), gmore = OnGpu(more), gw = OnGpu(weight), gb = OnGpu(bias);
+        const Tensor gx = There(x), gmore = There(more), gw = There(weight), gb = There(bias);
         const Tensor want(dtype, {m, d}), got(dtype, {m, d}, Device::kCuda);
         const auto cut = [&, width = d](const Tensor& t) { return t.view().Columns(0, width); };
         RmsNorm(reference_, cut(x), weight, 1e-6f, want);
@@ -111,14 +96,14 @@ TEST_F(CudaOpsTest, ActivationsEqualTheReference) {
     for (const DType in : kTypes) {
       for (const DType out : kTypes) {
         SCOPED_TRACE((Shape{m, d}.ToString() + " " + Name(in) + " " + Name(out)));
-        const Tensor x = RandomTensor(in, {m, 2 * d}, 1, 4), gx = OnGpu(x);
+        const Tensor x = RandomTensor(in, {m, 2 * d}, 1, 4), gx = There(x);
         const Tensor want(out, {m, d}), got(out, {m, d}, Device::kCuda);
         SiluMul(reference_, x, want);
         SiluMul(*gpu_, gx, got);
         ExpectEqual(got, want, "silu_mul");
       }
     }
-    const Tensor x = Rows(DType::kF32, m, d, 0, 2), gx = OnGpu(x);
+    const Tensor x = Rows(DType::kF32, m, d, 0, 2), gx = There(x);
     Softmax(reference_, x);
     Softmax(*gpu_, gx);
     ExpectEqual(gx, x, "softmax");
@@ -129,7 +114,7 @@ TEST_F(CudaOpsTest, RotationsEqualTheReferenceAtAnyPosition) {
   for (const int head_dim : {2, 64, 72, 128}) {
     for (const DType dtype : kTypes) {
       constexpr int kRows = 9, kHeads = 3;
-      const Tensor x = Rows(dtype, kRows, kHeads * head_dim, 4, 1), gx = OnGpu(x);
+      const Tensor x = Rows(dtype, kRows, kHeads * head_dim, 4, 1), gx = There(x);
       const Tensor frequencies(DType::kF32, {head_dim / 2});
       for (int i = 0; i < head_dim / 2; ++i) {
         frequencies.data<float>()[i] = std::pow(1e6f, -2.0f * i / head_dim);
@@ -137,7 +122,7 @@ TEST_F(CudaOpsTest, RotationsEqualTheReferenceAtAnyPosition) {
       const std::vector<int32_t> positions = {0,     1,      -1,      77,           65535,
                                               65536, -70000, 1 << 22, (1 << 30) + 1};
       Rope(reference_, x.view().Columns(0, kHeads * head_dim), head_dim, positions, frequencies);
-      Rope(*gpu_, gx.view().Columns(0, kHeads * head_dim), head_dim, positions, OnGpu(frequencies));
+      Rope(*gpu_, gx.view().Columns(0, kHeads * head_dim), head_dim, positions, There(frequencies));
       ExpectEqual(gx, x, "rope " + std::to_string(head_dim));
     }
   }
@@ -171,7 +156,7 @@ TEST_F(CudaOpsTest, ProductsEqualTheReference) {
               const LinearWeight on_gpu({*w, w, nullptr}, bias(), Device::kCuda);
               const Tensor want =
                   RandomTensor(out, {m, activation == Activation::kSiluMul ? n / 2 : n}, 4);
-              const Tensor got = OnGpu(want), gx = OnGpu(x);
+              const Tensor got = There(want), gx = There(x);
               const LinearOptions options{.activation = activation, .accumulate = accumulate};
               Linear(reference_, x.view().Columns(0, k), weight, want, options);
               Linear(*gpu_, gx.view().Columns(0, k), on_gpu, got, options);
@@ -180,7 +165,7 @@ TEST_F(CudaOpsTest, ProductsEqualTheReference) {
               const bool paired = activation == Activation::kSiluMul;
               const bool rounded = out == DType::kBF16 || (paired && dtype == DType::kBF16);
               const double tolerance = !rounded ? 2e-5 : paired ? 1.6e-2 : 1.2e-2;
-              ExpectClose(TransferTo(*gpu_, got, Device::kCpu), Values(want), tolerance, tolerance,
+              ExpectClose(Here(got), Values(want), tolerance, tolerance,
                           "linear " + std::to_string(m) + " x " + std::to_string(n) + " x " +
                               std::to_string(k) + " " + Name(dtype) + " activation " +
                               std::to_string(static_cast<int>(activation)));
@@ -199,7 +184,7 @@ TEST_F(CudaOpsTest, SumsAndCopiesEqualTheReference) {
         SCOPED_TRACE((Shape{m, d}.ToString() + " " + Name(dtype)));
         const Tensor a = Rows(DType::kF32, m, d, gap, 3), b = Rows(DType::kF32, m, d, gap, 4);
         const Tensor x = Rows(dtype, m, d, gap, 5);
-        const Tensor ga = OnGpu(a), gb = OnGpu(b), gx = OnGpu(x);
+        const Tensor ga = There(a), gb = There(b), gx = There(x);
         const auto cut = [width = d](const Tensor& t) { return t.view().Columns(0, width); };
         const Tensor sum(DType::kF32, {m, d}), gsum(DType::kF32, {m, d}, Device::kCuda);
         Add(reference_, cut(a), cut(x), sum);
@@ -211,10 +196,10 @@ TEST_F(CudaOpsTest, SumsAndCopiesEqualTheReference) {
         ExpectEqual(goff, off, "subtract");
         CopyRows(reference_, cut(x), off);
         CopyRows(*gpu_, cut(gx), goff);
-        EXPECT_EQ(Values(TransferTo(*gpu_, goff, Device::kCpu)), Values(off)) << "copy_rows";
+        EXPECT_EQ(Values(Here(goff)), Values(off)) << "copy_rows";
         ZeroRows(*gpu_, cut(gx));
         ZeroRows(reference_, cut(x));
-        EXPECT_EQ(Values(TransferTo(*gpu_, gx, Device::kCpu)), Values(x)) << "zero_rows";
+        EXPECT_EQ(Values(Here(gx)), Values(x)) << "zero_rows";
       }
     }
   }
@@ -245,9 +230,9 @@ TEST_F(CudaOpsTest, ListedRowsMoveAndAddAsInTheReference) {
           lists.ahead = there.ahead = ahead;
           const int64_t listed = groups * lists.each();
           // Columns of something wider, as values are of a product.
-          const Tensor wide = RandomTensor(dtype, {listed, 2 * d}, 2), gwide = OnGpu(wide);
+          const Tensor wide = RandomTensor(dtype, {listed, 2 * d}, 2), gwide = There(wide);
           const auto some = wide.view().Columns(d, 2 * d), gsome = gwide.view().Columns(d, 2 * d);
-          const Tensor x = RandomTensor(dtype, {groups * m, d}, 1), gx = OnGpu(x);
+          const Tensor x = RandomTensor(dtype, {groups * m, d}, 1), gx = There(x);
           const Tensor want(dtype, {listed, d}), got(dtype, {listed, d}, Device::kCuda);
           GatherRows(reference_, x, lists, want);
           GatherRows(*gpu_, gx, there, got);
@@ -256,9 +241,9 @@ TEST_F(CudaOpsTest, ListedRowsMoveAndAddAsInTheReference) {
           std::vector<Tensor> apart, gapart, apart32, gapart32;
           for (int64_t g = 0; g < groups; ++g) {
             apart.push_back(RandomTensor(dtype, {m, d}, 20 + g));
-            gapart.push_back(OnGpu(apart.back()));
+            gapart.push_back(There(apart.back()));
             apart32.push_back(RandomTensor(DType::kF32, {m, d}, 50 + g));
-            gapart32.push_back(OnGpu(apart32.back()));
+            gapart32.push_back(There(apart32.back()));
           }
           const auto views = [](const std::vector<Tensor>& tensors) {
             return std::vector<ConstTensorView>(tensors.begin(), tensors.end());
@@ -287,11 +272,11 @@ TEST_F(CudaOpsTest, NormsOfMatricesThatLieApartEqualTheReference) {
       if (m == 0 || (count > 3 && m * d > 10000)) continue;
       const Tensor weight = RandomTensor(DType::kF32, {d}, 2),
                    bias = RandomTensor(DType::kF32, {d}, 3);
-      const Tensor gw = OnGpu(weight), gb = OnGpu(bias);
+      const Tensor gw = There(weight), gb = There(bias);
       std::vector<Tensor> x, gx;
       for (int i = 0; i < count; ++i) {
         x.push_back(Rows(DType::kF32, m, d, i % 2 * 4, 10 + i));
-        gx.push_back(OnGpu(x.back()));
+        gx.push_back(There(x.back()));
       }
       const auto views = [width = d](const std::vector<Tensor>& tensors) {
         std::vector<ConstTensorView> all;
@@ -299,7 +284,7 @@ TEST_F(CudaOpsTest, NormsOfMatricesThatLieApartEqualTheReference) {
         return all;
       };
       for (const int covered : {0, 1, count - 1}) {
-        const Tensor more = RandomTensor(DType::kF32, {covered * m, d}, 4), gmore = OnGpu(more);
+        const Tensor more = RandomTensor(DType::kF32, {covered * m, d}, 4), gmore = There(more);
         const Tensor want(DType::kBF16, {count * m, d}),
             got(DType::kBF16, {count * m, d}, Device::kCuda);
         LayerNorm(reference_, views(x), weight, bias, 1e-6f, want, more);
@@ -324,7 +309,7 @@ TEST_F(CudaOpsTest, CosinesAndMeansEqualTheReference) {
         for (int i = 0; i < count; ++i) {
           for (const int64_t gap : {int64_t{0}, int64_t{8} * (i % 2)}) {
             keep.push_back(Rows(dtype, m, d, gap, 10 * i + static_cast<int>(keep.size())));
-            keep.push_back(OnGpu(keep.back()));
+            keep.push_back(There(keep.back()));
           }
           const auto at = [&, width = d](int back) {
             return keep[keep.size() - back].view().Columns(0, width);
@@ -334,7 +319,7 @@ TEST_F(CudaOpsTest, CosinesAndMeansEqualTheReference) {
         }
         MeanRow(reference_, pairs[0].b, mean);
         MeanRow(*gpu_, gpairs[0].b, gmean);
-        const Tensor mean_back = TransferTo(*gpu_, gmean, Device::kCpu);
+        const Tensor mean_back = Here(gmean);
         // Sums of up to 1000 values of N(0, 4^2) in another order.
         for (int64_t i = 0; i < d; ++i) {
           ASSERT_NEAR(mean_back.data<float>()[i], mean.data<float>()[i], 2e-5) << i;
@@ -348,7 +333,7 @@ TEST_F(CudaOpsTest, CosinesAndMeansEqualTheReference) {
               on_gpu(DType::kF32, {count, m}, Device::kCuda);
           RowCosines(reference_, pairs, cosines);
           RowCosines(*gpu_, gpairs, on_gpu);
-          const Tensor back = TransferTo(*gpu_, on_gpu, Device::kCpu);
+          const Tensor back = Here(on_gpu);
           // Sums of up to 3584 products in another order, relative to the norms. With one value a
           // row, and that the mean itself, the cosine is a sign of next to nothing.
           if (centred && (m == 1 || d == 1)) continue;
@@ -373,13 +358,13 @@ TEST_F(CudaOpsTest, LowestPlacesAreThoseOfTheReference) {
       for (int64_t i = 7; i < rows * count; i += 50) {
         data[i] = i % 4 == 1 ? std::nanf("") : i % 4 == 2 ? INFINITY : -INFINITY;
       }
-      const Tensor on_gpu = OnGpu(values);
+      const Tensor on_gpu = There(values);
       for (const int64_t k : {int64_t{1}, (count + 3) / 4, count / 2, count - 1, count}) {
         if (k < 1) continue;
         const Tensor want(DType::kI32, {rows, k}), got(DType::kI32, {rows, k}, Device::kCuda);
         LowestPlaces(reference_, values, want);
         LowestPlaces(*gpu_, on_gpu, got);
-        const Tensor back = TransferTo(*gpu_, got, Device::kCpu);
+        const Tensor back = Here(got);
         for (int64_t i = 0; i < rows * k; ++i) {
           ASSERT_EQ(back.data<int32_t>()[i], want.data<int32_t>()[i])
               << k << " of " << count << " at " << i;
@@ -405,7 +390,7 @@ TEST_F(CudaOpsTest, StepsThatHaveNotRunForLongAreForgotten) {
 
 TEST_F(CudaOpsTest, TensorsElsewhereAndReadingThemHereAreRefused) {
   const Tensor x = RandomTensor(DType::kF32, {3, 8}, 1), weight = RandomTensor(DType::kF32, {8}, 2);
-  const Tensor gx = OnGpu(x);
+  const Tensor gx = There(x);
   EXPECT_THROW(RmsNorm(*gpu_, gx, weight, 1e-6f, gx), Error);
   EXPECT_THROW(RmsNorm(reference_, gx, weight, 1e-6f, x), Error);
   EXPECT_THROW(gx.data<float>(), Error);

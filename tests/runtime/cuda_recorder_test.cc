@@ -1,30 +1,28 @@
 // Steps that recur on the GPU: what is replayed, and that it works on the numbers of each time.
 #include <gtest/gtest.h>
 
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "runtime/ops/rows.h"
-#include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 #include "tests/support/tensor_testing.h"
 
 namespace sluice {
 namespace {
 
+using ::sluice::testing::GpuTest;
 using ::sluice::testing::RandomTensor;
 
-class CudaRecorderTest : public ::testing::Test {
+class CudaRecorderTest : public GpuTest {
  protected:
   static constexpr int64_t kRows = 40, kWidth = 24;
   void SetUp() override {
-    if (cuda::DeviceCount() == 0) {
-      GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
-    }
-    gpu_ = std::make_unique<ExecContext>(ExecOptions{.device = Device::kCuda});
+    GpuTest::SetUp();
+    if (IsSkipped()) return;
     x_ = RandomTensor(DType::kF32, {kRows, kWidth}, 1);
-    there_ = TransferTo(*gpu_, x_, Device::kCuda);
+    there_ = There(x_);
   }
   // Gathers rows of x_ in a step of several ops.
   void Gather(const std::vector<int32_t>& rows, const Tensor& to) {
@@ -36,7 +34,7 @@ class CudaRecorderTest : public ::testing::Test {
     });
   }
   void ExpectRows(const Tensor& got, const std::vector<int32_t>& rows) {
-    const Tensor back = TransferTo(*gpu_, got, Device::kCpu);
+    const Tensor back = Here(got);
     for (size_t i = 0; i < rows.size(); ++i) {
       for (int64_t d = 0; d < kWidth; ++d) {
         ASSERT_EQ(back.data<float>()[i * kWidth + d], x_.data<float>()[rows[i] * kWidth + d])
@@ -52,7 +50,6 @@ class CudaRecorderTest : public ::testing::Test {
     frame[0] = frame[depth % 256];
   }
 
-  std::unique_ptr<ExecContext> gpu_;
   Tensor x_, there_;
 };
 

@@ -3,20 +3,20 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "runtime/ops/attention.h"
 #include "runtime/ops/cpu/attention_sage.h"
-#include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 #include "tests/support/tensor_testing.h"
 
 namespace sluice {
 namespace {
 
 using ::sluice::testing::At;
+using ::sluice::testing::GpuTest;
 using ::sluice::testing::RandomTensor;
 
 constexpr auto kAlways = AttentionPrecision::kSageAlways;
@@ -40,16 +40,12 @@ Distance Compare(ConstTensorView got, ConstTensorView want) {
   return {dot / std::sqrt(got2 * want2), error / size};
 }
 
-class CudaSageTest : public ::testing::Test {
+class CudaSageTest : public GpuTest {
  protected:
   void SetUp() override {
-    if (cuda::DeviceCount() == 0 || cuda::ComputeCapability() != 90) {
-      GTEST_SKIP() << "needs a Hopper GPU and a build with -DSLUICE_CUDA=ON";
-    }
-    gpu_ = std::make_unique<ExecContext>(ExecOptions{.device = Device::kCuda});
+    GpuTest::SetUp();
+    if (!IsSkipped() && cuda::ComputeCapability() != 90) GTEST_SKIP() << "needs a Hopper GPU";
   }
-  Tensor There(ConstTensorView tensor) { return TransferTo(*gpu_, tensor, Device::kCuda); }
-  Tensor Here(ConstTensorView tensor) { return TransferTo(*gpu_, tensor, Device::kCpu); }
 
   // What the Hopper variant gives for one sequence: [queries, heads * D] f32.
   static Tensor Reference(const Tensor& q, const Tensor& k, const Tensor& v, int heads,
@@ -86,9 +82,6 @@ class CudaSageTest : public ::testing::Test {
     }
     return out;
   }
-
-  ExecContext host_{ExecOptions{.num_threads = 2}};
-  std::unique_ptr<ExecContext> gpu_;
 };
 
 // Up to 512 keys, of which the kernel's sample is all. The same roundings in the same order but for

@@ -7,18 +7,18 @@
 #include <numeric>
 #include <vector>
 
-#include "runtime/ops/cuda/device.h"
 #include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 
 namespace sluice {
 namespace {
 
-class StagedCopiesTest : public testing::TestWithParam<Device> {
+using ::sluice::testing::SkippedWithout;
+
+class StagedCopiesTest : public ::testing::TestWithParam<Device> {
  protected:
   void SetUp() override {
-    if (GetParam() == Device::kCuda && cuda::DeviceCount() == 0) {
-      GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
-    }
+    if (SkippedWithout(GetParam())) return;
     ctx_ = std::make_unique<ExecContext>(ExecOptions{.device = GetParam()});
   }
   // Piece `i`: so many numbers from 1000 i on.
@@ -105,7 +105,7 @@ TEST_P(StagedCopiesTest, AnEndWithPiecesOnTheirWayIsNoTrouble) {
   EXPECT_EQ(idle.SizeBytes(), 0);
 }
 
-INSTANTIATE_TEST_SUITE_P(Devices, StagedCopiesTest, testing::Values(Device::kCpu, Device::kCuda),
+INSTANTIATE_TEST_SUITE_P(Devices, StagedCopiesTest, ::testing::Values(Device::kCpu, Device::kCuda),
                          [](const auto& info) { return Name(info.param); });
 
 }  // namespace

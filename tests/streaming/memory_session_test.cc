@@ -15,6 +15,7 @@
 #include "runtime/transfer.h"
 #include "streaming/engine.h"
 #include "streaming/pipeline.h"
+#include "tests/support/gpu_testing.h"
 
 namespace sluice {
 namespace {
@@ -30,13 +31,9 @@ FramePtr NoiseFrame(int index) {
   return frame;
 }
 
-class MemorySessionTest : public testing::TestWithParam<Device> {
+class MemorySessionTest : public ::testing::TestWithParam<Device> {
  protected:
-  void SetUp() override {
-    if (GetParam() == Device::kCuda && cuda::DeviceCount() == 0) {
-      GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
-    }
-  }
+  void SetUp() override { ::sluice::testing::SkippedWithout(GetParam()); }
   static Engine Open(int64_t kv_budget_bytes = 0) {
     EngineOptions options;
     options.model = std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_tied";
@@ -47,7 +44,7 @@ class MemorySessionTest : public testing::TestWithParam<Device> {
     return Engine(options);
   }
 };
-INSTANTIATE_TEST_SUITE_P(Devices, MemorySessionTest, testing::Values(Device::kCpu, Device::kCuda),
+INSTANTIATE_TEST_SUITE_P(Devices, MemorySessionTest, ::testing::Values(Device::kCpu, Device::kCuda),
                          [](const auto& info) { return Name(info.param); });
 
 SessionOptions WithMemory(int64_t window, int recall) {
@@ -200,7 +197,7 @@ TEST_P(MemorySessionTest, WhatCannotFitOrGoTogetherIsRefusedInOneLine) {
     change(options);
     return Refusal([&] { engine.NewSession(options); });
   };
-  using testing::HasSubstr;
+  using ::testing::HasSubstr;
   EXPECT_THAT(refusal([](auto& o) { o.memory->window_tokens = 4000; }),
               HasSubstr("--memory-window smaller by"));
   EXPECT_THAT(refusal([](auto& o) { o.memory->recall_blocks = 4000; }),

@@ -39,6 +39,15 @@ inline double At(ConstTensorView x, int64_t row, int64_t column) {
   }
 }
 
+// All elements of a rank-2 view, row after row.
+inline std::vector<double> Values(ConstTensorView x) {
+  std::vector<double> values;
+  for (int64_t i = 0; i < x.dim(0); ++i) {
+    for (int64_t j = 0; j < x.dim(1); ++j) values.push_back(At(x, i, j));
+  }
+  return values;
+}
+
 // A view of `rows` x `columns` elements whose rows are `gap` elements further apart than needed.
 inline TensorView Strided(const Tensor& storage, int64_t rows, int64_t columns, int64_t gap) {
   return TensorView(storage.view().raw(), storage.dtype(), {rows, columns}, columns + gap);

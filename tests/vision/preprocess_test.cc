@@ -12,6 +12,7 @@
 
 #include "runtime/error.h"
 #include "runtime/transfer.h"
+#include "tests/support/gpu_testing.h"
 #include "vision/resize.h"
 
 namespace sluice {
@@ -226,7 +227,7 @@ TEST(PreprocessTest, SizesThatDoNotFitTheBytesAreRefused) {
 // Larger and smaller, wide and tall, one pixel, sizes that change within a batch, pictures that the
 // staging takes in several pieces, and more than are resized at once.
 TEST(PreprocessTest, APictureResizedOnAGpuIsTheSameBitForBit) {
-  if (cuda::DeviceCount() == 0) GTEST_SKIP() << "needs a GPU and a build with -DSLUICE_CUDA=ON";
+  if (::sluice::testing::SkippedWithout(Device::kCuda)) return;
   ExecContext cpu({.num_threads = 2}), gpu({.device = Device::kCuda});
   const std::vector<std::vector<Size>> batches = {
       {{640, 480}, {640, 480}, {640, 480}},
