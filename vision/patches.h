@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "runtime/exec_context.h"
+#include "runtime/ops/linear.h"
 #include "runtime/tensor.h"
 
 namespace sluice {
@@ -21,15 +22,12 @@ void CheckPixels(ConstTensorView pixels, int64_t frames, int64_t side);
 void ForBatches(int64_t frames, int64_t rows, bool all_together,
                 const std::function<void(int64_t begin, int64_t end)>& encode);
 
-// Lays out squares of `patch` x `patch` pixels as rows in the order (channel, y, x), that of a
-// convolution's kernel, in `gathered`'s dtype; a remainder of the picture is not read. gathered:
-// [F * (before + N), 3 * patch * patch]; the first `before` rows of every frame become zero, so
-// that one product serves frames with a class token.
-void GatherPatches(ExecContext& ctx, ConstTensorView pixels, int64_t patch, int64_t before,
-                   TensorView gathered);
-
-// Every frame's rows of y [F * R, D] = x [R, D]. Both f32.
-void RepeatRows(ExecContext& ctx, ConstTensorView x, TensorView y);
+// hidden [F * R, V] f32 = what `embedding` [V, 3 * patch * patch] makes of the picture's squares of
+// `patch` x `patch` pixels, row by row, plus `start` [R, V] f32 in every frame. A remainder of the
+// picture is not read. Rows that `start` has more than a frame has patches come first and see no
+// pixel: a class token. Traces "encode/patches" and "encode/patch_embedding".
+void EmbedPatches(ExecContext& ctx, ConstTensorView pixels, int64_t patch,
+                  const LinearWeight& embedding, ConstTensorView start, TensorView hidden);
 
 }  // namespace sluice
 

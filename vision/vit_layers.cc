@@ -15,6 +15,7 @@
 #include "runtime/ops/traced_linear.h"
 #include "runtime/parallel.h"
 #include "runtime/transfer.h"
+#include "vision/patches.h"
 
 namespace sluice {
 
@@ -168,6 +169,42 @@ VitLayers::VitLayers(WeightStore& weights, const VitConfig& config)
     layer.fc2 = weights.TakeProjection(prefix + "mlp.fc2", width, inner, true);
     layers_.push_back(std::move(layer));
   }
+}
+
+double VitLayers::Encode(ExecContext& ctx, ConstTensorView pixels, TensorView tokens,
+                         const Ends& ends, const EncodeHooks& hooks) const {
+  const int64_t frames = pixels.dim(0);
+  double flops = 0;
+  ForBatches(frames, rows(), hooks.probe != nullptr, [&](int64_t begin, int64_t end) {
+    const int64_t per_frame = tokens.dim(0) / frames;
+    const TensorView to = tokens.Slice(begin * per_frame, end * per_frame);
+    const ConstTensorView some = pixels.Slice(begin, end);
+    if (ctx.device() == Device::kCpu || hooks.probe) {
+      flops += EncodeBatch(ctx, some, to, ends, hooks);
+      return;
+    }
+    // Results go where they lie each time, so that the steps of a batch recur.
+    const Workspace::Scope scope(ctx.workspace());
+    const TensorView same = ctx.workspace().Allocate(DType::kF32, to.shape());
+    flops += EncodeBatch(ctx, some, same, ends, hooks);
+    CopyRows(ctx, same, to);
+  });
+  return flops;
+}
+
+double VitLayers::EncodeBatch(ExecContext& ctx, ConstTensorView pixels, TensorView tokens,
+                              const Ends& ends, const EncodeHooks& hooks) const {
+  const Workspace::Scope scope(ctx.workspace());
+  const int64_t frames = pixels.dim(0);
+  const TensorView hidden =
+      ctx.workspace().Allocate(DType::kF32, {frames * rows(), config_.hidden_size});
+  const std::string count = std::to_string(frames);
+  ctx.Recurring("encode/embed " + count, [&] { ends.embed(pixels, hidden); });
+  ShowOnHost(ctx, hooks.probe, "embeddings", hidden);
+  const double flops = Run(ctx, hidden, hooks);
+  const auto project = [&] { ends.project(hidden, tokens); };
+  hooks.probe ? project() : ctx.Recurring("encode/project " + count, project);
+  return flops;
 }
 
 double VitLayers::Run(ExecContext& ctx, TensorView hidden, const EncodeHooks& hooks) const {

@@ -53,10 +53,18 @@ class VitLayers {
   // Takes `vision_tower.encoder.layers.*`, only those that run. Throws InputError as WeightStore.
   VitLayers(WeightStore& weights, const VitConfig& config);
 
-  // Runs all layers in place and returns how many operations that took. hidden: [F * rows(), V]
-  // f32, contiguous. A probe sees "layer.0" and so on, before it "layer.0.query", "layer.0.key" and
-  // "layer.0.value". Throws Error on hooks that do not go together.
-  double Run(ExecContext& ctx, TensorView hidden, const EncodeHooks& hooks) const;
+  // What a family puts around the layers, for a batch of frames.
+  struct Ends {
+    std::function<void(ConstTensorView pixels, TensorView hidden)> embed;
+    std::function<void(ConstTensorView hidden, TensorView tokens)> project;
+  };
+  // Takes pixels [F, 3, H, W] f32 through embed, all layers and project to tokens [F * M, E] f32,
+  // batch by batch, and returns how many operations the layers took. Between them lie hidden
+  // [rows() a frame, V] f32. A probe sees "embeddings", "layer.0" and so on, before it
+  // "layer.0.query", "layer.0.key" and "layer.0.value", and what project shows it. Throws Error on
+  // hooks that do not go together.
+  double Encode(ExecContext& ctx, ConstTensorView pixels, TensorView tokens, const Ends& ends,
+                const EncodeHooks& hooks) const;
 
   int64_t rows() const { return config_.class_tokens + config_.patches; }  // of a frame
   double FlopsPerFrame() const;                                            // computed whole
@@ -73,6 +81,11 @@ class VitLayers {
     AttentionPrecision attention = AttentionPrecision::kExact;
   };
 
+  double EncodeBatch(ExecContext& ctx, ConstTensorView pixels, TensorView tokens, const Ends& ends,
+                     const EncodeHooks& hooks) const;
+  // Runs all layers in place and returns how many operations that took. hidden: [F * rows(), V]
+  // f32, contiguous.
+  double Run(ExecContext& ctx, TensorView hidden, const EncodeHooks& hooks) const;
   // name: what a probe is told.
   void RunLayer(ExecContext& ctx, const Layer& layer, TensorView hidden,
                 const TensorProbe& probe = nullptr, const std::string& name = {}) const;

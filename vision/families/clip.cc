@@ -28,9 +28,6 @@ class ClipEncoder : public VisionEncoder {
   double FlopsPerFrame() const override { return FlopsAroundLayers() + layers_.FlopsPerFrame(); }
 
  private:
-  // Returns the operations it took.
-  double EncodeBatch(ExecContext& ctx, ConstTensorView pixels, TensorView tokens,
-                     const EncodeHooks& hooks) const;
   void Embed(ExecContext& ctx, ConstTensorView pixels, TensorView hidden) const;
   void Project(ExecContext& ctx, ConstTensorView hidden, TensorView tokens,
                const TensorProbe& probe) const;
@@ -87,41 +84,15 @@ VisualTokens ClipEncoder::Encode(ExecContext& ctx, ConstTensorView pixels,
   const auto count = static_cast<int64_t>(frames.size());
   CheckPixels(pixels, count, config_.image_size);
   TraceScope trace(&ctx.tracer(), "encode", count);
-  const int64_t per_frame = tokens_per_frame();
   VisualTokens tokens =
       GridTokens(frames, pooled_grid_, pooled_grid_, config_.output_size, ctx.device());
-  double flops = 0;
-  ForBatches(count, layers_.rows(), hooks.probe != nullptr, [&](int64_t begin, int64_t end) {
-    const TensorView to = tokens.features.view().Slice(begin * per_frame, end * per_frame);
-    const ConstTensorView some = pixels.Slice(begin, end);
-    if (ctx.device() == Device::kCpu || hooks.probe) {
-      flops += EncodeBatch(ctx, some, to, hooks);
-      return;
-    }
-    // Results go where they lie each time, so that the steps of a batch recur.
-    const Workspace::Scope scope(ctx.workspace());
-    const TensorView same = ctx.workspace().Allocate(DType::kF32, to.shape());
-    flops += EncodeBatch(ctx, some, same, hooks);
-    CopyRows(ctx, same, to);
-  });
+  const VitLayers::Ends ends = {
+      [&](ConstTensorView some, TensorView hidden) { Embed(ctx, some, hidden); },
+      [&](ConstTensorView hidden, TensorView some) { Project(ctx, hidden, some, hooks.probe); }};
+  const double flops = layers_.Encode(ctx, pixels, tokens.features, ends, hooks) +
+                       static_cast<double>(count) * FlopsAroundLayers();
   trace.AddWork(flops, static_cast<double>(pixels.SizeBytes() + tokens.features.SizeBytes()));
   return tokens;
-}
-
-double ClipEncoder::EncodeBatch(ExecContext& ctx, ConstTensorView pixels, TensorView tokens,
-                                const EncodeHooks& hooks) const {
-  const TensorProbe& probe = hooks.probe;
-  Workspace& workspace = ctx.workspace();
-  Workspace::Scope scope(workspace);
-  const int64_t rows = pixels.dim(0) * layers_.rows();
-  const TensorView hidden = workspace.Allocate(DType::kF32, {rows, config_.hidden_size});
-  const std::string frames = std::to_string(pixels.dim(0));
-  ctx.Recurring("encode/embed " + frames, [&] { Embed(ctx, pixels, hidden); });
-  ShowOnHost(ctx, probe, "embeddings", hidden);
-  const double flops = layers_.Run(ctx, hidden, hooks);
-  const auto project = [&] { Project(ctx, hidden, tokens, probe); };
-  probe ? project() : ctx.Recurring("encode/project " + frames, project);
-  return flops + static_cast<double>(pixels.dim(0)) * FlopsAroundLayers();
 }
 
 void ClipEncoder::Project(ExecContext& ctx, ConstTensorView hidden, TensorView tokens,
@@ -138,19 +109,9 @@ void ClipEncoder::Project(ExecContext& ctx, ConstTensorView hidden, TensorView t
 }
 
 void ClipEncoder::Embed(ExecContext& ctx, ConstTensorView pixels, TensorView hidden) const {
-  Workspace::Scope scope(ctx.workspace());
-  const int64_t patch = config_.patch_size;
-  const TensorView gathered =
-      ctx.workspace().Allocate(dtype_, {hidden.dim(0), kPixelChannels * patch * patch});
+  const Workspace::Scope scope(ctx.workspace());
   const TensorView sums = ctx.workspace().Allocate(DType::kF32, hidden.shape());
-  {
-    TraceScope trace(&ctx.tracer(), "encode/patches", hidden.dim(0));
-    trace.AddWork(0, static_cast<double>(gathered.SizeBytes()) + pixels.SizeBytes());
-    GatherPatches(ctx, pixels, patch, kClassTokens, gathered);
-    RepeatRows(ctx, start_, sums);
-  }
-  TracedLinear(ctx, "encode/patch_embedding", gathered, patch_embedding_, sums,
-               {.accumulate = true});
+  EmbedPatches(ctx, pixels, config_.patch_size, patch_embedding_, start_, sums);
   pre_norm_.Apply(ctx, sums, hidden);
 }
 

@@ -26,10 +26,6 @@ class SiglipEncoder : public VisionEncoder {
   double FlopsPerFrame() const override { return FlopsAroundLayers() + layers_.FlopsPerFrame(); }
 
  private:
-  // Returns the operations it took.
-  double EncodeBatch(ExecContext& ctx, ConstTensorView pixels, TensorView pooled,
-                     const EncodeHooks& hooks) const;
-  void EmbedPatches(ExecContext& ctx, ConstTensorView pixels, TensorView hidden) const;
   void Project(ExecContext& ctx, ConstTensorView hidden, TensorView pooled,
                const TensorProbe& probe) const;
   double FlopsAroundLayers() const;  // of a frame
@@ -76,42 +72,17 @@ VisualTokens SiglipEncoder::Encode(ExecContext& ctx, ConstTensorView pixels,
   const auto count = static_cast<int64_t>(frames.size());
   CheckPixels(pixels, count, config_.image_size);
   TraceScope trace(&ctx.tracer(), "encode", count);
-  const int64_t per_frame = tokens_per_frame();
   VisualTokens tokens =
       GridTokens(frames, pool_.out_rows(), pool_.out_cols(), config_.output_size, ctx.device());
-  double flops = 0;
-  ForBatches(count, layers_.rows(), hooks.probe != nullptr, [&](int64_t begin, int64_t end) {
-    const TensorView to = tokens.features.view().Slice(begin * per_frame, end * per_frame);
-    const ConstTensorView some = pixels.Slice(begin, end);
-    if (ctx.device() == Device::kCpu || hooks.probe) {
-      flops += EncodeBatch(ctx, some, to, hooks);
-      return;
-    }
-    // Results go where they lie each time, so that the steps of a batch recur.
-    const Workspace::Scope scope(ctx.workspace());
-    const TensorView same = ctx.workspace().Allocate(DType::kF32, to.shape());
-    flops += EncodeBatch(ctx, some, same, hooks);
-    CopyRows(ctx, same, to);
-  });
+  const VitLayers::Ends ends = {
+      [&](ConstTensorView some, TensorView hidden) {
+        EmbedPatches(ctx, some, config_.patch_size, patch_embedding_, positions_, hidden);
+      },
+      [&](ConstTensorView hidden, TensorView some) { Project(ctx, hidden, some, hooks.probe); }};
+  const double flops = layers_.Encode(ctx, pixels, tokens.features, ends, hooks) +
+                       static_cast<double>(count) * FlopsAroundLayers();
   trace.AddWork(flops, static_cast<double>(pixels.SizeBytes() + tokens.features.SizeBytes()));
   return tokens;
-}
-
-double SiglipEncoder::EncodeBatch(ExecContext& ctx, ConstTensorView pixels, TensorView pooled,
-                                  const EncodeHooks& hooks) const {
-  const TensorProbe& probe = hooks.probe;
-  Workspace& workspace = ctx.workspace();
-  Workspace::Scope scope(workspace);
-  const int64_t rows = pixels.dim(0) * patches_per_frame();
-  const TensorView hidden = workspace.Allocate(DType::kF32, {rows, config_.hidden_size});
-  const std::string frames = std::to_string(pixels.dim(0));
-  ctx.Recurring("encode/embed " + frames, [&] { EmbedPatches(ctx, pixels, hidden); });
-  ShowOnHost(ctx, probe, "embeddings", hidden);
-  const double flops = layers_.Run(ctx, hidden, hooks);
-  ShowOnHost(ctx, probe, "tower", hidden);
-  const auto project = [&] { Project(ctx, hidden, pooled, probe); };
-  probe ? project() : ctx.Recurring("encode/project " + frames, project);
-  return flops + static_cast<double>(pixels.dim(0)) * FlopsAroundLayers();
 }
 
 void SiglipEncoder::Project(ExecContext& ctx, ConstTensorView hidden, TensorView pooled,
@@ -119,6 +90,7 @@ void SiglipEncoder::Project(ExecContext& ctx, ConstTensorView hidden, TensorView
   Workspace& workspace = ctx.workspace();
   Workspace::Scope scope(workspace);
   const int64_t rows = hidden.dim(0);
+  ShowOnHost(ctx, probe, "tower", hidden);
   ConstTensorView feature = hidden;
   if (dtype_ != DType::kF32) {
     const TensorView narrow = workspace.Allocate(dtype_, hidden.shape());
@@ -137,22 +109,6 @@ void SiglipEncoder::Project(ExecContext& ctx, ConstTensorView hidden, TensorView
                 static_cast<double>(projected.SizeBytes()) + pooled.SizeBytes());
   pool_.Run(ctx, projected, pooled);
   ShowOnHost(ctx, probe, "pooled", pooled);
-}
-
-void SiglipEncoder::EmbedPatches(ExecContext& ctx, ConstTensorView pixels,
-                                 TensorView hidden) const {
-  Workspace::Scope scope(ctx.workspace());
-  const int64_t patch = config_.patch_size;
-  const TensorView gathered =
-      ctx.workspace().Allocate(dtype_, {hidden.dim(0), kPixelChannels * patch * patch});
-  {
-    TraceScope trace(&ctx.tracer(), "encode/patches", hidden.dim(0));
-    trace.AddWork(0, static_cast<double>(gathered.SizeBytes()) + pixels.SizeBytes());
-    GatherPatches(ctx, pixels, patch, 0, gathered);
-    RepeatRows(ctx, positions_, hidden);
-  }
-  TracedLinear(ctx, "encode/patch_embedding", gathered, patch_embedding_, hidden,
-               {.accumulate = true});
 }
 
 double SiglipEncoder::FlopsAroundLayers() const {
