@@ -10,6 +10,7 @@
 #include "runtime/ops/cpu/amx.h"
 #include "runtime/ops/cpu/attention.h"
 #include "runtime/ops/cpu/attention_sage.h"
+#include "runtime/ops/cpu/element.h"
 #include "runtime/ops/cuda/activation.h"
 #include "runtime/ops/cuda/attention.h"
 #include "runtime/ops/cuda/kv.h"
@@ -169,9 +170,6 @@ void GatherRows(ExecContext& ctx, const KvLayerView& from, std::span<const int32
   });
 }
 
-float ToFloat(float value) { return value; }
-float ToFloat(BFloat16 value) { return value.ToFloat(); }
-
 // Eight sums, so that the compiler may use vectors.
 template <typename T>
 float Dot(const T* a, const T* b, int size) {
@@ -179,9 +177,9 @@ float Dot(const T* a, const T* b, int size) {
   float sums[kLanes] = {};
   int i = 0;
   for (; i + kLanes <= size; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) sums[j] += ToFloat(a[i + j]) * ToFloat(b[i + j]);
+    for (int j = 0; j < kLanes; ++j) sums[j] += cpu::ToFloat(a[i + j]) * cpu::ToFloat(b[i + j]);
   }
-  for (; i < size; ++i) sums[0] += ToFloat(a[i]) * ToFloat(b[i]);
+  for (; i < size; ++i) sums[0] += cpu::ToFloat(a[i]) * cpu::ToFloat(b[i]);
   return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
 }
 
@@ -718,11 +716,8 @@ void StoreKv(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, int
   CheckMatrix(kOp, "values", values, count, width, kv.dtype);
   CheckDevice(kOp, ctx, kv);
   if (OnGpu(kOp, ctx, {keys, values})) return MoveKv(ctx, kv, begin, keys, values, true);
-  if (kv.dtype == DType::kF32) {
-    StoreRows<float>(ctx, keys, values, begin, kv);
-  } else {
-    StoreRows<BFloat16>(ctx, keys, values, begin, kv);
-  }
+  cpu::WithType(kv.dtype,
+                [&](auto element) { StoreRows<decltype(element)>(ctx, keys, values, begin, kv); });
 }
 
 void RotateAndStore(ExecContext& ctx, TensorView qkv, int heads, std::span<const int32_t> positions,
@@ -769,11 +764,8 @@ void LoadKv(ExecContext& ctx, const KvLayerView& kv, int64_t begin, TensorView k
   CheckMatrix(kOp, "values", values, count, width, kv.dtype);
   CheckDevice(kOp, ctx, kv);
   if (OnGpu(kOp, ctx, {keys, values})) return MoveKv(ctx, kv, begin, keys, values, false);
-  if (kv.dtype == DType::kF32) {
-    LoadRows<float>(ctx, kv, begin, keys, values);
-  } else {
-    LoadRows<BFloat16>(ctx, kv, begin, keys, values);
-  }
+  cpu::WithType(kv.dtype,
+                [&](auto element) { LoadRows<decltype(element)>(ctx, kv, begin, keys, values); });
 }
 
 void GatherKv(ExecContext& ctx, const KvLayerView& from, std::span<const int32_t> rows,
@@ -798,11 +790,8 @@ void GatherKv(ExecContext& ctx, const KvLayerView& from, std::span<const int32_t
     const int32_t* const there = Within(ctx, numbers);
     return ctx.Queue(cuda::GatherKv, BlocksOf(from), there + source, there, count, there + count);
   }
-  if (from.dtype == DType::kF32) {
-    GatherRows<float>(ctx, from, rows, to);
-  } else {
-    GatherRows<BFloat16>(ctx, from, rows, to);
-  }
+  cpu::WithType(from.dtype,
+                [&](auto element) { GatherRows<decltype(element)>(ctx, from, rows, to); });
 }
 
 void MeanAttentionRow(ExecContext& ctx, ConstTensorView q, int heads, float scale,
@@ -850,11 +839,9 @@ void MeanAttentionRow(ExecContext& ctx, ConstTensorView q, int heads, float scal
     MeanOfScores(ctx, args, static_cast<float*>(mean.raw()));
     return Transfer(ctx, mean, TensorView(out.data(), DType::kF32, {keys}));
   }
-  if (kv.dtype == DType::kF32) {
-    MeanRow(ctx, q.data<float>(), heads, scale, kv, rows, more, out);
-  } else {
-    MeanRow(ctx, q.data<BFloat16>(), heads, scale, kv, rows, more, out);
-  }
+  cpu::WithType(kv.dtype, [&](auto element) {
+    MeanRow(ctx, q.data<decltype(element)>(), heads, scale, kv, rows, more, out);
+  });
 }
 
 void CausalAttention(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, float scale,

@@ -5,15 +5,11 @@
 #include <cmath>
 #include <vector>
 
+#include "runtime/ops/cpu/element.h"
 #include "runtime/parallel.h"
 
 namespace sluice::cpu {
 namespace {
-
-float ToFloat(float value) { return value; }
-float ToFloat(BFloat16 value) { return value.ToFloat(); }
-void Store(float value, float* to) { *to = value; }
-void Store(float value, BFloat16* to) { *to = BFloat16::From(value); }
 
 // softmax(q K^T * scale + bias) for one query. key(t) points at the D elements of key t; bias: of
 // the first key, or null.
@@ -118,30 +114,24 @@ void CausalRows(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, f
 void EncoderAttentionReference(ExecContext& ctx, ConstTensorView q, ConstTensorView k,
                                ConstTensorView v, int64_t batch, int heads, int head_dim,
                                float scale, TensorView out, ConstTensorView key_bias) {
-  if (q.dtype() == DType::kF32) {
-    EncoderRows<float>(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
-  } else {
-    EncoderRows<BFloat16>(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
-  }
+  WithType(q.dtype(), [&](auto element) {
+    EncoderRows<decltype(element)>(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
+  });
 }
 
 void AttentionReceivedReference(ExecContext& ctx, ConstTensorView q, ConstTensorView k,
                                 int64_t batch, int heads, int head_dim, float scale,
                                 ConstTensorView key_bias, TensorView received) {
-  if (q.dtype() == DType::kF32) {
-    ReceivedRows<float>(ctx, q, k, batch, heads, head_dim, scale, key_bias, received);
-  } else {
-    ReceivedRows<BFloat16>(ctx, q, k, batch, heads, head_dim, scale, key_bias, received);
-  }
+  WithType(q.dtype(), [&](auto element) {
+    ReceivedRows<decltype(element)>(ctx, q, k, batch, heads, head_dim, scale, key_bias, received);
+  });
 }
 
 void CausalAttentionReference(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads,
                               float scale, const KvLayerView& kv, TensorView out) {
-  if (kv.dtype == DType::kF32) {
-    CausalRows<float>(ctx, q, begin, heads, scale, kv, out);
-  } else {
-    CausalRows<BFloat16>(ctx, q, begin, heads, scale, kv, out);
-  }
+  WithType(kv.dtype, [&](auto element) {
+    CausalRows<decltype(element)>(ctx, q, begin, heads, scale, kv, out);
+  });
 }
 
 }  // namespace sluice::cpu

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
-#include <type_traits>
 #include <vector>
 
+#include "runtime/ops/cpu/element.h"
 #include "runtime/parallel.h"
 
 namespace sluice::cpu {
@@ -143,31 +143,20 @@ float RoundProbability(float p, SageValues values) {
 }
 
 // Rows of `count` tokens of one head: [count, D] f32.
-template <typename T, typename At>
+template <typename At>
 std::vector<float> Rows(int64_t count, int head_dim, const At& at) {
   std::vector<float> rows(count * head_dim);
   for (int64_t t = 0; t < count; ++t) {
-    for (int d = 0; d < head_dim; ++d) {
-      const T value = at(t, d);
-      if constexpr (std::is_same_v<T, float>) {
-        rows[t * head_dim + d] = value;
-      } else {
-        rows[t * head_dim + d] = value.ToFloat();
-      }
-    }
+    for (int d = 0; d < head_dim; ++d) rows[t * head_dim + d] = ToFloat(at(t, d));
   }
   return rows;
 }
 
 template <typename T>
-void Store(const std::vector<float>& rows, int head_dim, T* out, int64_t stride) {
+void StoreRows(const std::vector<float>& rows, int head_dim, T* out, int64_t stride) {
   for (size_t i = 0; i < rows.size(); ++i) {
-    T& to = out[static_cast<int64_t>(i) / head_dim * stride + static_cast<int64_t>(i) % head_dim];
-    if constexpr (std::is_same_v<T, float>) {
-      to = rows[i];
-    } else {
-      to = T::From(rows[i]);
-    }
+    const auto at = static_cast<int64_t>(i);
+    Store(rows[i], &out[at / head_dim * stride + at % head_dim]);
   }
 }
 
@@ -181,8 +170,7 @@ void EncoderRows(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTe
       const int64_t sequence = item / heads, column = item % heads * head_dim;
       const auto rows = [&](ConstTensorView x, int64_t count) {
         const T* first = x.data<T>() + sequence * count * x.stride0() + column;
-        return Rows<T>(count, head_dim,
-                       [&](int64_t t, int d) { return first[t * x.stride0() + d]; });
+        return Rows(count, head_dim, [&](int64_t t, int d) { return first[t * x.stride0() + d]; });
       };
       const std::vector<float> own_q = rows(q, queries), own_k = rows(k, keys);
       const std::vector<float> own_v = rows(v, keys);
@@ -197,8 +185,8 @@ void EncoderRows(ExecContext& ctx, ConstTensorView q, ConstTensorView k, ConstTe
            .scale = scale,
            .key_bias = key_bias.empty() ? nullptr : key_bias.data<float>() + sequence * keys},
           SageVariant::Cpu(), result.data());
-      Store(result, head_dim, out.data<T>() + sequence * queries * out.stride0() + column,
-            out.stride0());
+      StoreRows(result, head_dim, out.data<T>() + sequence * queries * out.stride0() + column,
+                out.stride0());
     }
   });
 }
@@ -215,13 +203,13 @@ void CausalRows(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, f
       const auto block = [&](int64_t t) {
         return static_cast<const T*>(kv.blocks[t / kKvBlockTokens]);
       };
-      const std::vector<float> own_q = Rows<T>(queries, head_dim, [&](int64_t t, int d) {
+      const std::vector<float> own_q = Rows(queries, head_dim, [&](int64_t t, int d) {
         return q.data<T>()[t * q.stride0() + column + d];
       });
-      const std::vector<float> own_k = Rows<T>(keys, head_dim, [&](int64_t t, int d) {
+      const std::vector<float> own_k = Rows(keys, head_dim, [&](int64_t t, int d) {
         return block(t)[kv_head * area + t % kKvBlockTokens * head_dim + d];
       });
-      const std::vector<float> own_v = Rows<T>(keys, head_dim, [&](int64_t t, int d) {
+      const std::vector<float> own_v = Rows(keys, head_dim, [&](int64_t t, int d) {
         return block(t)[(kv.kv_heads + kv_head) * area + d * kKvBlockTokens + t % kKvBlockTokens];
       });
       std::vector<float> result(own_q.size());
@@ -234,7 +222,7 @@ void CausalRows(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads, f
                      .scale = scale,
                      .causal = true},
                     SageVariant::Cpu(), result.data());
-      Store(result, head_dim, out.data<T>() + column, out.stride0());
+      StoreRows(result, head_dim, out.data<T>() + column, out.stride0());
     }
   });
 }
@@ -390,20 +378,16 @@ void SageReference(const SageProblem& x, const SageVariant& variant, float* out,
 void EncoderAttentionSageReference(ExecContext& ctx, ConstTensorView q, ConstTensorView k,
                                    ConstTensorView v, int64_t batch, int heads, int head_dim,
                                    float scale, TensorView out, ConstTensorView key_bias) {
-  if (q.dtype() == DType::kF32) {
-    EncoderRows<float>(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
-  } else {
-    EncoderRows<BFloat16>(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
-  }
+  WithType(q.dtype(), [&](auto element) {
+    EncoderRows<decltype(element)>(ctx, q, k, v, batch, heads, head_dim, scale, out, key_bias);
+  });
 }
 
 void CausalAttentionSageReference(ExecContext& ctx, ConstTensorView q, int64_t begin, int heads,
                                   float scale, const KvLayerView& kv, TensorView out) {
-  if (kv.dtype == DType::kF32) {
-    CausalRows<float>(ctx, q, begin, heads, scale, kv, out);
-  } else {
-    CausalRows<BFloat16>(ctx, q, begin, heads, scale, kv, out);
-  }
+  WithType(kv.dtype, [&](auto element) {
+    CausalRows<decltype(element)>(ctx, q, begin, heads, scale, kv, out);
+  });
 }
 
 }  // namespace sluice::cpu

@@ -3,26 +3,10 @@
 
 #include <cmath>
 
+#include "runtime/ops/cpu/element.h"
+
 namespace sluice {
 namespace {
-
-template <typename T>
-float Read(const T& value) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    return value.ToFloat();
-  } else {
-    return value;
-  }
-}
-
-template <typename T>
-void Write(float value, T* to) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    *to = BFloat16::From(value);
-  } else {
-    *to = value;
-  }
-}
 
 template <typename T>
 void Rotate(TensorView x, int head_dim, std::span<const int32_t> positions, const float* inv_freq) {
@@ -35,9 +19,9 @@ void Rotate(TensorView x, int head_dim, std::span<const int32_t> positions, cons
         const double angle = RopeAngle(positions[s], inv_freq[i]);
         const auto c = static_cast<float>(std::cos(angle));
         const auto n = static_cast<float>(std::sin(angle));
-        const float a = Read(first[i]), b = Read(second[i]);
-        Write(a * c - b * n, first + i);
-        Write(b * c + a * n, second + i);
+        const float a = cpu::ToFloat(first[i]), b = cpu::ToFloat(second[i]);
+        cpu::Store(a * c - b * n, first + i);
+        cpu::Store(b * c + a * n, second + i);
       }
     }
   }
@@ -47,11 +31,8 @@ void Rotate(TensorView x, int head_dim, std::span<const int32_t> positions, cons
 
 void RopeReference(TensorView x, int head_dim, std::span<const int32_t> positions,
                    const float* inv_freq) {
-  if (x.dtype() == DType::kBF16) {
-    Rotate<BFloat16>(x, head_dim, positions, inv_freq);
-  } else {
-    Rotate<float>(x, head_dim, positions, inv_freq);
-  }
+  cpu::WithType(x.dtype(),
+                [&](auto element) { Rotate<decltype(element)>(x, head_dim, positions, inv_freq); });
 }
 
 }  // namespace sluice

@@ -3,11 +3,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "runtime/ops/cpu/element.h"
+
 namespace sluice::cpu {
 namespace {
-
-float ToFloat(float value) { return value; }
-float ToFloat(BFloat16 value) { return value.ToFloat(); }
 
 template <typename T>
 void Rows(ConstTensorView a, ConstTensorView b, TensorView cosines, std::span<const float> center) {
@@ -40,19 +39,11 @@ void Mean(ConstTensorView x, std::span<float> mean) {
 
 void RowCosinesReference(ConstTensorView a, ConstTensorView b, TensorView cosines,
                          std::span<const float> center) {
-  if (a.dtype() == DType::kF32) {
-    Rows<float>(a, b, cosines, center);
-  } else {
-    Rows<BFloat16>(a, b, cosines, center);
-  }
+  WithType(a.dtype(), [&](auto element) { Rows<decltype(element)>(a, b, cosines, center); });
 }
 
 void MeanRowReference(ConstTensorView x, std::span<float> mean) {
-  if (x.dtype() == DType::kF32) {
-    Mean<float>(x, mean);
-  } else {
-    Mean<BFloat16>(x, mean);
-  }
+  WithType(x.dtype(), [&](auto element) { Mean<decltype(element)>(x, mean); });
 }
 
 void NearestRowsReference(ConstTensorView a, ConstTensorView b, std::span<int32_t> nearest,
