@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "runtime/ops/cuda/merge.h"
+#include "runtime/ops/note.h"
 #include "runtime/ops/rows.h"
 #include "runtime/ops/similarity.h"
 #include "runtime/transfer.h"
@@ -125,6 +126,7 @@ Tensor MergeFeatures(ExecContext& ctx, const MergeState& state, std::span<const 
     args.to = Within(ctx, numbers);
     args.sizes = reinterpret_cast<const float*>(args.to + places.size());
     args.merged = merged;
+    NoteScalars(ctx, args.groups);
     ctx.Queue(cuda::MergeRows, args);
     return merged;
   }

@@ -15,6 +15,7 @@
 #include "runtime/ops/cuda/attention.h"
 #include "runtime/ops/cuda/kv.h"
 #include "runtime/ops/kv_table.h"
+#include "runtime/ops/note.h"
 #include "runtime/ops/rope.h"
 #include "runtime/parallel.h"
 #include "runtime/transfer.h"
@@ -224,9 +225,7 @@ void MeanRow(ExecContext& ctx, const T* q, int heads, float scale, const KvLayer
 void CheckDevice(const char* op, const ExecContext& ctx, const KvLayerView& kv) {
   if (kv.device == ctx.device()) {
     // A step that recurs is the same only with the same pool.
-    if (ctx.recorder() && ctx.recorder()->active()) {
-      ctx.recorder()->Note(reinterpret_cast<uintptr_t>(kv.base));
-    }
+    if (ctx.recorder()) NoteScalars(ctx, kv.base);
     return;
   }
   throw Error(std::string("[") + op + "] expected a cache on the " + Name(ctx.device()) +
@@ -291,7 +290,7 @@ constexpr int64_t kTogether = 64;  // tables grow by so many blocks: lengths tha
 // Scratch memory of an op, which is part of what a replay must find the same.
 void* ScratchOf(ExecContext& ctx, size_t bytes) {
   void* const room = ctx.workspace().Allocate(DType::kU8, {static_cast<int64_t>(bytes)}).raw();
-  if (ctx.recorder()->active()) ctx.recorder()->Note(reinterpret_cast<uintptr_t>(room));
+  NoteScalars(ctx, room);
   return room;
 }
 
@@ -383,7 +382,7 @@ void SageOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment, in
   const TensorView keys = ctx.workspace().Allocate(kv.dtype, shape);
   const TensorView values = ctx.workspace().Allocate(kv.dtype, shape);
   OnGpu("causal_attention", ctx, {keys, values});  // notes where they lie
-  if (ctx.recorder()->active()) ctx.recorder()->Note(static_cast<uint64_t>(seen));
+  NoteScalars(ctx, seen);
   MoveKv(ctx, kv, 0, keys, values, /*store=*/false);
   FlashAttention(ctx, {.q = q.raw(),
                        .k = keys.raw(),

@@ -8,6 +8,7 @@
 #include "runtime/ops/cpu/kv_layers.h"
 #include "runtime/ops/cuda/kv_layers.h"
 #include "runtime/ops/kv_table.h"
+#include "runtime/ops/note.h"
 #include "runtime/transfer.h"
 
 namespace sluice {
@@ -54,6 +55,7 @@ cuda::LayerRows RowsThere(ExecContext& ctx, std::span<const KvLayerView> layers,
   there.blocks = (static_cast<int64_t>(table.size()) - 1) / count;
   there.layers = count;
   there.rows = rows;
+  NoteScalars(ctx, layers.front().base, count, rows);
   const size_t end = table.size();
   table.insert(table.end(), more.begin(), more.end());
   there.table = Within(ctx, table);
@@ -146,6 +148,7 @@ void MeanKeys(ExecContext& ctx, std::span<const KvLayerView> layers, int64_t beg
   const Workspace::Scope scope(ctx.workspace());
   const int32_t* ends_there = nullptr;
   const cuda::LayerRows from = RowsThere(ctx, layers, begin, rows, ends, &ends_there);
+  NoteScalars(ctx, first);
   ctx.Queue(cuda::MeanKeys, BlocksOf(kv), from, ends_there, runs, first,
             static_cast<const float*>(inv_freq.raw()), static_cast<float*>(means.raw()));
 }

@@ -5,6 +5,7 @@
 #include "runtime/error.h"
 #include "runtime/ops/cpu/novelty.h"
 #include "runtime/ops/cuda/novelty.h"
+#include "runtime/ops/note.h"
 #include "runtime/transfer.h"
 
 namespace sluice {
@@ -42,6 +43,7 @@ void Novelty(ExecContext& ctx, const NoveltyArgs& args) {
     const Workspace::Scope scope(ctx.workspace());
     const auto bytes = static_cast<int64_t>(cuda::NoveltyWorkspaceBytes(args));
     const TensorView scratch = ctx.workspace().Allocate(DType::kU8, {bytes});
+    NoteScalars(ctx, args.frames, args.score, args.by_rank, scratch.raw());
     return ctx.Queue(cuda::Novelty, args, scratch.raw());
   }
   cpu::Novelty(args);
@@ -59,6 +61,7 @@ void HistoryCosines(ExecContext& ctx, ConstTensorView x, int64_t frames, ConstTe
   if (OnGpu("history_cosines", ctx, {x, history, new_history, cosines})) {
     const Workspace::Scope scope(ctx.workspace());
     const TensorView sums = ctx.workspace().Allocate(DType::kI32, {frames, 2 * x.dim(1)});
+    NoteScalars(ctx, frames, sums.raw());
     return ctx.Queue(cuda::HistoryCosines, x, frames, history, new_history, sums, cosines);
   }
   cpu::HistoryCosines(x, frames, history, new_history, cosines);
@@ -75,6 +78,7 @@ void LargestOfGroups(ExecContext& ctx, ConstTensorView values, int64_t groups, T
                 " values, expected at least " + std::to_string(places.dim(0)));
   }
   if (OnGpu("largest_of_groups", ctx, {values, places})) {
+    NoteScalars(ctx, groups);
     return ctx.Queue(cuda::LargestOfGroups, values, groups, places);
   }
   cpu::LargestOfGroups(values, groups, places);
@@ -90,6 +94,7 @@ void JoinRows(ExecContext& ctx, ConstTensorView x, int64_t frames, ConstTensorVi
   if (OnGpu("join_rows", ctx, {x, kept, y})) {
     const Workspace::Scope scope(ctx.workspace());
     const TensorView to = ctx.workspace().Allocate(DType::kI32, {x.dim(0)});
+    NoteScalars(ctx, frames, join_from, to.raw());
     return ctx.Queue(cuda::JoinRows, x, frames, kept, join_from, to, y);
   }
   cpu::JoinRows(x, frames, kept, join_from, y);

@@ -514,6 +514,24 @@ TEST_F(CudaKvTest, RowsOfAllLayersArePackedAsOnTheCpu) {
   }
 }
 
+TEST_F(CudaKvTest, MeansOfKeysAreReplayedFromThePositionTheyAreGiven) {
+  const Blocks blocks(*gpu_, 2, 8, DType::kF32, 100, 1);
+  Fill(blocks, 100, 2);
+  const std::vector<KvLayerView> cpu = {blocks.cpu}, cuda = {blocks.cuda};
+  const std::vector<int32_t> counts = {30, 40};
+  const Tensor frequencies(DType::kF32, {4}), want(DType::kF32, {2, 16});
+  for (int i = 0; i < 4; ++i) frequencies.data<float>()[i] = std::pow(10.0f, -i);
+  const Tensor there = There(frequencies), got(DType::kF32, want.shape(), Device::kCuda);
+  for (int run = 0; run < 8; ++run) {
+    const int32_t first = run % 2 == 0 ? 70 : 20'000;
+    MeanKeys(reference_, cpu, 10, counts, first, frequencies, want);
+    gpu_->Recurring("means", [&] { MeanKeys(*gpu_, cuda, 10, counts, first, there, got); });
+    // As above.
+    ExpectClose(Here(got), Values(want), 2e-6, 1e-5, "run " + std::to_string(run));
+  }
+  EXPECT_EQ(gpu_->recorder()->counts().replayed, 5);
+}
+
 TEST_F(CudaKvTest, QuantisedRowsAreWidenedAsOnTheCpu) {
   constexpr int64_t kRows = 77, kHeads = 3, kWidth = 3 * 24;
   Tensor x(DType::kI8, {kRows, kWidth}), runs(DType::kI32, {kRows});

@@ -1,10 +1,12 @@
 // Steps that recur on the GPU: what is replayed, and that it works on the numbers of each time.
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "runtime/ops/novelty.h"
 #include "runtime/ops/rows.h"
 #include "tests/support/gpu_testing.h"
 #include "tests/support/tensor_testing.h"
@@ -87,6 +89,63 @@ TEST_F(CudaRecorderTest, AStepThatIsNeverTheSameIsNotCapturedForEver) {
   }
   EXPECT_LT(gpu_->recorder()->counts().captured, 50);
   EXPECT_GT(gpu_->recorder()->counts().direct, 50);
+}
+
+// In turns with one scalar and with another, of which the tensors tell nothing.
+TEST_F(CudaRecorderTest, AnOpIsReplayedWithTheScalarsItIsGiven) {
+  using Op = std::function<void(ExecContext & ctx, ConstTensorView x, TensorView more, bool other,
+                                TensorView y)>;
+  const auto numbers = [](const Tensor& x) {
+    std::vector<double> all;
+    for (int64_t i = 0; i < x.shape().NumElements(); ++i) {
+      all.push_back(x.dtype() == DType::kI32 ? x.data<int32_t>()[i] : x.data<float>()[i]);
+    }
+    return all;
+  };
+  int ops = 0;
+  const auto check = [&](const std::string& name, const Tensor& x, const Tensor& more,
+                         const Tensor& y, const Op& op) {
+    const Tensor x_there = There(x), more_there = There(more), y_there = There(y);
+    std::vector<double> want[2];
+    for (int run = 0; run < 8; ++run) {
+      const bool other = run % 2 == 1;
+      op(reference_, x, more, other, y);
+      want[other] = numbers(y);
+      gpu_->Recurring(name, [&] { op(*gpu_, x_there, more_there, other, y_there); });
+      const std::vector<double> got = numbers(Here(y_there));
+      // Sums of a dozen terms in another order, then exponentials whose slope is at most 8.
+      for (size_t i = 0; i < got.size(); ++i) {
+        ASSERT_NEAR(got[i], want[other][i], 2e-5) << name << " run " << run << " at " << i;
+      }
+    }
+    EXPECT_NE(want[0], want[1]) << name;
+    EXPECT_EQ(gpu_->recorder()->counts().captured, 2 * ++ops) << name;
+    EXPECT_EQ(gpu_->recorder()->counts().replayed, 5 * ops) << name;
+  };
+  const Tensor x = RandomTensor(DType::kF32, {12, 6}, 3),
+               of_rows = RandomTensor(DType::kF32, {12}, 4);
+  const Tensor anchor(DType::kF32, {6}), sums(DType::kI32, {12}), kept(DType::kI32, {4});
+  for (int i = 0; i < 4; ++i) kept.data<int32_t>()[i] = i % 2 * 3;
+  check("novelty", x, anchor, of_rows,
+        [](ExecContext& ctx, ConstTensorView in, TensorView history, bool other, TensorView y) {
+          Novelty(ctx, {.x = in,
+                        .frames = 2,
+                        .new_history = history,
+                        .novelty = y,
+                        .score = other ? NoveltyScore::kDualAnchor : NoveltyScore::kGaussian});
+        });
+  check("history_cosines", x, sums, of_rows,
+        [](ExecContext& ctx, ConstTensorView in, TensorView history, bool other, TensorView y) {
+          HistoryCosines(ctx, in, other ? 2 : 3, {}, history, y);
+        });
+  check("largest_of_groups", RandomTensor(DType::kF32, {12}, 5), kept, Tensor(DType::kI32, {6}),
+        [](ExecContext& ctx, ConstTensorView in, TensorView, bool other, TensorView y) {
+          LargestOfGroups(ctx, in, other ? 2 : 3, y);
+        });
+  check("join_rows", x, kept, Tensor(DType::kF32, {4, 6}),
+        [](ExecContext& ctx, ConstTensorView in, TensorView places, bool other, TensorView y) {
+          JoinRows(ctx, in, 2, places, other ? -1.0f : 0.9f, y);
+        });
 }
 
 TEST_F(CudaRecorderTest, AStepThatThrowsLeavesTheContextUsable) {
