@@ -8,15 +8,13 @@
 #include "runtime/error.h"
 #include "streaming/engine.h"
 #include "tests/fuzz/targets.h"
+#include "tests/support/tiny_stream.h"
 
 namespace sluice {
 namespace {
 
 Engine Open() {
-  EngineOptions options;
-  options.model = std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_tied";
-  options.vlm.compute_type = DType::kF32;
-  options.num_threads = 1;
+  EngineOptions options = TinyOptions();
   options.kv_budget_bytes = 64 << 20;
   return Engine(options);
 }

@@ -3,7 +3,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <random>
 #include <string>
 #include <vector>
 
@@ -23,33 +22,6 @@ const std::filesystem::path kGoldens = std::filesystem::path(SLUICE_SOURCE_DIR) 
 const std::filesystem::path kVideo = kGoldens / "tiny_next_video";
 const std::filesystem::path kMistral = kGoldens / "tiny_next_mistral";
 const std::filesystem::path kLlava15 = kGoldens / "tiny_llava15";
-
-// What a model makes of one random frame and a few tokens: equal for equal weights and settings.
-std::vector<float> Fingerprint(const std::filesystem::path& directory) {
-  const auto vlm = LoadF32(directory);
-  ExecContext ctx({.num_threads = 1});
-  std::mt19937 random(3);
-  auto frame = std::make_shared<Frame>();
-  frame->width = 90;
-  frame->height = 60;
-  frame->rgb.resize(3 * 90 * 60);
-  for (uint8_t& v : frame->rgb) v = random() >> 24;
-  const std::vector<FramePtr> frames = {frame};
-  const PreprocessConfig& config = vlm->encoder().preprocess_config();
-  Tensor pixels(DType::kF32, {1, 3, config.height, config.width});
-  Preprocess(ctx, frames, config, pixels);
-  const VisualTokens visual = vlm->encoder().Encode(ctx, pixels, frames);
-  const std::vector<int32_t> ids = {5, 17, 80, 3};
-  Tensor rows(DType::kF32, {visual.size() + 4, vlm->decoder().hidden_size()});
-  ConvertInto(visual.features, rows.view().Slice(0, visual.size()));
-  vlm->decoder().Embed(ctx, ids, rows.view().Slice(visual.size(), visual.size() + 4));
-  KvCache cache(std::make_shared<KvBlockPool>(vlm->decoder().kv_geometry(), 0));
-  Tensor logits(DType::kF32, {rows.dim(0), vlm->decoder().vocab_size()});
-  SequenceStep step{&cache, rows, logits};
-  vlm->decoder().Step(ctx, {&step, 1});
-  return std::vector<float>(logits.data<float>(),
-                            logits.data<float>() + logits.shape().NumElements());
-}
 
 TEST(LlavaNextTest, EveryPublishedLayoutLoadsTheSameModel) {
   for (const auto& directory : {kVideo, kMistral, kLlava15}) {

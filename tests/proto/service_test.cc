@@ -30,6 +30,7 @@
 #include "runtime/error.h"
 #include "sluice/v1/service.grpc.pb.h"
 #include "streaming/engine.h"
+#include "tests/support/tiny_stream.h"
 
 namespace sluice {
 namespace {
@@ -41,13 +42,7 @@ using namespace std::chrono_literals;
 constexpr int kSide = 24;  // pixels of test frames
 
 std::shared_ptr<const Engine> TinyEngine() {
-  static const auto engine = [] {
-    EngineOptions options;
-    options.model = std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_tied";
-    options.vlm.compute_type = DType::kF32;
-    options.num_threads = 1;
-    return std::make_shared<const Engine>(options);
-  }();
+  static const auto engine = std::make_shared<const Engine>(TinyOptions());
   return engine;
 }
 

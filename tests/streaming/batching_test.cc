@@ -4,33 +4,19 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <filesystem>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "streaming/engine.h"
 #include "streaming/pipeline.h"
 #include "streaming/scheduler.h"
+#include "tests/support/tiny_stream.h"
 
 namespace sluice {
 namespace {
 
 constexpr int kFrames = 24;
-
-// Half of the picture is the film's, the other half new in two frames of three.
-FramePtr NoiseFrame(int index, uint32_t film) {
-  auto frame = std::make_shared<Frame>();
-  frame->width = frame->height = 74;
-  frame->rgb.resize(74 * 74 * 3);
-  std::mt19937 random(film);
-  for (uint8_t& value : frame->rgb) value = static_cast<uint8_t>(random());
-  random.seed(film + 1000 + (index - index % 3 / 2));
-  for (int i = 0; i < 74 * 74 * 3 / 2; ++i) frame->rgb[i] = static_cast<uint8_t>(random());
-  frame->index = index;
-  frame->time = MediaTime::FromSeconds(0.5 * index);
-  return frame;
-}
+constexpr int kRenewed = 74 * 74 * 3 / 2;  // values of a frame
 
 // One of each kind.
 std::vector<SessionOptions> AllKinds() {
@@ -66,13 +52,6 @@ struct Listener : StreamEvents {
 
 class BatchingTest : public testing::Test {
  protected:
-  static std::shared_ptr<const Engine> Open() {
-    EngineOptions options;
-    options.model = std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_tied";
-    options.vlm.compute_type = DType::kF32;
-    options.num_threads = 1;
-    return std::make_shared<Engine>(options);
-  }
   // Of the row of token 5 behind all that a session has read.
   std::vector<float> NextLogits(Session& session) {
     const Decoder& decoder = session.vlm->decoder();
@@ -87,7 +66,7 @@ class BatchingTest : public testing::Test {
     return {logits.data<float>(), logits.data<float>() + decoder.vocab_size()};
   }
 
-  const std::shared_ptr<const Engine> engine_ = Open();
+  const std::shared_ptr<const Engine> engine_ = std::make_shared<Engine>(TinyOptions());
   const std::unique_ptr<ExecContext> ctx_ = engine_->NewContext();
 };
 
@@ -100,7 +79,7 @@ TEST_F(BatchingTest, SessionsIngestedTogetherRememberWhatTheyDoAlone) {
   for (int first = 0; first < 12; first += 2) {
     std::vector<std::vector<FramePtr>> frames;
     for (uint32_t s = 0; s < together.size(); ++s) {
-      frames.push_back({NoiseFrame(first, s), NoiseFrame(first + 1, s)});
+      frames.push_back({NoiseFrame(first, s, kRenewed), NoiseFrame(first + 1, s, kRenewed)});
     }
     std::vector<Arrivals> arrivals;
     for (size_t s = 0; s < together.size(); ++s) {
@@ -142,7 +121,7 @@ TEST_F(BatchingTest, StreamsServedTogetherGiveTheAnswersTheyGiveAlone) {
   };
   for (int i = 0; i < kFrames; ++i) {
     for (uint32_t s = 0; s < ids.size(); ++s) {
-      scheduler.Push(ids[s], i, NoiseFrame(i, s));
+      scheduler.Push(ids[s], i, NoiseFrame(i, s, kRenewed));
       if (asks(s, i)) scheduler.Ask(ids[s], {QuestionId(i), "What is there?", {}});
     }
     scheduler.RunRound();
@@ -153,7 +132,7 @@ TEST_F(BatchingTest, StreamsServedTogetherGiveTheAnswersTheyGiveAlone) {
     const auto session = engine_->NewSession(kinds[s]);
     std::vector<std::string> want;
     for (int i = 0; i < kFrames; ++i) {
-      const FramePtr frame = NoiseFrame(i, s);
+      const FramePtr frame = NoiseFrame(i, s, kRenewed);
       Ingest(*ctx_, *session, {&frame, 1});
       if (asks(s, i)) want.push_back(Ask(*ctx_, *session, "What is there?", nullptr).text);
     }

@@ -16,30 +16,19 @@
 #include "streaming/engine.h"
 #include "streaming/pipeline.h"
 #include "tests/support/gpu_testing.h"
+#include "tests/support/tiny_stream.h"
 
 namespace sluice {
 namespace {
 
-FramePtr NoiseFrame(int index) {
-  auto frame = std::make_shared<Frame>();
-  frame->width = frame->height = 74;
-  frame->rgb.resize(74 * 74 * 3);
-  std::mt19937 random(index);
-  for (uint8_t& value : frame->rgb) value = static_cast<uint8_t>(random());
-  frame->index = index;
-  frame->time = MediaTime::FromSeconds(0.5 * index);
-  return frame;
-}
+using ::sluice::testing::SkippedWithout;
 
 class MemorySessionTest : public ::testing::TestWithParam<Device> {
  protected:
-  void SetUp() override { ::sluice::testing::SkippedWithout(GetParam()); }
+  void SetUp() override { SkippedWithout(GetParam()); }
   static Engine Open(int64_t kv_budget_bytes = 0) {
-    EngineOptions options;
-    options.model = std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_tied";
-    options.vlm.compute_type = DType::kF32;
+    EngineOptions options = TinyOptions();
     options.vlm.device = GetParam();
-    options.num_threads = 1;
     options.kv_budget_bytes = kv_budget_bytes;
     return Engine(options);
   }
@@ -57,7 +46,7 @@ SessionOptions WithMemory(int64_t window, int recall) {
 
 void Show(ExecContext& ctx, Session& session, int first, int count) {
   std::vector<FramePtr> frames;
-  for (int i = first; i < first + count; ++i) frames.push_back(NoiseFrame(i));
+  for (int i = first; i < first + count; ++i) frames.push_back(NoiseFrame(i, /*film=*/i));
   Ingest(ctx, session, frames);
 }
 

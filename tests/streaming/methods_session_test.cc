@@ -2,41 +2,21 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <filesystem>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "compression/registry.h"
 #include "streaming/engine.h"
 #include "streaming/pipeline.h"
+#include "tests/support/tiny_stream.h"
 
 namespace sluice {
 namespace {
 
-// One frame in three repeats the one before; the others differ in a corner.
-FramePtr NoiseFrame(int index, uint32_t film) {
-  auto frame = std::make_shared<Frame>();
-  frame->width = frame->height = 74;
-  frame->rgb.resize(74 * 74 * 3);
-  std::mt19937 random(film);
-  for (uint8_t& value : frame->rgb) value = static_cast<uint8_t>(random());
-  random.seed(film + 1000 + (index - index % 3 / 2));
-  for (int i = 0; i < 74 * 74 / 2; ++i) frame->rgb[i] = static_cast<uint8_t>(random());
-  frame->index = index;
-  frame->time = MediaTime::FromSeconds(0.5 * index);
-  return frame;
-}
+constexpr int kRenewed = 74 * 74 / 2;  // values of a frame
 
 class MethodsSessionTest : public testing::Test {
  protected:
-  static Engine Open() {
-    EngineOptions options;
-    options.model = std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_tied";
-    options.vlm.compute_type = DType::kF32;
-    options.num_threads = 1;
-    return Engine(options);
-  }
   // Everything but what a caller adds.
   static SessionOptions Options() {
     SessionOptions options;
@@ -50,14 +30,14 @@ class MethodsSessionTest : public testing::Test {
   }
   void Show(Session& session, uint32_t film, int first, int count) {
     std::vector<FramePtr> frames;
-    for (int i = first; i < first + count; ++i) frames.push_back(NoiseFrame(i, film));
+    for (int i = first; i < first + count; ++i) frames.push_back(NoiseFrame(i, film, kRenewed));
     Ingest(*ctx_, session, frames);
   }
   std::vector<int32_t> Answer(Session& session) {
     return Ask(*ctx_, session, "What is there?", nullptr).ids;
   }
 
-  Engine engine_ = Open();
+  Engine engine_{TinyOptions()};
   std::unique_ptr<ExecContext> ctx_ = engine_.NewContext();
 };
 
@@ -97,7 +77,7 @@ TEST_F(MethodsSessionTest, MemoryIsFlatOverTenThousandFrames) {
   options.pyramid.mode = PyramidMode::kReplay;
   options.compressors = {"stc-pruner-join=0.5", "tome-merge=3", "uniform-frames=2"};
   std::vector<FramePtr> film;
-  for (int i = 0; i < 48; ++i) film.push_back(NoiseFrame(i, 3));
+  for (int i = 0; i < 48; ++i) film.push_back(NoiseFrame(i, 3, kRenewed));
   const auto session = engine_.NewSession(options);
   int64_t bytes = 0;
   for (int i = 0; i < 10000; i += 8) {

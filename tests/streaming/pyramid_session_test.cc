@@ -13,6 +13,7 @@
 #include "runtime/error.h"
 #include "streaming/engine.h"
 #include "streaming/pipeline.h"
+#include "tests/support/tiny_stream.h"
 #include "vision/preprocess.h"
 
 namespace sluice {
@@ -37,28 +38,12 @@ SessionOptions Options(PyramidMode mode, double lambda = 0.5) {
 
 std::vector<FramePtr> NoiseFrames(int count, int first = 0) {
   std::vector<FramePtr> frames;
-  for (int i = first; i < first + count; ++i) {
-    auto frame = std::make_shared<Frame>();
-    frame->width = frame->height = 74;
-    frame->rgb.resize(74 * 74 * 3);
-    std::mt19937 random(i);
-    for (uint8_t& value : frame->rgb) value = static_cast<uint8_t>(random());
-    frame->index = i;
-    frame->time = MediaTime::FromSeconds(0.5 * i);
-    frames.push_back(std::move(frame));
-  }
+  for (int i = first; i < first + count; ++i) frames.push_back(NoiseFrame(i, /*film=*/i));
   return frames;
 }
 
 class PyramidSessionTest : public testing::Test {
  protected:
-  static Engine Open() {
-    EngineOptions options;
-    options.model = std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_tied";
-    options.vlm.compute_type = DType::kF32;
-    options.num_threads = 1;
-    return Engine(options);
-  }
   std::unique_ptr<Session> Shown(const SessionOptions& options, int frames, int batch = 4) {
     auto session = engine_.NewSession(options);
     Show(*session, NoiseFrames(frames), batch);
@@ -96,7 +81,7 @@ class PyramidSessionTest : public testing::Test {
     return all;
   }
 
-  Engine engine_ = Open();
+  Engine engine_{TinyOptions()};
   std::unique_ptr<ExecContext> ctx_ = engine_.NewContext();
 };
 

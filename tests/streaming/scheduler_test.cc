@@ -14,6 +14,7 @@
 #include "runtime/error.h"
 #include "streaming/pipeline.h"
 #include "tests/streaming/fakes.h"
+#include "tests/support/tiny_stream.h"
 
 namespace sluice {
 namespace {
@@ -783,11 +784,7 @@ TEST_F(SchedulerTest, CountsWhatItDoesInItsMetrics) {
 class MemoryOfStreamsTest : public SchedulerTest {
  protected:
   MemoryOfStreamsTest() {
-    EngineOptions options;
-    options.model = std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden/tiny_tied";
-    options.vlm.compute_type = DType::kF32;
-    options.num_threads = 1;
-    engine_ = std::make_shared<Engine>(options);
+    engine_ = std::make_shared<Engine>(TinyOptions());
     scheduler_ = std::make_unique<Scheduler>(engine_, SchedulerOptions(), clock_, metrics_,
                                              /*manual=*/true);
     const KvGeometry kv = engine_->vlm()->decoder().kv_geometry();

@@ -11,6 +11,7 @@
 #include "runtime/error.h"
 #include "streaming/pipeline.h"
 #include "tests/support/temporary_directory.h"
+#include "tests/support/tiny_stream.h"
 
 namespace sluice {
 namespace {
@@ -18,31 +19,10 @@ namespace {
 using testing::HasSubstr;
 using testing::ThrowsMessage;
 
-constexpr int kSide = 74;
-
 std::vector<FramePtr> NoiseFrames(int first, int count) {
   std::vector<FramePtr> frames;
-  for (int i = first; i < first + count; ++i) {
-    auto frame = std::make_shared<Frame>();
-    frame->width = frame->height = kSide;
-    frame->rgb.resize(kSide * kSide * 3);
-    std::mt19937 random(7);
-    for (uint8_t& value : frame->rgb) value = static_cast<uint8_t>(random());
-    random.seed(100 + i - i % 3 / 2);  // one frame in three repeats the one before
-    for (int j = 0; j < kSide * kSide; ++j) frame->rgb[j] = static_cast<uint8_t>(random());
-    frame->index = i;
-    frame->time = MediaTime::FromSeconds(0.5 * i);
-    frames.push_back(frame);
-  }
+  for (int i = first; i < first + count; ++i) frames.push_back(NoiseFrame(i, 7, 74 * 74));
   return frames;
-}
-
-Engine Open(const char* checkpoint = "tiny_tied", DType type = DType::kF32) {
-  EngineOptions options;
-  options.model = std::filesystem::path(SLUICE_SOURCE_DIR) / "tests/golden" / checkpoint;
-  options.vlm.compute_type = type;
-  options.num_threads = 1;
-  return Engine(options);
 }
 
 class SessionFileTest : public testing::Test {
@@ -68,7 +48,7 @@ class SessionFileTest : public testing::Test {
 
   TemporaryDirectory directory_;
   const std::filesystem::path file_ = directory_.path() / "stream";
-  Engine engine_ = Open();
+  Engine engine_{TinyOptions()};
   std::unique_ptr<ExecContext> ctx_ = engine_.NewContext();
 };
 
@@ -86,7 +66,7 @@ void GoesOn(const Engine& engine, const SessionOptions& options, const std::file
   }
   EXPECT_EQ(session->cache.gone() > 0, options.memory.has_value());
   SaveSession(*ctx, *session, file);
-  const Engine other = Open();
+  const Engine other(TinyOptions());
   const auto loaded =
       LoadSession(*ctx, other, file, options.memory ? options.memory->store : BlockStoreOptions());
   EXPECT_EQ(loaded->frames_seen, session->frames_seen);
@@ -156,7 +136,9 @@ TEST_F(SessionFileTest, AMemoryTakesWhatItMayWhereItIsOpened) {
 
 TEST_F(SessionFileTest, AnotherCheckpointAndAnotherTypeAreRefused) {
   Saved(Options());
-  const Engine untied = Open("tiny_untied"), narrow = Open("tiny_tied", DType::kBF16);
+  EngineOptions in_bf16 = TinyOptions();
+  in_bf16.vlm.compute_type = DType::kBF16;
+  const Engine untied(TinyOptions("tiny_untied")), narrow(in_bf16);
   EXPECT_THAT([&] { LoadSession(*ctx_, untied, file_, BlockStoreOptions()); },
               ThrowsMessage<InputError>(HasSubstr("it was saved with another model")));
   EXPECT_THAT([&] { LoadSession(*ctx_, narrow, file_, BlockStoreOptions()); },

@@ -5,9 +5,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -21,6 +23,43 @@ inline std::shared_ptr<const Vlm> LoadF32(const std::filesystem::path& directory
   VlmOptions options;
   options.compute_type = DType::kF32;
   return Vlm::Load(directory, options);
+}
+
+// What a model makes of one random frame and a few tokens, logits and features: equal for equal
+// weights and settings.
+inline std::vector<float> Fingerprint(const std::filesystem::path& directory) {
+  const auto vlm = LoadF32(directory);
+  const Decoder& decoder = vlm->decoder();
+  ExecContext ctx({.num_threads = 1});
+  std::mt19937 random(3);
+  auto frame = std::make_shared<Frame>();
+  frame->width = 90;
+  frame->height = 60;
+  frame->rgb.resize(3 * 90 * 60);
+  for (uint8_t& v : frame->rgb) v = random() >> 24;
+  const std::vector<FramePtr> frames = {frame};
+  const PreprocessConfig& config = vlm->encoder().preprocess_config();
+  Tensor pixels(DType::kF32, {1, 3, config.height, config.width});
+  Preprocess(ctx, frames, config, pixels);
+  const VisualTokens visual = vlm->encoder().Encode(ctx, pixels, frames);
+  const std::vector<int32_t> ids = {5, 17, 80, 3};
+  const int64_t newlines = vlm->newline_row().empty() ? 0 : 1, text = visual.size() + newlines;
+  Tensor rows(DType::kF32, {text + 4, decoder.hidden_size()});
+  ConvertInto(visual.features, rows.view().Slice(0, visual.size()));
+  if (newlines > 0) {
+    std::memcpy(rows.data<float>() + visual.size() * rows.dim(1), vlm->newline_row().data<float>(),
+                vlm->newline_row().SizeBytes());
+  }
+  decoder.Embed(ctx, ids, rows.view().Slice(text, text + 4));
+  KvCache cache(std::make_shared<KvBlockPool>(decoder.kv_geometry(), 0));
+  Tensor logits(DType::kF32, {rows.dim(0), decoder.vocab_size()});
+  SequenceStep step{&cache, rows, logits};
+  decoder.Step(ctx, {&step, 1});
+  std::vector<float> print;
+  for (const ConstTensorView part : {logits.view(), visual.features.view()}) {
+    print.insert(print.end(), part.data<float>(), part.data<float>() + part.shape().NumElements());
+  }
+  return print;
 }
 
 // The one line of the InputError that loading throws.
