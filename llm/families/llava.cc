@@ -25,6 +25,13 @@ bool ReplacePrefix(std::string& name, const std::string& prefix, const std::stri
   return true;
 }
 
+// A tower's index into the embeddings followed by every layer's output, as a number of layers.
+int ReadFeatureLayer(const ConfigObject& top, int64_t fallback, int vision_layers) {
+  const auto layer = static_cast<int>(
+      top.Int({"vision_feature_layer"}, fallback, -vision_layers - 1, vision_layers));
+  return layer < 0 ? vision_layers + 1 + layer : layer;
+}
+
 class Llava : public Vlm {
  public:
   Llava(const std::filesystem::path& directory, const VlmOptions& options, const LlavaParts& parts);
@@ -272,10 +279,25 @@ void ReadRope(const ConfigObject& text, std::initializer_list<const char*> types
   }
 }
 
-int ReadFeatureLayer(const ConfigObject& top, int64_t fallback, int vision_layers) {
-  const auto layer = static_cast<int>(
-      top.Int({"vision_feature_layer"}, fallback, -vision_layers - 1, vision_layers));
-  return layer < 0 ? vision_layers + 1 + layer : layer;
+int ReadTower(const ConfigObject& top, const ConfigObject& vision, const TowerDefaults& defaults,
+              const TowerRules& rules, TowerConfig& tower) {
+  ExpectOneOf(top, "projector_hidden_act", "gelu", {"gelu"});
+  vision.Int({"num_channels"}, 3, 3, 3);
+  tower.hidden_size = vision.Int({"hidden_size"}, defaults.hidden, 1, LlavaBounds::kWidth);
+  tower.intermediate_size =
+      vision.Int({"intermediate_size"}, defaults.inner, 1, LlavaBounds::kInner);
+  tower.num_heads = vision.Int({"num_attention_heads"}, defaults.heads, 1, LlavaBounds::kHeads);
+  tower.image_size = vision.Int({"image_size"}, defaults.image, 1, rules.most_pixels);
+  tower.patch_size = vision.Int({"patch_size"}, defaults.patch, 1, tower.image_size);
+  tower.layer_norm_eps = vision.Number({"layer_norm_eps"}, rules.layer_norm_eps, 1e-30, 1);
+  tower.projector_bias = top.Bool({"multimodal_projector_bias"}, true);
+  if (tower.hidden_size % tower.num_heads != 0) {
+    vision.Refuse("num_attention_heads",
+                  "a divisor of hidden_size " + std::to_string(tower.hidden_size));
+  }
+  const int layers = vision.Int({"num_hidden_layers"}, defaults.layers, 1, LlavaBounds::kLayers);
+  tower.layers_to_run = ReadFeatureLayer(top, rules.feature_layer, layers);
+  return layers;
 }
 
 std::optional<std::string> CanonicalTensorName(int layers_to_run, int vision_layers,

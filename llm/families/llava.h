@@ -17,6 +17,7 @@
 #include "llm/families/llama_decoder.h"
 #include "llm/vlm.h"
 #include "runtime/weight_store.h"
+#include "vision/families/tower_config.h"
 
 namespace sluice {
 
@@ -67,32 +68,10 @@ struct TowerRules {
   int64_t most_pixels;    // of a side
   int64_t feature_layer;  // the family's default
 };
-// A tower's index into the embeddings followed by every layer's output, as a number of layers.
-int ReadFeatureLayer(const ConfigObject& top, int64_t fallback, int vision_layers);
-
 // Sizes of the tower described by `vision`, the "vision_config" of `top`, and the projector's bias.
-// Returns how many layers the file has. Tower: ClipConfig or SiglipConfig.
-template <typename Tower>
+// Returns how many layers the file has.
 int ReadTower(const ConfigObject& top, const ConfigObject& vision, const TowerDefaults& defaults,
-              const TowerRules& rules, Tower& tower) {
-  ExpectOneOf(top, "projector_hidden_act", "gelu", {"gelu"});
-  vision.Int({"num_channels"}, 3, 3, 3);
-  tower.hidden_size = vision.Int({"hidden_size"}, defaults.hidden, 1, LlavaBounds::kWidth);
-  tower.intermediate_size =
-      vision.Int({"intermediate_size"}, defaults.inner, 1, LlavaBounds::kInner);
-  tower.num_heads = vision.Int({"num_attention_heads"}, defaults.heads, 1, LlavaBounds::kHeads);
-  tower.image_size = vision.Int({"image_size"}, defaults.image, 1, rules.most_pixels);
-  tower.patch_size = vision.Int({"patch_size"}, defaults.patch, 1, tower.image_size);
-  tower.layer_norm_eps = vision.Number({"layer_norm_eps"}, rules.layer_norm_eps, 1e-30, 1);
-  tower.projector_bias = top.Bool({"multimodal_projector_bias"}, true);
-  if (tower.hidden_size % tower.num_heads != 0) {
-    vision.Refuse("num_attention_heads",
-                  "a divisor of hidden_size " + std::to_string(tower.hidden_size));
-  }
-  const int layers = vision.Int({"num_hidden_layers"}, defaults.layers, 1, LlavaBounds::kLayers);
-  tower.layers_to_run = ReadFeatureLayer(top, rules.feature_layer, layers);
-  return layers;
-}
+              const TowerRules& rules, TowerConfig& tower);
 
 // The canonical name (`vision_tower.encoder...`, `multi_modal_projector...`, `image_newline`,
 // `language_model.layers...`, `lm_head.weight`) of a tensor in any of the four published layouts,

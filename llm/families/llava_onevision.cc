@@ -134,7 +134,7 @@ std::shared_ptr<const Vlm> LoadLlavaOnevision(const std::filesystem::path& direc
   };
   parts.tower_layers = config.vision.layers_to_run;
   parts.load_encoder = [&](WeightStore& weights, const std::vector<AttentionPrecision>& attention) {
-    SiglipConfig vision = config.vision;
+    TowerConfig vision = config.vision;
     vision.attention = attention;
     return LoadSiglipEncoder(weights, vision);
   };

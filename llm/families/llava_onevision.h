@@ -15,7 +15,7 @@ namespace sluice {
 
 // Everything config.json and the preprocessor files say, with the defaults of their classes.
 struct LlavaOnevisionConfig {
-  SiglipConfig vision;
+  TowerConfig vision;
   int vision_layers = 0;  // in the file; vision.layers_to_run of them are needed
   LlamaConfig text;
   std::vector<int32_t> eos_ids;  // from text_config; generation_config.json comes first

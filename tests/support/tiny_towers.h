@@ -45,11 +45,12 @@ struct TinyTower {
       config.layers_to_run = layers;
       config.image_size = kTinySide;
       config.patch_size = patch;
+      config.layer_norm_eps = static_cast<float>(eps);
       config.output_size = out;
       config.preprocess.width = config.preprocess.height = kTinySide;
       return config;
     };
-    if (!class_tokens) return LoadSiglipEncoder(weights, fill(SiglipConfig()));
+    if (!class_tokens) return LoadSiglipEncoder(weights, fill(TowerConfig()));
     ClipConfig config = fill(ClipConfig());
     config.pool_stride = 2;
     return LoadClipEncoder(weights, config);

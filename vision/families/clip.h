@@ -10,30 +10,16 @@
 #ifndef SLUICE_VISION_FAMILIES_CLIP_H_
 #define SLUICE_VISION_FAMILIES_CLIP_H_
 
-#include <cstdint>
 #include <memory>
-#include <vector>
 
-#include "runtime/ops/attention.h"
 #include "runtime/weight_store.h"
+#include "vision/families/tower_config.h"
 #include "vision/vision_encoder.h"
 
 namespace sluice {
 
-// Numbers from a configuration file, already checked to be positive and sane.
-struct ClipConfig {
-  int hidden_size = 0;
-  int intermediate_size = 0;
-  int num_heads = 0;      // divides hidden_size
-  int layers_to_run = 0;  // the feature is the hidden state after so many layers (0: embeddings)
-  int image_size = 0;     // pixels, square
-  int patch_size = 0;     // pixels, square; a remainder of the image is not read
+struct ClipConfig : TowerConfig {
   int pool_stride = 1;  // side of the squares of patches whose mean is a token; at most the grid's
-  float layer_norm_eps = 1e-5f;
-  int output_size = 0;  // E of the decoder
-  bool projector_bias = true;
-  std::vector<AttentionPrecision> attention;  // of each layer that runs; empty: exact in all
-  PreprocessConfig preprocess;
 };
 
 // Takes `vision_tower.*` (only the layers that run) and `multi_modal_projector.*`, canonical names

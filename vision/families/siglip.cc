@@ -14,7 +14,7 @@ namespace {
 
 class SiglipEncoder : public VisionEncoder {
  public:
-  SiglipEncoder(WeightStore& weights, const SiglipConfig& config);
+  SiglipEncoder(WeightStore& weights, const TowerConfig& config);
 
   VisualTokens Encode(ExecContext& ctx, ConstTensorView pixels, std::span<const FramePtr> frames,
                       const EncodeHooks& hooks) const override;
@@ -30,7 +30,7 @@ class SiglipEncoder : public VisionEncoder {
                const TensorProbe& probe) const;
   double FlopsAroundLayers() const;  // of a frame
 
-  SiglipConfig config_;
+  TowerConfig config_;
   int grid_;                      // patches along one side
   DType dtype_;                   // of weights and product inputs
   LinearWeight patch_embedding_;  // [E, 3 * patch * patch]
@@ -40,7 +40,7 @@ class SiglipEncoder : public VisionEncoder {
   BilinearPool pool_;
 };
 
-SiglipEncoder::SiglipEncoder(WeightStore& weights, const SiglipConfig& config)
+SiglipEncoder::SiglipEncoder(WeightStore& weights, const TowerConfig& config)
     : config_(config),
       grid_(config.image_size / config.patch_size),
       dtype_(weights.compute_type()),
@@ -120,7 +120,7 @@ double SiglipEncoder::FlopsAroundLayers() const {
 
 }  // namespace
 
-std::unique_ptr<VisionEncoder> LoadSiglipEncoder(WeightStore& weights, const SiglipConfig& config) {
+std::unique_ptr<VisionEncoder> LoadSiglipEncoder(WeightStore& weights, const TowerConfig& config) {
   return std::make_unique<SiglipEncoder>(weights, config);
 }
 
