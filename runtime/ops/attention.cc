@@ -273,16 +273,24 @@ cuda::KvBlocks BlocksOf(const KvLayerView& kv) {
   return {const_cast<void*>(kv.base), kv.kv_heads, kv.head_dim, kv.dtype};
 }
 
-void MoveKv(ExecContext& ctx, const KvLayerView& kv, int64_t begin, ConstTensorView keys,
-            ConstTensorView values, bool store) {
-  if (keys.dim(0) == 0) return;
+// Checks rows that go between a cache and matrices, and moves them where that is the GPU's work.
+bool MoveOnGpu(const char* op, ExecContext& ctx, const KvLayerView& kv, int64_t begin,
+               ConstTensorView keys, ConstTensorView values, decltype(cuda::StoreKv)& move) {
+  const int64_t count = keys.shape().rank() == 2 ? keys.dim(0) : 0;
+  CheckKv(op, kv, begin, count);
+  const int64_t width = int64_t{kv.kv_heads} * kv.head_dim;
+  CheckMatrix(op, "keys", keys, count, width, kv.dtype);
+  CheckMatrix(op, "values", values, count, width, kv.dtype);
+  CheckDevice(op, ctx, kv);
+  if (!OnGpu(op, ctx, {keys, values})) return false;
+  if (count == 0) return true;
   const Workspace::Scope scope(ctx.workspace());
   std::vector<int32_t> where = {static_cast<int32_t>(begin % kKvBlockTokens)};
-  AppendBlocks(kv, begin, begin + keys.dim(0), where);
+  AppendBlocks(kv, begin, begin + count, where);
   const cuda::KvRows rows = {const_cast<void*>(keys.raw()), const_cast<void*>(values.raw()),
-                             keys.stride0(), values.stride0(), keys.dim(0)};
-  const auto move = store ? cuda::StoreKv : cuda::LoadKv;
+                             keys.stride0(), values.stride0(), count};
   ctx.Queue(move, BlocksOf(kv), Within(ctx, where), rows);
+  return true;
 }
 
 constexpr int64_t kTogether = 64;  // tables grow by so many blocks: lengths that are one step
@@ -372,7 +380,7 @@ bool IsSage(AttentionKernel kernel) {
 }
 
 // The quantised kernel over a segment's keys and values, gathered: it reads them once only, to
-// quantise them. Its launches depend on how many there are, so steps that recur must know.
+// quantise them. Its launches depend on how many there are: their shape tells steps that recur.
 void SageOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment, int heads,
                float scale, TensorView out) {
   const Workspace::Scope scope(ctx.workspace());
@@ -381,9 +389,7 @@ void SageOnGpu(ExecContext& ctx, ConstTensorView q, const KvSegment& segment, in
   const Shape shape{seen, int64_t{kv.kv_heads} * kv.head_dim};
   const TensorView keys = ctx.workspace().Allocate(kv.dtype, shape);
   const TensorView values = ctx.workspace().Allocate(kv.dtype, shape);
-  OnGpu("causal_attention", ctx, {keys, values});  // notes where they lie
-  NoteScalars(ctx, seen);
-  MoveKv(ctx, kv, 0, keys, values, /*store=*/false);
+  MoveOnGpu("causal_attention", ctx, kv, 0, keys, values, cuda::LoadKv);
   FlashAttention(ctx, {.q = q.raw(),
                        .k = keys.raw(),
                        .v = values.raw(),
@@ -707,14 +713,7 @@ void AttentionReceived(ExecContext& ctx, ConstTensorView q, ConstTensorView k, i
 
 void StoreKv(ExecContext& ctx, ConstTensorView keys, ConstTensorView values, int64_t begin,
              const KvLayerView& kv) {
-  constexpr char kOp[] = "store_kv";
-  const int64_t count = keys.shape().rank() == 2 ? keys.dim(0) : 0;
-  CheckKv(kOp, kv, begin, count);
-  const int64_t width = int64_t{kv.kv_heads} * kv.head_dim;
-  CheckMatrix(kOp, "keys", keys, count, width, kv.dtype);
-  CheckMatrix(kOp, "values", values, count, width, kv.dtype);
-  CheckDevice(kOp, ctx, kv);
-  if (OnGpu(kOp, ctx, {keys, values})) return MoveKv(ctx, kv, begin, keys, values, true);
+  if (MoveOnGpu("store_kv", ctx, kv, begin, keys, values, cuda::StoreKv)) return;
   cpu::WithType(kv.dtype,
                 [&](auto element) { StoreRows<decltype(element)>(ctx, keys, values, begin, kv); });
 }
@@ -755,14 +754,7 @@ void RotateAndStore(ExecContext& ctx, TensorView qkv, int heads, std::span<const
 
 void LoadKv(ExecContext& ctx, const KvLayerView& kv, int64_t begin, TensorView keys,
             TensorView values) {
-  constexpr char kOp[] = "load_kv";
-  const int64_t count = keys.shape().rank() == 2 ? keys.dim(0) : 0;
-  CheckKv(kOp, kv, begin, count);
-  const int64_t width = int64_t{kv.kv_heads} * kv.head_dim;
-  CheckMatrix(kOp, "keys", keys, count, width, kv.dtype);
-  CheckMatrix(kOp, "values", values, count, width, kv.dtype);
-  CheckDevice(kOp, ctx, kv);
-  if (OnGpu(kOp, ctx, {keys, values})) return MoveKv(ctx, kv, begin, keys, values, false);
+  if (MoveOnGpu("load_kv", ctx, kv, begin, keys, values, cuda::LoadKv)) return;
   cpu::WithType(kv.dtype,
                 [&](auto element) { LoadRows<decltype(element)>(ctx, kv, begin, keys, values); });
 }
