@@ -45,8 +45,8 @@ class BlockStore {
   std::vector<int64_t> Add(int64_t number, std::span<const uint8_t> bytes);
   void Remove(int64_t number);  // if it is here
   bool Has(int64_t number) const { return host_.contains(number) || disk_.contains(number); }
-  // Bytes [offset, offset + to.size()) of a block. REQUIRES: Has(number), so many bytes. Throws
-  // Error when the file cannot be read.
+  // Bytes [offset, offset + to.size()) of a block; several threads may read at once. REQUIRES:
+  // Has(number), so many bytes. Throws Error when the file cannot be read.
   void Read(int64_t number, int64_t offset, std::span<uint8_t> to) const;
   // Says that a block is about to be read, so that the system fetches it from the disk meanwhile.
   // Cold blocks of 64 frames in eight layers then come in 8 ms instead of 20 to 34 (100 KB a

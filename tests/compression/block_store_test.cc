@@ -9,6 +9,7 @@
 #include <csignal>
 #include <filesystem>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "runtime/error.h"
@@ -61,6 +62,18 @@ TEST_F(BlockStoreTest, OldBlocksMoveToTheDiskAndTheOldestGoWhenItIsFull) {
   EXPECT_EQ(store.disk_bytes(), 400);
   for (int64_t i = 1; i < 8; ++i) ExpectHolds(store, i, 100);
   EXPECT_EQ(store.dropped(), 1);
+}
+
+TEST_F(BlockStoreTest, SeveralThreadsReadAtOnceFromTheHostAndTheDisk) {
+  BlockStore store(OnDisk(300, 400, WhenFull::kOldest));
+  for (int64_t i = 0; i < 7; ++i) store.Add(i, Bytes(i, 100));
+  std::vector<std::thread> readers;
+  for (int t = 0; t < 4; ++t) {
+    readers.emplace_back([&] {
+      for (int64_t i = 0; i < 700; ++i) ExpectHolds(store, i % 7, 100);
+    });
+  }
+  for (std::thread& reader : readers) reader.join();
 }
 
 TEST_F(BlockStoreTest, ThinningDropsEverySecondBlockOfTheOldestHalf) {
