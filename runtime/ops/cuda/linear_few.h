@@ -40,8 +40,8 @@ struct FewRowsArgs {
   bool silu_mul = false;
 };
 
-// How the work on few enough rows is cut: each warp takes so many rows of W (with silu_mul half of them gates, the
-// others their ups), and one of `splits` parts of K.
+// How the work on up to kMostSummedRows is cut: each warp takes so many rows of W (with silu_mul
+// half of them gates, the others their ups), and one of `splits` parts of K.
 struct FewRowsLaunch {
   int outputs = 1;  // 1, 2 or 4; with silu_mul 2 or 4
   int splits = 1;   // 1, 2, 4 or 8
