@@ -294,6 +294,7 @@ class LinearImpl {
       const int64_t end = row + part.view.dim(0);
       cuda::QuantiseRows(plain, to.format_, weight->view().Slice(row, end),
                          factors->view().Slice(row, end), nullptr);
+      cuda::Synchronize(nullptr);  // other streams do not wait for it
       row = end;
     }
     to.weight_ = {weight->view().Slice(0, to.n_), weight, nullptr};
