@@ -2,7 +2,6 @@
 #ifndef SLUICE_DEMOS_CLI_COMMON_H_
 #define SLUICE_DEMOS_CLI_COMMON_H_
 
-#include <CLI/CLI.hpp>
 #include <cstdint>
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -14,6 +13,10 @@
 #include "runtime/cpu_info.h"
 #include "runtime/trace.h"
 #include "streaming/engine.h"
+
+namespace CLI {
+class App;  // <CLI/CLI.hpp>, which is large
+}
 
 namespace sluice::cli {
 

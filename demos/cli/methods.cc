@@ -1,5 +1,6 @@
 #include "demos/cli/methods.h"
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 
 #include "compression/registry.h"

@@ -2,7 +2,6 @@
 #ifndef SLUICE_DEMOS_CLI_METHODS_H_
 #define SLUICE_DEMOS_CLI_METHODS_H_
 
-#include <CLI/CLI.hpp>
 #include <optional>
 #include <string>
 #include <vector>
@@ -10,6 +9,10 @@
 #include "compression/stc_cacher.h"
 #include "demos/cli/common.h"
 #include "streaming/session.h"
+
+namespace CLI {
+class App;
+}
 
 namespace sluice::cli {
 

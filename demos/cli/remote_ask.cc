@@ -1,5 +1,6 @@
 #include "demos/cli/remote_ask.h"
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <fstream>
 #include <optional>

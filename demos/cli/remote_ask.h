@@ -2,12 +2,16 @@
 #ifndef SLUICE_DEMOS_CLI_REMOTE_ASK_H_
 #define SLUICE_DEMOS_CLI_REMOTE_ASK_H_
 
-#include <CLI/CLI.hpp>
 #include <string>
 #include <vector>
 
 #include "demos/clients/cpp/client.h"
 #include "streaming/engine.h"
+
+namespace CLI {
+class App;
+class Option;
+}  // namespace CLI
 
 namespace sluice::cli {
 
