@@ -7,6 +7,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <string>
 #include <tuple>
@@ -52,22 +53,35 @@ Tensor Random(DType dtype, int64_t rows, int64_t columns, uint32_t seed, float d
   return x;
 }
 
-// o = softmax(q k^T * scale) v of one query, in double. key(t), value(t): rows of `head_dim`.
-template <typename Key, typename Value>
-std::vector<double> Expected(const std::vector<double>& q, int64_t num_keys, double scale,
-                             const Key& key, const Value& value,
+// Rows [first, first + count) of one head, whose columns begin at `column`: [count, head_dim].
+std::vector<double> Head(ConstTensorView x, int64_t first, int64_t count, int64_t column,
+                         int64_t head_dim) {
+  std::vector<double> head(count * head_dim);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t d = 0; d < head_dim; ++d) head[i * head_dim + d] = At(x, first + i, column + d);
+  }
+  return head;
+}
+
+// o = softmax(q k^T * scale) v of one query, in double. keys, values: as Head, the first `num_keys`
+// rows count.
+std::vector<double> Expected(const std::vector<double>& q, int64_t num_keys,
+                             const std::vector<double>& keys, const std::vector<double>& values,
                              const std::function<double(int64_t)>& bias = nullptr) {
   const int64_t head_dim = q.size();
+  const double scale = 1 / std::sqrt(static_cast<double>(head_dim));
   std::vector<double> p(num_keys), o(head_dim);
   double max = -std::numeric_limits<double>::infinity(), sum = 0;
   for (int64_t t = 0; t < num_keys; ++t) {
-    for (int64_t d = 0; d < head_dim; ++d) p[t] += q[d] * key(t, d);
-    p[t] = p[t] * scale + (bias ? bias(t) : 0);
+    const double* key = keys.data() + t * head_dim;
+    p[t] = std::inner_product(q.begin(), q.end(), key, 0.0) * scale + (bias ? bias(t) : 0);
     max = std::max(max, p[t]);
   }
   for (double& x : p) sum += x = std::exp(x - max);
   for (int64_t t = 0; t < num_keys; ++t) {
-    for (int64_t d = 0; d < head_dim; ++d) o[d] += p[t] / sum * value(t, d);
+    const double share = p[t] / sum;
+    const double* value = values.data() + t * head_dim;
+    for (int64_t d = 0; d < head_dim; ++d) o[d] += share * value[d];
   }
   return o;
 }
@@ -154,18 +168,16 @@ void CheckEncoder(const EncoderCase& c, DType dtype, int num_threads, double tol
   const EncoderInputs x(dtype, c);
   const int64_t width = x.width, rows = x.q.dim(0), queries = rows / c.batch;
   Tensor want(DType::kF32, {rows, width});
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t first = i / queries * c.length;
-    for (int head = 0; head < c.heads; ++head) {
-      const int64_t column = int64_t{head} * c.head_dim;
-      std::vector<double> q(c.head_dim);
-      for (int d = 0; d < c.head_dim; ++d) q[d] = At(x.q, i, column + d);
-      const auto o = Expected(
-          q, c.length, 1 / std::sqrt(double(c.head_dim)),
-          [&](int64_t t, int64_t d) { return At(x.k, first + t, column + d); },
-          [&](int64_t t, int64_t d) { return At(x.v, first + t, column + d); },
-          [&](int64_t t) { return x.Bias(first + t); });
-      for (int d = 0; d < c.head_dim; ++d) Set(want, i, column + d, o[d]);
+  for (int64_t b = 0; b < c.batch; ++b) {
+    for (int64_t column = 0; column < width; column += c.head_dim) {
+      const int64_t first = b * c.length;
+      const std::vector<double> keys = Head(x.k, first, c.length, column, c.head_dim);
+      const std::vector<double> values = Head(x.v, first, c.length, column, c.head_dim);
+      for (int64_t i = b * queries; i < (b + 1) * queries; ++i) {
+        const auto o = Expected(Head(x.q, i, 1, column, c.head_dim), c.length, keys, values,
+                                [&](int64_t t) { return x.Bias(first + t); });
+        for (int d = 0; d < c.head_dim; ++d) Set(want, i, column + d, o[d]);
+      }
     }
   }
   for (AttentionKernel kernel : KernelsOf(dtype)) {
@@ -420,16 +432,14 @@ void CheckCausal(const CausalCase& c, DType dtype, int num_threads, double toler
   for (int64_t i = 0; i < c.length; i += std::max<int64_t>(1, c.length / most)) rows.push_back(i);
   if (rows.back() != c.length - 1) rows.push_back(c.length - 1);
   Tensor want(DType::kF32, {static_cast<int64_t>(rows.size()), width});
-  for (size_t r = 0; r < rows.size(); ++r) {
-    for (int head = 0; head < c.heads; ++head) {
-      const int64_t column = int64_t{head} * c.head_dim;
-      const int64_t kv_column = head / (c.heads / c.kv_heads) * c.head_dim;
-      std::vector<double> one(c.head_dim);
-      for (int d = 0; d < c.head_dim; ++d) one[d] = At(q, rows[r], column + d);
-      const auto o = Expected(
-          one, c.begin + rows[r] + 1, 1 / std::sqrt(double(c.head_dim)),
-          [&](int64_t t, int64_t d) { return At(k.view(), t, kv_column + d); },
-          [&](int64_t t, int64_t d) { return At(v.view(), t, kv_column + d); });
+  for (int head = 0; head < c.heads; ++head) {
+    const int64_t column = int64_t{head} * c.head_dim;
+    const int64_t kv_column = head / (c.heads / c.kv_heads) * c.head_dim;
+    const std::vector<double> key_rows = Head(k, 0, keys, kv_column, c.head_dim);
+    const std::vector<double> values = Head(v, 0, keys, kv_column, c.head_dim);
+    for (size_t r = 0; r < rows.size(); ++r) {
+      const auto o = Expected(Head(q, rows[r], 1, column, c.head_dim), c.begin + rows[r] + 1,
+                              key_rows, values);
       for (int d = 0; d < c.head_dim; ++d) Set(want, r, column + d, o[d]);
     }
   }

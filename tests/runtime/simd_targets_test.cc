@@ -1,7 +1,6 @@
 // Every SIMD kernel on every instruction set this machine has: a laptop without AVX-512 must get
 // the same answers, and nobody tests on all of them.
 #include <gtest/gtest.h>
-#include <hwy/targets.h>
 
 #include <cstring>
 #include <vector>
@@ -11,12 +10,14 @@
 #include "runtime/ops/cpu/linear.h"
 #include "runtime/ops/norm.h"
 #include "runtime/ops/rope.h"
+#include "tests/support/instruction_sets.h"
 #include "tests/support/tensor_testing.h"
 
 namespace sluice {
 namespace {
 
 using ::sluice::testing::ExpectClose;
+using ::sluice::testing::OnEveryInstructionSet;
 using ::sluice::testing::RandomTensor;
 
 std::vector<double> Values(const Tensor& tensor) {
@@ -26,26 +27,6 @@ std::vector<double> Values(const Tensor& tensor) {
 
 class SimdTargetsTest : public ::testing::Test {
  protected:
-  // Calls body with one instruction set after the other; "scalar" is always among them.
-  template <typename Body>
-  void ForEachTarget(const Body& body) {
-    const int64_t supported = hwy::SupportedTargets();
-    int seen = 0;
-    for (int64_t targets = supported; targets != 0; targets &= targets - 1) {
-      const int64_t target = targets & -targets;
-      hwy::SetSupportedTargetsForTest(target);
-      hwy::GetChosenTarget().Update(target);
-      SCOPED_TRACE(hwy::TargetName(target));
-      body();
-      ++seen;
-    }
-    EXPECT_GE(seen, 1);
-  }
-  void TearDown() override {
-    hwy::SetSupportedTargetsForTest(0);
-    hwy::GetChosenTarget().DeInit();
-  }
-
   // Tolerances as in the tests of the ops: f32 by its own rounding, bf16 by one rounding to 8 bits.
   static double Tolerance(DType dtype) { return dtype == DType::kF32 ? 3e-6 : 4.1e-3; }
 
@@ -54,7 +35,7 @@ class SimdTargetsTest : public ::testing::Test {
 };
 
 TEST_F(SimdTargetsTest, MatrixVectorProductsAgreeWithTheReference) {
-  ForEachTarget([&] {
+  OnEveryInstructionSet([&] {
     for (DType dtype : {DType::kF32, DType::kBF16}) {
       for (int64_t m : {1, 2, 3, 4, 7}) {
         for (const auto& [n, k] : {std::pair<int64_t, int64_t>{1, 1}, {70, 45}, {200, 320}}) {
@@ -84,7 +65,7 @@ TEST_F(SimdTargetsTest, MatrixVectorProductsAgreeWithTheReference) {
 }
 
 TEST_F(SimdTargetsTest, NormsAgreeWithTheReference) {
-  ForEachTarget([&] {
+  OnEveryInstructionSet([&] {
     for (DType dtype : {DType::kF32, DType::kBF16}) {
       for (int64_t d : {1, 37, 320}) {
         const Tensor x = RandomTensor(DType::kF32, {5, d}, 1);
@@ -103,7 +84,7 @@ TEST_F(SimdTargetsTest, NormsAgreeWithTheReference) {
 }
 
 TEST_F(SimdTargetsTest, ActivationsAndRopeAgreeWithTheReference) {
-  ForEachTarget([&] {
+  OnEveryInstructionSet([&] {
     for (DType dtype : {DType::kF32, DType::kBF16}) {
       for (int64_t d : {2, 38, 320}) {
         const Tensor gate_up = RandomTensor(dtype, {3, 2 * d}, 1, 20);
@@ -135,7 +116,7 @@ TEST_F(SimdTargetsTest, ConversionsRoundAlike) {
   const Tensor from = RandomTensor(DType::kF32, {999}, 1, 100);
   // Subnormal in f16.
   for (int i = 0; i < 200; ++i) from.data<float>()[i] *= 1e-7f;
-  ForEachTarget([&] {
+  OnEveryInstructionSet([&] {
     const Tensor bf16 = ConvertTo(from, DType::kBF16), f16 = ConvertTo(from, DType::kF16);
     const Tensor back = ConvertTo(f16, DType::kF32);
     for (int i = 0; i < 999; ++i) {
