@@ -72,7 +72,8 @@ struct Peak {
   double read_gbps = 0;
 };
 
-// The most that a large square product reaches, over sides of 1024, 2048, 4096 and, on a GPU, 8192.
+// The most that a large square product reaches, over sides of 1024, 2048, 4096 and, on a GPU, 8192,
+// up to the first whose product takes longer than `seconds`.
 void MeasureProducts(ExecContext& ctx, DType dtype, double seconds, Peak& peak) {
   std::vector<int64_t> sides = {1024, 2048, 4096};
   if (ctx.device() == Device::kCuda) sides.push_back(8192);
@@ -93,6 +94,7 @@ void MeasureProducts(ExecContext& ctx, DType dtype, double seconds, Peak& peak) 
       peak.gflops = gflops;
       peak.size = side;
     }
+    if (fastest > seconds) break;
   }
 }
 
