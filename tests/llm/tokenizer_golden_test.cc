@@ -10,6 +10,7 @@
 #include "llm/pre_tokenizer.h"
 #include "llm/unicode.h"
 #include "tests/llm/tokenizer_test_util.h"
+#include "tests/support/sanitizers.h"
 
 namespace sluice {
 namespace {
@@ -204,10 +205,12 @@ TEST_F(ExhaustiveTest, EveryScalarIsCutFromItsNeighboursAsInTheReference) {
       {"gpt2", R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)"}};
   const std::pair<const char*, const char*> shapes[] = {
       {"a", "b"}, {" ", ""}, {"", "\n"}, {"'", "x"}, {"1", " 2"}};
+  int pair = 0;
   for (const auto& [name, regex] : patterns) {
     const auto split = MakePreTokenizer(
         {{"type", "Split"}, {"pattern", {{"Regex", regex}}}, {"behavior", "Isolated"}});
     for (const auto& [before, after] : shapes) {
+      if (pair++ % 4 != 0 && testing::kSanitized) continue;  // leaves some of every pattern
       GoldenHash hash;
       ForEachScalar([&, before = before, after = after](char32_t c) {
         std::string text = before;
