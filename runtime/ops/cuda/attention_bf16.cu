@@ -3,11 +3,11 @@
 //   S = Q K^T, P = exp2(S * scale_log2 - max), O = P V / sum(P)        one pass over the keys
 //
 // A block takes tiles of 64 * kGroups queries of one head until none is left. One warp of the first
-// warpgroup copies: queries once a tile, keys and values in tiles of 128 through rings of kStages
-// buffers. Each other warpgroup computes 64 queries. While the tensor cores multiply the
-// probabilities of one key tile with its values, the warpgroup computes the exponentials of the
-// next tile, and the warpgroups take turns at starting products, so that one's exponentials hide
-// behind the other's products.
+// warpgroup copies: queries once a tile, keys and values in tiles of kKeys through rings of kStages
+// buffers. Each other warpgroup computes 64 queries. It starts the scores of one tile of keys, then
+// the products of the last probabilities with their values, and computes exponentials while the
+// others' products run: the warpgroups take turns at starting products. The first scores of the
+// next tile of queries follow the last ones of this without a gap.
 //
 // Over blocks of a paged cache (kPaged) the copy engine fetches boxes of keys that lie in one
 // block. There problems have few queries and many keys, so the keys are cut into parts, each a
@@ -15,10 +15,10 @@
 // its rows are then (token, head) pairs, token by token. Nothing that the host computes depends on
 // how many keys there are.
 //
-// Sizes: head_dim 64, 72, 80, 128; heads narrower than a multiple of 64 channels are padded with
-// zeros by the copy engine in shared memory only. Products: 4 * q * keys * head_dim a head.
-// Bytes from memory: each operand once, where keys and values of a section of heads stay in the
-// second-level cache.
+// Sizes: head_dim 64, 72, 80, 128; heads narrower than a multiple of 16 channels (64 for values)
+// are padded with zeros by the copy engine in shared memory only. Products: 4 * q * keys * head_dim
+// a head. Bytes from memory: each operand once, where keys and values of a section of heads stay in
+// the second-level cache.
 #include <algorithm>
 
 #include "runtime/ops/cuda/attention_hopper.cuh"
@@ -30,13 +30,17 @@ constexpr int kBlockKeys = 64;  // of a paged cache
 
 template <int kHeadDim>
 struct Config {
-  static constexpr int kSlabs = (kHeadDim + 63) / 64;  // of 64 channels, 128 bytes
+  // Channels of queries and keys: slabs of 64 (128 bytes), then of 16 (32 bytes), zeros included.
+  static constexpr int kWideSlabs = kHeadDim / 64;
+  static constexpr bool kNarrow = kHeadDim % 64 > 0;
+  static constexpr int kRowBytes = kWideSlabs * kSwizzleBytes + (kNarrow ? kNarrowBytes : 0);
+  static constexpr int kValueSlabs = (kHeadDim + 63) / 64;  // of 64 channels
   // Registers of a computing thread: scores 64, probabilities 32, sums kHeadDim / 2. Three
   // warpgroups share less traffic of keys and values, but leave each thread 160 registers only.
   static constexpr int kGroups = kHeadDim <= 80 ? 3 : 2;
   static constexpr int kRows = kMmaRows * kGroups;
   static constexpr int kKeys = kHeadDim == 80 ? 96 : 128;  // 96: to stay within 160 registers
-  static constexpr int kStages = kSlabs == 1 ? 4 : 2;
+  static constexpr int kStages = kHeadDim == 128 ? 2 : kHeadDim == 72 ? 3 : 4;
   static constexpr int kBoxKeys = kKeys % kBlockKeys == 0 ? kBlockKeys : 32;  // within a block
   static constexpr int kThreads = kWarpgroup * (1 + kGroups);
   static constexpr int kCopyRegisters = kGroups == 3 ? 32 : 24;
@@ -48,42 +52,55 @@ struct Config {
   static constexpr int kSumColumns = kHeadDim == 64 ? 8 : 0;
   static constexpr int kColumns = kHeadDim + kSumColumns;
 
-  static constexpr int kQueryBytes = kMmaRows * kSlabs * kSwizzleBytes;  // of one warpgroup
-  static constexpr int kKeySlabBytes = kKeys * kSwizzleBytes;
-  static constexpr int kKeyBytes = kKeySlabBytes * kSlabs;
-  static constexpr int kOnesBytes = kSumColumns > 0 ? kKeySlabBytes : 0;
+  static constexpr int kQueryBytes = kMmaRows * kRowBytes;  // of one warpgroup
+  static constexpr int kKeyBytes = kKeys * kRowBytes;
+  static constexpr int kValueSlabBytes = kKeys * kSwizzleBytes;
+  static constexpr int kValueBytes = kValueSlabBytes * kValueSlabs;
+  static constexpr int kOnesBytes = kSumColumns > 0 ? kValueSlabBytes : 0;
   static constexpr int kSharedBytes = 1024 + kQueryStages * kGroups * kQueryBytes +
-                                      2 * kStages * kKeyBytes + kOnesBytes;  // 1024: to align
+                                      kStages * (kKeyBytes + kValueBytes) +
+                                      kOnesBytes;  // 1024: to align
+  static_assert(kQueryBytes % 1024 == 0 && kKeyBytes % 1024 == 0);
+};
+
+// Of queries, keys and values, for the copy engine. `narrow`: of channels behind the wide slabs.
+struct Maps {
+  CUtensorMap q, q_narrow, k, k_narrow, v;
+};
+
+// What a warpgroup computes next.
+struct Piece {
+  int index;  // negative: nothing is left
+  Work work;
 };
 
 template <int kQueries, int kStages>
 struct Barriers {
   uint64_t q_full[kQueries], q_empty[kQueries];  // of each stage and warpgroup
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-  int work[kQueries];  // what each warpgroup computes next; negative: nothing is left
+  Piece pieces[kQueries];
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // What one warpgroup carries along the keys for its 64 queries.
 template <int kHeadDim>
 struct Rows {
-  float max0 = -INFINITY, max1 = -INFINITY;  // of rows lane / 4 and lane / 4 + 8, unscaled
-  float sum0 = 0, sum1 = 0;                  // of this lane's columns, without kSumColumns
+  float max0, max1;          // of rows lane / 4 and lane / 4 + 8, unscaled
+  float sum0 = 0, sum1 = 0;  // of this lane's columns, without kSumColumns
 
-  // Turns scores into probabilities. Where a maximum has grown by more than 2^kSlack, tells by what
-  // to scale what was summed before, and returns true; below that the old one serves as well, since
-  // bf16 and f32 have exponents.
+  // With the scores of the first tile of keys.
   template <int kCount>
-  __device__ bool Update(float (&s)[kCount], float scale_log2, float& keep0, float& keep1) {
+  __device__ explicit Rows(const float (&s)[kCount]) : max0(s[0]), max1(s[2]) {
+    Raise(s, max0, max1);
+  }
+  // With the scores of a further tile. Where a maximum has grown by more than 2^kSlack, tells by
+  // what to scale what was summed before, and returns true; below that the old one serves as well,
+  // since bf16 and f32 have exponents.
+  template <int kCount>
+  __device__ bool Grow(const float (&s)[kCount], float scale_log2, float& keep0, float& keep1) {
     constexpr float kSlack = 8;
     float new0 = max0, new1 = max1;
-#pragma unroll
-    for (int i = 0; i < kCount; i += 4) {
-      new0 = fmaxf(new0, fmaxf(s[i], s[i + 1]));
-      new1 = fmaxf(new1, fmaxf(s[i + 2], s[i + 3]));
-    }
-    new0 = QuadMax(new0);
-    new1 = QuadMax(new1);
+    Raise(s, new0, new1);
     keep0 = keep1 = 1;
     const bool grown =
         __any_sync(0xffffffffu, fmaxf(new0 - max0, new1 - max1) * scale_log2 > kSlack);
@@ -93,10 +110,16 @@ struct Rows {
       keep1 = new1 == -INFINITY ? 1 : Exp2((max1 - new1) * scale_log2);
       max0 = new0;
       max1 = new1;
+      sum0 *= keep0;
+      sum1 *= keep1;
     }
+    return grown;
+  }
+  // Turns scores into probabilities.
+  template <int kCount>
+  __device__ void Weigh(float (&s)[kCount], float scale_log2) {
     const float base0 = max0 == -INFINITY ? 0 : max0 * scale_log2;
     const float base1 = max1 == -INFINITY ? 0 : max1 * scale_log2;
-    float add0 = 0, add1 = 0;
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
       s[i] = Exp2(s[i] * scale_log2 - base0);
@@ -104,13 +127,22 @@ struct Rows {
       s[i + 2] = Exp2(s[i + 2] * scale_log2 - base1);
       s[i + 3] = Exp2(s[i + 3] * scale_log2 - base1);
       if constexpr (Config<kHeadDim>::kSumColumns == 0) {
-        add0 += s[i] + s[i + 1];
-        add1 += s[i + 2] + s[i + 3];
+        sum0 += s[i] + s[i + 1];
+        sum1 += s[i + 2] + s[i + 3];
       }
     }
-    sum0 = sum0 * keep0 + add0;
-    sum1 = sum1 * keep1 + add1;
-    return grown;
+  }
+
+ private:
+  template <int kCount>
+  __device__ static void Raise(const float (&s)[kCount], float& to0, float& to1) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      to0 = fmaxf(to0, fmaxf(s[i], s[i + 1]));
+      to1 = fmaxf(to1, fmaxf(s[i + 2], s[i + 3]));
+    }
+    to0 = QuadMax(to0);
+    to1 = QuadMax(to1);
   }
 };
 #endif
@@ -142,9 +174,9 @@ __device__ inline void ClearValues(uint32_t values, int first, int warpgroup) {
   constexpr int kPieces = kSwizzleBytes / 16;  // of a row
   for (int i = first * kPieces + threadIdx.x % kWarpgroup; i < C::kKeys * kPieces;
        i += kWarpgroup) {
-    for (int slab = 0; slab < C::kSlabs; ++slab) {
+    for (int slab = 0; slab < C::kValueSlabs; ++slab) {
       asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(
-                       values + slab * C::kKeySlabBytes + 16 * i),
+                       values + slab * C::kValueSlabBytes + 16 * i),
                    "r"(0)
                    : "memory");
     }
@@ -155,9 +187,7 @@ __device__ inline void ClearValues(uint32_t values, int first, int warpgroup) {
 
 template <int kHeadDim, bool kCausal, bool kPaged>
 __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
-    FlashKernel(const __grid_constant__ CUtensorMap q_map,
-                const __grid_constant__ CUtensorMap k_map,
-                const __grid_constant__ CUtensorMap v_map, const AttentionShape given) {
+    FlashKernel(const __grid_constant__ Maps maps, const AttentionShape given) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using C = Config<kHeadDim>;
   AttentionShape shape = given;
@@ -167,7 +197,7 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
   const uint32_t q_shared = (SharedAddress(shared) + 1023) / 1024 * 1024;
   const uint32_t k_shared = q_shared + C::kQueryStages * kGroups * C::kQueryBytes;
   const uint32_t v_shared = k_shared + kStages * C::kKeyBytes;
-  const uint32_t ones_shared = v_shared + kStages * C::kKeyBytes;
+  const uint32_t ones_shared = v_shared + kStages * C::kValueBytes;
   const uint32_t q_full = SharedAddress(barriers.q_full), q_empty = SharedAddress(barriers.q_empty);
   const uint32_t k_full = SharedAddress(barriers.k_full), k_empty = SharedAddress(barriers.k_empty);
   const uint32_t v_full = SharedAddress(barriers.v_full), v_empty = SharedAddress(barriers.v_empty);
@@ -193,15 +223,36 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
   if constexpr (kPaged) shape.kv_len = __ldg(shape.table);
   const int group_rows = kPaged ? shape.tokens : kMmaRows;  // of q_len, of a warpgroup
   const int tile_rows = group_rows * kGroups;
-  const int query_bytes =
-      kPaged ? shape.together * shape.tokens * C::kSlabs * kSwizzleBytes : C::kQueryBytes;
 
   if (warpgroup == 0) {
     FewerRegisters<C::kCopyRegisters>();
     if (threadIdx.x == 0) {
-      PrefetchMap(q_map);
-      PrefetchMap(k_map);
-      PrefetchMap(v_map);
+      PrefetchMap(maps.q);
+      PrefetchMap(maps.k);
+      PrefetchMap(maps.v);
+      if (C::kNarrow) {
+        PrefetchMap(maps.q_narrow);
+        PrefetchMap(maps.k_narrow);
+      }
+      // Rows from `row` on of an area of `rows` at `to`; y, z and w tell where from.
+      const auto load = [](const CUtensorMap& wide, const CUtensorMap& narrow, uint32_t to,
+                           int rows, int row, uint32_t bar, int y, int z, int w) {
+        for (int slab = 0; slab < C::kWideSlabs; ++slab) {
+          Load4(wide, to + (slab * rows + row) * kSwizzleBytes, bar, 64 * slab, y, z, w);
+        }
+        if constexpr (C::kNarrow) {
+          Load4(narrow, to + C::kWideSlabs * rows * kSwizzleBytes + row * kNarrowBytes, bar,
+                64 * C::kWideSlabs, y, z, w);
+        }
+      };
+      const auto load_values = [&](uint32_t to, int row, uint32_t bar, int y, int z, int w) {
+        for (int slab = 0; slab < C::kValueSlabs; ++slab) {
+          Load4(maps.v, to + slab * C::kValueSlabBytes + row * kSwizzleBytes, bar, 64 * slab, y, z,
+                w);
+        }
+      };
+      const int query_bytes =
+          kPaged ? shape.together * shape.tokens * C::kRowBytes : C::kQueryBytes;
       const int pieces = shape.q_tiles * shape.all_heads * (kPaged ? shape.parts : 1);
       Ring<kStages> ring;
       Ring<C::kQueryStages> queries;
@@ -215,25 +266,26 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
         for (int g = 0; g < kGroups; ++g) {
           const int slot = queries.stage * kGroups + g;
           Wait(q_empty + 8 * slot, queries.parity ^ 1);
-          barriers.work[slot] = none ? -1 : index;
+          barriers.pieces[slot] = {none ? -1 : index, work};
           if (none) {
             Arrive(q_full + 8 * slot);
             continue;
           }
           ArriveExpecting(q_full + 8 * slot, query_bytes);
-          for (int slab = 0; slab < C::kSlabs; ++slab) {
-            Load4(q_map, q_shared + slot * C::kQueryBytes + slab * kMmaRows * kSwizzleBytes,
-                  q_full + 8 * slot, 64 * slab, kPaged ? work.head * shape.together : work.head,
-                  work.first_row + g * group_rows, work.batch);
-          }
+          load(maps.q, maps.q_narrow, q_shared + slot * C::kQueryBytes, kMmaRows, 0,
+               q_full + 8 * slot, kPaged ? work.head * shape.together : work.head,
+               work.first_row + g * group_rows, work.batch);
         }
         if (none) break;
         const int keys = VisibleKeys<kCausal>(shape, work.first_row, tile_rows);
         const Tiles tiles = TilesOf<kPaged>(shape, keys, kKeys, index);
         const int kv_head = work.head / shape.group;
+#pragma unroll 1  // to stay within kCopyRegisters
         for (int tile = tiles.begin; tile < tiles.end; ++tile, ring.Next()) {
           const int key = tile * kKeys;
-          const uint32_t at = ring.stage * C::kKeyBytes;
+          const uint32_t k_at = k_shared + ring.stage * C::kKeyBytes;
+          const uint32_t v_at = v_shared + ring.stage * C::kValueBytes;
+          const uint32_t k_bar = k_full + 8 * ring.stage, v_bar = v_full + 8 * ring.stage;
           if constexpr (kPaged) {
             constexpr int kBoxes = kKeys / C::kBoxKeys;
             int block[kBoxes];
@@ -243,36 +295,28 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
               const int first = min(key + b * C::kBoxKeys, keys - 1);
               block[b] = __ldg(shape.table + 1 + first / kBlockKeys);
             }
-            const auto load = [&](const CUtensorMap& map, uint32_t to, uint32_t bar, int half) {
-#pragma unroll
-              for (int b = 0; b < kBoxes; ++b) {
-                for (int slab = 0; slab < C::kSlabs; ++slab) {
-                  Load4(map, to + slab * C::kKeySlabBytes + b * C::kBoxKeys * kSwizzleBytes, bar,
-                        64 * slab, (key + b * C::kBoxKeys) % kBlockKeys, kv_head,
-                        2 * block[b] + half);
-                }
-              }
-            };
             Wait(k_empty + 8 * ring.stage, ring.parity ^ 1);
-            ArriveExpecting(k_full + 8 * ring.stage, C::kKeyBytes);
-            load(k_map, k_shared + at, k_full + 8 * ring.stage, 0);
+            ArriveExpecting(k_bar, C::kKeyBytes);
+#pragma unroll
+            for (int b = 0; b < kBoxes; ++b) {
+              load(maps.k, maps.k_narrow, k_at, kKeys, b * C::kBoxKeys, k_bar,
+                   (key + b * C::kBoxKeys) % kBlockKeys, kv_head, 2 * block[b]);
+            }
             Wait(v_empty + 8 * ring.stage, ring.parity ^ 1);
-            ArriveExpecting(v_full + 8 * ring.stage, C::kKeyBytes);
-            load(k_map, v_shared + at, v_full + 8 * ring.stage, 1);
+            ArriveExpecting(v_bar, C::kValueBytes);
+#pragma unroll
+            for (int b = 0; b < kBoxes; ++b) {
+              load_values(v_at, b * C::kBoxKeys, v_bar, (key + b * C::kBoxKeys) % kBlockKeys,
+                          kv_head, 2 * block[b] + 1);
+            }
             continue;
           }
           Wait(k_empty + 8 * ring.stage, ring.parity ^ 1);
-          ArriveExpecting(k_full + 8 * ring.stage, C::kKeyBytes);
-          for (int slab = 0; slab < C::kSlabs; ++slab) {
-            Load4(k_map, k_shared + at + slab * C::kKeySlabBytes, k_full + 8 * ring.stage,
-                  64 * slab, kv_head, key, work.batch);
-          }
+          ArriveExpecting(k_bar, C::kKeyBytes);
+          load(maps.k, maps.k_narrow, k_at, kKeys, 0, k_bar, kv_head, key, work.batch);
           Wait(v_empty + 8 * ring.stage, ring.parity ^ 1);
-          ArriveExpecting(v_full + 8 * ring.stage, C::kKeyBytes);
-          for (int slab = 0; slab < C::kSlabs; ++slab) {
-            Load4(v_map, v_shared + at + slab * C::kKeySlabBytes, v_full + 8 * ring.stage,
-                  64 * slab, kv_head, key, work.batch);
-          }
+          ArriveExpecting(v_bar, C::kValueBytes);
+          load_values(v_at, 0, v_bar, kv_head, key, work.batch);
         }
       }
     }
@@ -280,146 +324,99 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
     MoreRegisters<C::kComputeRegisters>();
     const int g = warpgroup - 1;
     const int thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % 32;
+    const int row = thread / 32 * 16 + lane / 4;  // and row + 8, of the warpgroup
     // Named barrier 1 + g hands warpgroup g the turn to start products.
     const int my_turn = 1 + g, next_turn = 1 + (g + 1) % kGroups;
     if (g == kGroups - 1) NamedArrive(next_turn, 2 * kWarpgroup);
 
-    const auto start_scores = [&](float(&s)[kKeys / 2], uint32_t q_at, int stage) {
-      const uint32_t k_at = k_shared + stage * C::kKeyBytes;
+    Ring<kStages> k_ring, v_ring;
+    Ring<C::kQueryStages> queries;
+    const auto slot = [&] { return queries.stage * kGroups + g; };
+    const auto start_scores = [&](float(&s)[kKeys / 2]) {
+      const uint32_t q_at = q_shared + slot() * C::kQueryBytes;
+      const uint32_t k_at = k_shared + k_ring.stage * C::kKeyBytes;
 #pragma unroll
-      for (int step = 0; step < (kHeadDim + 15) / 16; ++step) {
+      for (int step = 0; step < 4 * C::kWideSlabs; ++step) {
         const int slab = step / 4, within = step % 4 * 32;
         Mma<kKeys>::Bf16(s, Describe(q_at + slab * kMmaRows * kSwizzleBytes + within),
-                         Describe(k_at + slab * C::kKeySlabBytes + within), step > 0);
+                         Describe(k_at + slab * kKeys * kSwizzleBytes + within), step > 0);
       }
+      if constexpr (C::kNarrow) {
+        Mma<kKeys>::Bf16(s, DescribeNarrow(q_at + C::kWideSlabs * kMmaRows * kSwizzleBytes),
+                         DescribeNarrow(k_at + C::kWideSlabs * kKeys * kSwizzleBytes), true);
+      }
+      MmaCommit();
     };
-    const auto start_values = [&](float(&o)[C::kColumns / 2], const uint32_t(&p)[kKeys / 4],
-                                  int stage, bool add) {
-      const uint32_t v_at = v_shared + stage * C::kKeyBytes;
-      const uint32_t slab_bytes = C::kSumColumns > 0 ? ones_shared - v_at : C::kKeySlabBytes;
+    const auto start_values = [&](float(&o)[C::kColumns / 2], const uint32_t(&p)[kKeys / 4]) {
+      const uint32_t v_at = v_shared + v_ring.stage * C::kValueBytes;
+      const uint32_t slab_bytes = C::kSumColumns > 0 ? ones_shared - v_at : C::kValueSlabBytes;
 #pragma unroll
       for (int step = 0; step < kKeys / 16; ++step) {
         Mma<C::kColumns>::Bf16P(o, &p[4 * step],
                                 Describe(v_at + step * 16 * kSwizzleBytes, slab_bytes),
-                                step > 0 || add);
+                                /*add=*/1);
       }
+      MmaCommit();
     };
-    const auto pack = [&](const float(&s)[kKeys / 2], uint32_t(&p)[kKeys / 4]) {
-#pragma unroll
-      for (int i = 0; i < kKeys / 4; ++i) p[i] = PackBf16(s[2 * i], s[2 * i + 1]);
+    const auto release = [&](uint32_t empty, Ring<kStages>& ring) {
+      if (lane == 0) Arrive(empty + 8 * ring.stage);
+      ring.Next();
     };
 
-    Ring<kStages> k_ring, v_ring;
-    for (Ring<C::kQueryStages> queries;; queries.Next()) {
-      const int slot = queries.stage * kGroups + g;
-      const uint32_t q_at = q_shared + slot * C::kQueryBytes;
-      Wait(q_full + 8 * slot, queries.parity);
-      const int index = barriers.work[slot];
-      if (index < 0) break;
-      const Work work = WorkOf(shape, kPaged ? index / shape.parts : index, tile_rows);
+    const auto place_of = [&](const Work& work, int row) {  // of the warpgroup
       const int first_row = work.first_row + g * group_rows;
-      const int keys = VisibleKeys<kCausal>(shape, work.first_row, tile_rows);
-      const auto [first, tiles] = TilesOf<kPaged>(shape, keys, kKeys, index);
-      const int offset = shape.kv_len - shape.q_len;
-      const auto place_of = [&](int row) {  // of the warpgroup
-        RowPlace place{first_row + row, work.head, shape.kv_len, true};
-        if constexpr (kPaged) {
-          place.token = first_row + row / shape.together;
-          place.head = work.head * shape.together + row % shape.together;
-          place.used = row < shape.together * shape.tokens;
-        }
-        if (kCausal) place.limit = min(shape.kv_len, place.token + offset + 1);
-        place.used = place.used && place.token < shape.q_len;
-        return place;
-      };
-      const int row = thread / 32 * 16 + lane / 4;
-      const RowPlace row0 = place_of(row), row1 = place_of(row + 8);
-      const int limit0 = row0.limit, limit1 = row1.limit;
-      // Tiles up to here are seen whole by all rows of the warpgroup.
-      const int whole =
-          (kCausal ? min(shape.kv_len, first_row + offset + 1) : shape.kv_len) / kKeys;
-
-      // Of a part: where its rows' results go.
-      float *partial0 = nullptr, *partial1 = nullptr;
+      RowPlace place{first_row + row, work.head, shape.kv_len, true};
       if constexpr (kPaged) {
-        const auto partial_of = [&](const RowPlace& row) {
-          const int64_t part = index % shape.parts;
-          return shape.partial +
-                 ((part * shape.q_len + row.token) * shape.q_heads + row.head) * (kHeadDim + 2);
-        };
-        partial0 = partial_of(row0);
-        partial1 = partial_of(row1);
-        if (first >= tiles) {
-          if (lane == 0) Arrive(q_empty + 8 * slot);
-          if (lane % 4 == 0) {
-            if (row0.used) partial0[kHeadDim] = -INFINITY;
-            if (row1.used) partial1[kHeadDim] = -INFINITY;
-          }
-          continue;
+        place.token = first_row + row / shape.together;
+        place.head = work.head * shape.together + row % shape.together;
+        place.used = row < shape.together * shape.tokens;
+      }
+      if (kCausal) place.limit = min(shape.kv_len, place.token + shape.kv_len - shape.q_len + 1);
+      place.used = place.used && place.token < shape.q_len;
+      return place;
+    };
+    // Of a part: where the results of a row go.
+    const auto partial_of = [&](const Piece& piece, const RowPlace& row) {
+      const int64_t part = piece.index % shape.parts;
+      return shape.partial +
+             ((part * shape.q_len + row.token) * shape.q_heads + row.head) * (kHeadDim + 2);
+    };
+    // Nothing of the piece of work in front is read from shared memory any more.
+    const auto free = [&] {
+      __syncwarp();
+      if (lane == 0) Arrive(q_empty + 8 * slot());
+      queries.Next();
+    };
+
+    // What this warpgroup computes: tiles of keys from `tile` to `end`, of which those from `whole`
+    // on are not seen whole by all rows.
+    int tile, end, whole, limit0, limit1;
+    // Waits for a piece of work that has keys; false: nothing is left.
+    const auto take = [&] {
+      while (true) {
+        Wait(q_full + 8 * slot(), queries.parity);
+        const Piece piece = barriers.pieces[slot()];
+        if (piece.index < 0) return false;
+        const RowPlace row0 = place_of(piece.work, row), row1 = place_of(piece.work, row + 8);
+        limit0 = row0.limit;
+        limit1 = row1.limit;
+        whole = (kCausal ? place_of(piece.work, 0).limit : shape.kv_len) / kKeys;
+        const int keys = VisibleKeys<kCausal>(shape, piece.work.first_row, tile_rows);
+        const Tiles tiles = TilesOf<kPaged>(shape, keys, kKeys, piece.index);
+        tile = tiles.begin;
+        end = tiles.end;
+        if (!kPaged || tile < end) return true;
+        if (lane % 4 == 0) {
+          if (row0.used) partial_of(piece, row0)[kHeadDim] = -INFINITY;
+          if (row1.used) partial_of(piece, row1)[kHeadDim] = -INFINITY;
         }
+        free();
       }
-
-      float s[kKeys / 2], o[C::kColumns / 2], keep0, keep1;
-      uint32_t p[kKeys / 4];
-      Rows<kHeadDim> rows;
-
-      Wait(k_full + 8 * k_ring.stage, k_ring.parity);
-      MmaFence();
-      start_scores(s, q_at, k_ring.stage);
-      MmaCommit();
-      MmaWait<0>();
-      if (lane == 0) Arrive(k_empty + 8 * k_ring.stage);
-      k_ring.Next();
-      if (whole <= first) Mask(s, first * kKeys, limit0, limit1);
-      rows.Update(s, shape.scale_log2, keep0, keep1);
-      pack(s, p);
-
-      for (int tile = first + 1; tile < tiles; ++tile) {
-        Wait(k_full + 8 * k_ring.stage, k_ring.parity);
-        NamedSync(my_turn, 2 * kWarpgroup);
-        MmaFence();
-        start_scores(s, q_at, k_ring.stage);
-        MmaCommit();
-        Wait(v_full + 8 * v_ring.stage, v_ring.parity);
-        start_values(o, p, v_ring.stage, tile > first + 1);
-        MmaCommit();
-        NamedArrive(next_turn, 2 * kWarpgroup);
-        MmaWait<1>();
-        if (lane == 0) Arrive(k_empty + 8 * k_ring.stage);
-        k_ring.Next();
-        if (tile >= whole) Mask(s, tile * kKeys, limit0, limit1);
-        const bool grown = rows.Update(s, shape.scale_log2, keep0, keep1);
-        MmaWait<0>();
-        if (lane == 0) Arrive(v_empty + 8 * v_ring.stage);
-        v_ring.Next();
-        if (grown) {
-#pragma unroll
-          for (int i = 0; i < C::kColumns / 2; i += 4) {
-            o[i] *= keep0;
-            o[i + 1] *= keep0;
-            o[i + 2] *= keep1;
-            o[i + 3] *= keep1;
-          }
-        }
-        pack(s, p);
-      }
-      if (lane == 0) Arrive(q_empty + 8 * slot);
-      Wait(v_full + 8 * v_ring.stage, v_ring.parity);
-      if (kPaged && tiles * kKeys > shape.kv_len) {
-        ClearValues<kHeadDim>(v_shared + v_ring.stage * C::kKeyBytes,
-                              shape.kv_len - (tiles - 1) * kKeys, g);
-      }
-      MmaFence();
-      start_values(o, p, v_ring.stage, tiles > first + 1);
-      MmaCommit();
-      MmaWait<0>();
-      if (lane == 0) Arrive(v_empty + 8 * v_ring.stage);
-      v_ring.Next();
-
-      const auto out_of = [&](const RowPlace& row) {
-        return shape.out + (int64_t{work.batch} * shape.q_len + row.token) * shape.out_stride +
-               row.head * kHeadDim;
-      };
+    };
+    // Writes the results of a piece of work.
+    const auto finish = [&](const Piece& piece, const float(&o)[C::kColumns / 2],
+                            const Rows<kHeadDim>& rows) {
+      const RowPlace row0 = place_of(piece.work, row), row1 = place_of(piece.work, row + 8);
       float sum0, sum1;
       if constexpr (C::kSumColumns > 0) {
         sum0 = o[kHeadDim / 2];
@@ -429,6 +426,8 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
         sum1 = QuadSum(rows.sum1);
       }
       if (kPaged && shape.parts > 1) {
+        float* const partial0 = partial_of(piece, row0);
+        float* const partial1 = partial_of(piece, row1);
 #pragma unroll
         for (int i = 0; i < kHeadDim / 8; ++i) {
           const int column = 8 * i + 2 * (lane % 4);
@@ -445,9 +444,101 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
           if (row0.used) *reinterpret_cast<float2*>(partial0 + kHeadDim) = end0;
           if (row1.used) *reinterpret_cast<float2*>(partial1 + kHeadDim) = end1;
         }
-        continue;
+      } else {
+        const auto out_of = [&](const RowPlace& row) {
+          return shape.out +
+                 (int64_t{piece.work.batch} * shape.q_len + row.token) * shape.out_stride +
+                 row.head * kHeadDim;
+        };
+        StoreRows<kHeadDim>(o, 1 / sum0, 1 / sum1, out_of(row0), out_of(row1), row0.used,
+                            row1.used);
       }
-      StoreRows<kHeadDim>(o, 1 / sum0, 1 / sum1, out_of(row0), out_of(row1), row0.used, row1.used);
+    };
+    // Before the last values of a piece of work are multiplied.
+    const auto clear_values = [&](int end) {
+      if (!kPaged || end * kKeys <= shape.kv_len) return;
+      Wait(v_full + 8 * v_ring.stage, v_ring.parity);
+      ClearValues<kHeadDim>(v_shared + v_ring.stage * C::kValueBytes,
+                            shape.kv_len - (end - 1) * kKeys, g);
+    };
+
+    // Scores of a tile of keys, and the probabilities that the tensor cores multiply with values.
+    float s[kKeys / 2], o[C::kColumns / 2] = {};
+    uint32_t p[kKeys / 4];
+    const auto weigh = [&](Rows<kHeadDim>& rows) {
+      rows.Weigh(s, shape.scale_log2);
+#pragma unroll
+      for (int i = 0; i < kKeys / 4; ++i) p[i] = PackBf16(s[2 * i], s[2 * i + 1]);
+    };
+    const auto mask = [&] {
+      if (tile >= whole) Mask(s, tile * kKeys, limit0, limit1);
+    };
+    // Starts the scores of `tile`, then the products of p with the values in front, and returns
+    // when the scores are there. The tensor cores read p from registers while the warpgroup issues
+    // those products, so that little of them is left to wait for.
+    const auto turn = [&] {
+      Wait(k_full + 8 * k_ring.stage, k_ring.parity);
+      NamedSync(my_turn, 2 * kWarpgroup);
+      MmaFence();
+      start_scores(s);
+      Wait(v_full + 8 * v_ring.stage, v_ring.parity);
+      start_values(o, p);
+      NamedArrive(next_turn, 2 * kWarpgroup);
+      MmaWait<1>();
+      release(k_empty, k_ring);
+      mask();
+    };
+    const auto end_values = [&] {
+      MmaWait<0>();
+      release(v_empty, v_ring);
+    };
+
+    if (!take()) return;
+    Wait(k_full + 8 * k_ring.stage, k_ring.parity);
+    MmaFence();
+    start_scores(s);
+    MmaWait<0>();
+    release(k_empty, k_ring);
+    mask();
+    Rows<kHeadDim> rows(s);
+    weigh(rows);
+    while (true) {
+      while (++tile < end) {
+        turn();
+        float keep0, keep1;
+        const bool grown = rows.Grow(s, shape.scale_log2, keep0, keep1);
+        end_values();
+        if (grown) {
+#pragma unroll
+          for (int i = 0; i < C::kColumns / 2; i += 4) {
+            o[i] *= keep0;
+            o[i + 1] *= keep0;
+            o[i + 2] *= keep1;
+            o[i + 3] *= keep1;
+          }
+        }
+        weigh(rows);
+      }
+      clear_values(end);
+      const Piece done = barriers.pieces[slot()];
+      free();
+      if (!take()) {
+        Wait(v_full + 8 * v_ring.stage, v_ring.parity);
+        MmaFence();
+        start_values(o, p);
+        end_values();
+        finish(done, o, rows);
+        return;
+      }
+      // The last values of one piece of work together with the first scores of the next.
+      turn();
+      const Rows<kHeadDim> rows_done = rows;
+      rows = Rows<kHeadDim>(s);
+      end_values();
+      weigh(rows);
+      finish(done, o, rows_done);
+#pragma unroll
+      for (float& x : o) x = 0;
     }
   }
 #else
@@ -494,19 +585,29 @@ void LaunchPaged(const AttentionArgs& args, void* workspace, cudaStream_t stream
   shape.group /= plan.heads_together;
   shape.all_heads = shape.section = shape.heads;
   const auto u = [](int64_t x) { return static_cast<cuuint64_t>(x); };
-  const CUtensorMap q = MapTensor<4>(
-      CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, args.q, {kHeadDim, u(args.heads), u(args.q_len), 1},
-      {2 * kHeadDim, u(2 * args.q_stride), u(2 * args.q_stride * args.q_len)},
-      {64, static_cast<cuuint32_t>(plan.heads_together), static_cast<cuuint32_t>(plan.tokens), 1});
+  const auto map_queries = [&](cuuint32_t channels, CUtensorMapSwizzle swizzle) {
+    return MapTensor<4>(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, args.q,
+                        {kHeadDim, u(args.heads), u(args.q_len), 1},
+                        {2 * kHeadDim, u(2 * args.q_stride), u(2 * args.q_stride * args.q_len)},
+                        {channels, static_cast<cuuint32_t>(plan.heads_together),
+                         static_cast<cuuint32_t>(plan.tokens), 1},
+                        swizzle);
+  };
   // Halves of blocks, keys and values in turn: as many as there can be.
   constexpr cuuint64_t kHalves = cuuint64_t{1} << 24;
   const cuuint64_t head_bytes = 2 * kHeadDim * kBlockKeys;
-  const CUtensorMap kv = MapTensor<4>(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, args.blocks,
-                                      {kHeadDim, kBlockKeys, u(args.kv_heads), kHalves},
-                                      {2 * kHeadDim, head_bytes, head_bytes * args.kv_heads},
-                                      {64, static_cast<cuuint32_t>(C::kBoxKeys), 1, 1});
+  const auto map_blocks = [&](cuuint32_t channels, CUtensorMapSwizzle swizzle) {
+    return MapTensor<4>(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, args.blocks,
+                        {kHeadDim, kBlockKeys, u(args.kv_heads), kHalves},
+                        {2 * kHeadDim, head_bytes, head_bytes * args.kv_heads},
+                        {channels, static_cast<cuuint32_t>(C::kBoxKeys), 1, 1}, swizzle);
+  };
+  const CUtensorMap q = map_queries(64, CU_TENSOR_MAP_SWIZZLE_128B);
+  const CUtensorMap kv = map_blocks(64, CU_TENSOR_MAP_SWIZZLE_128B);
+  const Maps maps = {q, map_queries(16, CU_TENSOR_MAP_SWIZZLE_32B), kv,
+                     map_blocks(16, CU_TENSOR_MAP_SWIZZLE_32B), kv};
   LaunchPersistent(FlashKernel<kHeadDim, true, true>, C::kThreads, C::kSharedBytes,
-                   shape.q_tiles * shape.all_heads * shape.parts, stream, q, kv, kv, shape);
+                   shape.q_tiles * shape.all_heads * shape.parts, stream, maps, shape);
   if (shape.parts == 1) return;
   constexpr int kRowsAtOnce = 4;
   const int64_t rows = args.q_len * args.heads;
@@ -521,18 +622,22 @@ void Launch(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
   AttentionShape shape = ShapeOf(args, 4 * kHeadDim);
   shape.q_tiles = static_cast<int>((args.q_len + C::kRows - 1) / C::kRows);
   shape.counter = static_cast<unsigned*>(workspace);
-  const CUtensorMap q =
-      MapHeads(args.q, args.batch, args.q_len, args.heads, kHeadDim, args.q_stride, kMmaRows);
-  const CUtensorMap k =
-      MapHeads(args.k, args.batch, args.kv_len, args.kv_heads, kHeadDim, args.k_stride, C::kKeys);
-  const CUtensorMap v =
-      MapHeads(args.v, args.batch, args.kv_len, args.kv_heads, kHeadDim, args.v_stride, C::kKeys);
+  const auto map_queries = [&](int channels) {
+    return MapHeads(args.q, args.batch, args.q_len, args.heads, kHeadDim, args.q_stride, kMmaRows,
+                    channels);
+  };
+  const auto map_keys = [&](const void* data, int64_t stride, int channels) {
+    return MapHeads(data, args.batch, args.kv_len, args.kv_heads, kHeadDim, stride, C::kKeys,
+                    channels);
+  };
+  const Maps maps = {map_queries(64), map_queries(16), map_keys(args.k, args.k_stride, 64),
+                     map_keys(args.k, args.k_stride, 16), map_keys(args.v, args.v_stride, 64)};
   if (args.causal) {
     Check(cudaMemsetAsync(shape.counter, 0, sizeof(unsigned), stream), "clearing a counter");
   }
   LaunchPersistent(
       args.causal ? FlashKernel<kHeadDim, true, false> : FlashKernel<kHeadDim, false, false>,
-      C::kThreads, C::kSharedBytes, shape.q_tiles * shape.all_heads, stream, q, k, v, shape);
+      C::kThreads, C::kSharedBytes, shape.q_tiles * shape.all_heads, stream, maps, shape);
 }
 
 }  // namespace

@@ -83,7 +83,8 @@ __device__ inline void FillShared(uint32_t to, int bytes, uint32_t pattern) {
 // of all dimensions but the innermost. What a box has outside the tensor is filled with zeros.
 template <int kRank>
 CUtensorMap MapTensor(CUtensorMapDataType type, const void* data, const cuuint64_t (&sizes)[kRank],
-                      const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank]) {
+                      const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank],
+                      CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
   // The driver's own function, asked for at run time: nothing links against the driver.
   using Encode = decltype(&cuTensorMapEncodeTiled);
   void* function = nullptr;
@@ -99,7 +100,7 @@ CUtensorMap MapTensor(CUtensorMapDataType type, const void* data, const cuuint64
   for (cuuint32_t& one : ones) one = 1;
   const CUresult result = reinterpret_cast<Encode>(function)(
       &map, type, kRank, const_cast<void*>(data), sizes, strides, box, ones,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw Error("[cuda attention] the driver refused a tensor map with error " +
@@ -108,14 +109,15 @@ CUtensorMap MapTensor(CUtensorMapDataType type, const void* data, const cuuint64
   return map;
 }
 
-// [batch * len, heads, head_dim] bf16 in boxes of `rows` tokens and 64 channels of one head.
+// [batch * len, heads, head_dim] bf16 in boxes of `rows` tokens and 64 or 16 channels of one head.
 inline CUtensorMap MapHeads(const void* data, int64_t batch, int64_t len, int heads, int head_dim,
-                            int64_t stride, int rows) {
+                            int64_t stride, int rows, int channels = 64) {
   const auto u = [](int64_t x) { return static_cast<cuuint64_t>(x); };
   return MapTensor<4>(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, data,
                       {u(head_dim), u(heads), u(len), u(batch)},
                       {u(2 * head_dim), u(2 * stride), u(2 * stride * len)},
-                      {64, 1, static_cast<cuuint32_t>(rows), 1});
+                      {static_cast<cuuint32_t>(channels), 1, static_cast<cuuint32_t>(rows), 1},
+                      channels == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B);
 }
 
 // kv_bytes: of a token's keys and values of one kv head as the kernel reads them.
@@ -127,7 +129,9 @@ inline AttentionShape ShapeOf(const AttentionArgs& args, int kv_bytes) {
   shape.heads = shape.q_heads = args.heads;
   shape.group = args.heads / args.kv_heads;
   shape.all_heads = static_cast<int>(args.batch * args.heads);
-  const int64_t kv_heads = kCacheBytes / (std::max<int64_t>(args.kv_len, 1) * kv_bytes);
+  // Sections are for the order of causal problems; in others all blocks read the same few heads.
+  const int64_t kv_heads =
+      args.causal ? kCacheBytes / (std::max<int64_t>(args.kv_len, 1) * kv_bytes) : 1;
   shape.section = static_cast<int>(
       std::min<int64_t>(shape.all_heads, std::max<int64_t>(kv_heads, 1) * shape.group));
   shape.scale_log2 = args.scale * 1.44269504f;

@@ -42,12 +42,13 @@ __device__ inline float QuadSum(float x) {
 template <int kCount>
 __device__ inline void Mask(float (&s)[kCount], int first_key, int limit0, int limit1) {
   const int column = first_key + 2 * (threadIdx.x % 4);
+  const int left0 = limit0 - column, left1 = limit1 - column;
 #pragma unroll
   for (int i = 0; i < kCount / 4; ++i) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      if (column + 8 * i + j >= limit0) s[4 * i + j] = -INFINITY;
-      if (column + 8 * i + j >= limit1) s[4 * i + 2 + j] = -INFINITY;
+      if (8 * i + j >= left0) s[4 * i + j] = -INFINITY;
+      if (8 * i + j >= left1) s[4 * i + 2 + j] = -INFINITY;
     }
   }
 }

@@ -2,8 +2,9 @@
 // copy engine (TMA), and products of a whole warpgroup (wgmma). Only for code compiled for sm_90a.
 //
 // Operands of a product in shared memory lie in rows of 128 bytes, their 16-byte pieces permuted by
-// the row's number modulo 8, as TMA writes them with CU_TENSOR_MAP_SWIZZLE_128B. Every such area
-// begins at a multiple of 1024 bytes.
+// the row's number modulo 8, as TMA writes them with CU_TENSOR_MAP_SWIZZLE_128B; or, what is left
+// of rows behind the last 128 bytes, in rows of 32 bytes (CU_TENSOR_MAP_SWIZZLE_32B). Every such
+// area begins at a multiple of 1024 bytes.
 #ifndef SLUICE_RUNTIME_OPS_CUDA_HOPPER_CUH_
 #define SLUICE_RUNTIME_OPS_CUDA_HOPPER_CUH_
 
@@ -15,6 +16,7 @@
 namespace sluice::cuda::hopper {
 
 constexpr int kSwizzleBytes = 128;
+constexpr int kNarrowBytes = 32;
 constexpr int kWarpgroup = 128;  // threads
 constexpr int kMmaRows = 64;     // rows of one wgmma
 
@@ -126,6 +128,14 @@ __device__ inline uint64_t Describe(uint32_t address, uint32_t slab_bytes = 16) 
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kGroupOfRows = uint64_t{1024 >> 4} << 32;
   return kSwizzle128 | kGroupOfRows | uint64_t{slab_bytes >> 4} << 16 | (address & 0x3ffff) >> 4;
+}
+
+// The same for rows of 32 bytes, which hold all that one product sums. Groups of 8 rows follow each
+// other.
+__device__ inline uint64_t DescribeNarrow(uint32_t address) {
+  constexpr uint64_t kSwizzle32 = uint64_t{3} << 62;
+  constexpr uint64_t kGroupOfRows = uint64_t{8 * kNarrowBytes >> 4} << 32;
+  return kSwizzle32 | kGroupOfRows | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
 }
 
 // d[64, N] (+)= a[64, K] b[K, N] where a thread holds N / 2 elements of d: element 4 * i + j is in
