@@ -15,7 +15,8 @@
 //
 // Three kernels. SampleKv (attention_quantize.cuh) looks at some keys and values of each head.
 // QuantizeKv writes int8 keys and transposed fp8 values. SageKernel has the structure of
-// attention_bf16.cu and quantises its queries itself: they are read once.
+// attention_bf16.cu, but one tile of queries ends before the next begins and its warpgroups take no
+// turns, which costs time here. It quantises its queries itself: they are read once.
 //
 // Differs from the paper: values have a scale a tile besides one a channel (folded into O's
 // rescaling, at no cost), and neither mean nor channel scales need all tokens.
@@ -287,11 +288,17 @@ __device__ inline float QuantizeQueries(uint32_t from, uint32_t to) {
   return largest / kLargestInt8;
 }
 
+// The tensor cores add scores to this number: the bits of the sum are those of the float kOffset +
+// score, exactly, since scores are below 2^22. So no conversion is needed.
+constexpr int kOffsetBits = 0x4b400000;
+constexpr float kOffset = 12582912;
+
 // What a warpgroup carries along the keys, as in attention_bf16.cu; max includes -log2(448).
 struct Rows {
   float max0 = -INFINITY, max1 = -INFINITY;
 
-  // s: dequantised by `factor` into powers of two; becomes probabilities between 0 and 448.
+  // s: kOffset + scores, which `factor` dequantises into powers of two; becomes probabilities
+  // between 0 and 448. Rounding kOffset * factor moves all of a row by the same small factor.
   __device__ void Update(float (&s)[kTileKeys / 2], float factor, float& keep0, float& keep1) {
     float new0 = s[0], new1 = s[2];
 #pragma unroll
@@ -299,18 +306,19 @@ struct Rows {
       new0 = fmaxf(new0, fmaxf(s[i], s[i + 1]));
       new1 = fmaxf(new1, fmaxf(s[i + 2], s[i + 3]));
     }
-    new0 = fmaxf(max0, QuadMax(new0 * factor) - kLog2Fp8);
-    new1 = fmaxf(max1, QuadMax(new1 * factor) - kLog2Fp8);
+    new0 = fmaxf(max0, QuadMax((new0 - kOffset) * factor) - kLog2Fp8);
+    new1 = fmaxf(max1, QuadMax((new1 - kOffset) * factor) - kLog2Fp8);
     keep0 = Exp2(max0 - new0);
     keep1 = Exp2(max1 - new1);
     max0 = new0;
     max1 = new1;
+    const float base0 = fmaf(kOffset, factor, new0), base1 = fmaf(kOffset, factor, new1);
 #pragma unroll
     for (int i = 0; i < kTileKeys / 2; i += 4) {
-      s[i] = Exp2(s[i] * factor - new0);
-      s[i + 1] = Exp2(s[i + 1] * factor - new0);
-      s[i + 2] = Exp2(s[i + 2] * factor - new1);
-      s[i + 3] = Exp2(s[i + 3] * factor - new1);
+      s[i] = Exp2(s[i] * factor - base0);
+      s[i + 1] = Exp2(s[i + 1] * factor - base0);
+      s[i + 2] = Exp2(s[i + 2] * factor - base1);
+      s[i + 3] = Exp2(s[i + 3] * factor - base1);
     }
   }
 };
@@ -401,15 +409,16 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
     const int g = warpgroup - 1;
     const int thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % 32;
     const uint32_t q8_at = q8_shared + g * C::kQuantizedBytes;
-    // Named barrier 1 + g hands warpgroup g the turn to start products; 1 + kGroups + g is its own.
-    const int my_turn = 1 + g, next_turn = 1 + (g + 1) % kGroups, own = 1 + kGroups + g;
-    if (g == kGroups - 1) NamedArrive(next_turn, 2 * kWarpgroup);
+    const int own = 1 + g;  // a named barrier of the warpgroup
 
     const auto start_scores = [&](int(&s)[kTileKeys / 2], int stage) {
 #pragma unroll
+      for (int i = 0; i < kTileKeys / 2; ++i) s[i] = kOffsetBits;
+      MmaFence();
+#pragma unroll
       for (int step = 0; step < (kHeadDim + 31) / 32; ++step) {
         Mma<kTileKeys>::S8(s, Describe(q8_at + 32 * step),
-                           Describe(k_shared + stage * C::kKeyBytes + 32 * step), step > 0);
+                           Describe(k_shared + stage * C::kKeyBytes + 32 * step), /*add=*/1);
       }
     };
     const auto start_values = [&](float(&r)[C::kColumns / 2], const uint32_t(&p)[kTileKeys / 4],
@@ -476,7 +485,7 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
         const int next = min(tile + 1, tiles - 1);
         key_scale = __ldg(key_scales + next * kKeyScales);
 #pragma unroll
-        for (int i = 0; i < kTileKeys / 2; ++i) s[i] = static_cast<float>(raw[i]);
+        for (int i = 0; i < kTileKeys / 2; ++i) s[i] = __int_as_float(raw[i]);
         if (tile >= whole) Mask(s, tile * kTileKeys, limit0, limit1);
         rows.Update(s, factor, factor0, factor1);
       };
@@ -484,7 +493,6 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
       int raw[kTileKeys / 2];
       float s[kTileKeys / 2];
       Wait(k_full + 8 * k_ring.stage, k_ring.parity);
-      MmaFence();
       start_scores(raw, k_ring.stage);
       MmaCommit();
       MmaWait<0>();
@@ -496,14 +504,11 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
       for (int tile = 1; tile < tiles; ++tile) {
         value_scale = __ldg(value_scales + tile);
         Wait(k_full + 8 * k_ring.stage, k_ring.parity);
-        NamedSync(my_turn, 2 * kWarpgroup);
-        MmaFence();
         start_scores(raw, k_ring.stage);
         MmaCommit();
         Wait(v_full + 8 * v_ring.stage, v_ring.parity);
         start_values(r, p, v_ring.stage);
         MmaCommit();
-        NamedArrive(next_turn, 2 * kWarpgroup);
         MmaWait<1>();
         if (lane == 0) Arrive(k_empty + 8 * k_ring.stage);
         k_ring.Next();
