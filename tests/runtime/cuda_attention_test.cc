@@ -156,15 +156,30 @@ TEST(CudaAttentionTest, RefusesWhatItCannotCompute) {
 }
 
 TEST(FastestAttentionTest, QuantisesLongAndWideProblemsOnly) {
-  AttentionArgs args = {.q_len = 4096, .kv_len = 4096, .heads = 32, .kv_heads = 32};
+  AttentionArgs args = {.q_len = 16384, .kv_len = 16384, .heads = 32, .kv_heads = 32};
   args.head_dim = 128;
   args.causal = true;
   EXPECT_EQ(cuda::FastestAttention(args), AttentionPrecision::kInt8Fp8);
-  args.q_len = 196;
-  EXPECT_EQ(cuda::FastestAttention(args), AttentionPrecision::kBF16);
   args.q_len = 4096;
+  EXPECT_EQ(cuda::FastestAttention(args), AttentionPrecision::kBF16);
+  args.heads = 28;  // of which 7 share their keys
+  args.kv_heads = 4;
+  EXPECT_EQ(cuda::FastestAttention(args), AttentionPrecision::kInt8Fp8);
+  args.q_len = 784;
+  EXPECT_EQ(cuda::FastestAttention(args), AttentionPrecision::kBF16);
+  args.q_len = 16384;
   args.head_dim = 64;
   EXPECT_EQ(cuda::FastestAttention(args), AttentionPrecision::kBF16);
+}
+
+TEST(PagedPlanTest, CutsKeysIntoPartsOnlyWhereThatFillsTheDevice) {
+  const auto parts = [](int64_t rows, int heads, int kv_heads) {
+    return cuda::PlanPaged({.q_len = rows, .heads = heads, .kv_heads = kv_heads, .head_dim = 128})
+        .parts;
+  };
+  EXPECT_EQ(parts(196, 28, 4), 3);    // 44 tiles of heads together
+  EXPECT_EQ(parts(588, 28, 4), 1);    // 132
+  EXPECT_EQ(parts(1568, 32, 32), 1);  // 416: joining parts takes longer than the last round waits
 }
 
 }  // namespace
