@@ -172,10 +172,10 @@ AttentionPrecision FastestAttention(const AttentionArgs& args) {
   // the exponentials, which are the same for both, take longer than the products. On an H100, times
   // of exact attention in those of quantised attention, heads of 128, gathering the keys from
   // blocks included where causal:
-  //   28 heads on 4, 784 rows: 0.86 at 16,384 keys; 1,024: 1.07; 2,048: 1.08; 4,096: 1.24
-  //   32 heads on 8, 1,024 rows: 0.85 at 16,384 keys; 2,048: 0.96; 4,096: 1.22
-  //   32 heads on 32, 2,048 rows: 0.76 at 16,384 keys; 4,096: 1.13 (0.85 at 4,096 keys)
-  //   32 heads on 32, full, 4,096 rows and keys: 1.0; 32,768: 1.3
+  //   28 heads on 4, 16,384 keys: 784 rows 0.84, 1,024: 1.00, 2,048: 1.07, 4,096: 1.21
+  //   32 heads on 8, 16,384 keys: 1,024 rows 0.85, 2,048: 0.98, 4,096: 1.19
+  //   32 heads on 32, 16,384 keys: 2,048 rows 0.74, 4,096: 1.19 (0.82 at 4,096 keys)
+  //   32 heads on 32, full, 32,768 rows and keys: 1.33
   const int64_t group = args.kv_heads > 0 ? args.heads / args.kv_heads : 1;
   const int64_t queries = args.q_len * group / (args.causal ? 2 : 1);
   return args.head_dim == 128 && queries >= 4096 ? AttentionPrecision::kInt8Fp8
