@@ -911,11 +911,12 @@ void RotateStoreAndAttend(ExecContext& ctx, TensorView qkv, int heads,
                           AttentionPrecision precision) {
   constexpr char kOp[] = "rotate_store_and_attend";
   if (segments.empty()) return;
-  const int head_dim = segments.front().kv.head_dim;
-  const ConstTensorView q = qkv.Columns(0, int64_t{heads} * head_dim);
-  if (ctx.device() == Device::kCuda && ReadWide({qkv}) && AllDecode(segments, heads)) {
-    const int64_t rows = CheckQkv(kOp, ctx, qkv, heads, segments);
-    CheckRotation(kOp, rows, head_dim, positions, inv_freq);
+  const int64_t rows = CheckQkv(kOp, ctx, qkv, heads, segments);
+  const KvLayerView& first = segments.front().kv;
+  const ConstTensorView q = qkv.Columns(0, int64_t{heads} * first.head_dim);
+  if (ctx.device() == Device::kCuda && heads % first.kv_heads == 0 && ReadWide({qkv}) &&
+      AllDecode(segments, heads)) {
+    CheckRotation(kOp, rows, first.head_dim, positions, inv_freq);
     CheckScale(kOp, scale);
     CheckMatrix(kOp, "out", out, rows, q.dim(1), q.dtype());
     CheckContiguous(kOp, "out", out);

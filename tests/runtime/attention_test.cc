@@ -558,6 +558,45 @@ TEST(CausalAttentionTest, SequencesOfDifferentHeadsAreRefused) {
   EXPECT_THROW(attend(narrow), Error);
 }
 
+TEST(RotateStoreAndAttendTest, DoesOneAfterTheOther) {
+  constexpr int kHeads = 4, kKvHeads = 2, kHeadDim = 16;
+  constexpr int64_t kWidth = (kHeads + 2 * kKvHeads) * kHeadDim, kKvWidth = kKvHeads * kHeadDim;
+  ExecContext ctx({.num_threads = 1});
+  Tensor frequencies(DType::kF32, {kHeadDim / 2});
+  for (int i = 0; i < kHeadDim / 2; ++i) {
+    frequencies.data<float>()[i] = std::pow(1e4f, -2.0f * i / kHeadDim);
+  }
+  const std::vector<int32_t> positions = {70, 9};
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    const Tensor qkv = Random(dtype, 2, kWidth, 1);
+    const auto run = [&](bool together) {
+      Cache first(dtype, kKvHeads, kHeadDim, 128), second(dtype, kKvHeads, kHeadDim, 64);
+      for (const auto& [cache, count] : {std::pair(&first, 70), std::pair(&second, 9)}) {
+        const Tensor rows = Random(dtype, count, kKvWidth, count);
+        StoreKv(ctx, rows, rows, 0, cache->view());
+      }
+      const KvSegment segments[] = {{.row = 0, .rows = 1, .begin = 70, .kv = first.view()},
+                                    {.row = 1, .rows = 1, .begin = 9, .kv = second.view()}};
+      const Tensor rows = qkv.Clone(), out(dtype, {2, kHeads * kHeadDim});
+      if (together) {
+        RotateStoreAndAttend(ctx, rows, kHeads, positions, frequencies, segments, 0.25f, out);
+      } else {
+        RotateAndStore(ctx, rows, kHeads, positions, frequencies, segments);
+        CausalAttention(ctx, rows.view().Columns(0, kHeads * kHeadDim), segments, kHeads, 0.25f,
+                        out);
+      }
+      return out.Clone();
+    };
+    const Tensor got = run(true), want = run(false);
+    EXPECT_EQ(std::memcmp(got.view().raw(), want.view().raw(), want.SizeBytes()), 0) << Name(dtype);
+    const KvSegment behind{.row = 1, .rows = 1, .begin = 0, .kv = {}};
+    const Tensor out(dtype, {2, kHeads * kHeadDim});
+    EXPECT_THROW(RotateStoreAndAttend(ctx, qkv.Clone(), kHeads, positions, frequencies,
+                                      {&behind, 1}, 0.25f, out),
+                 Error);
+  }
+}
+
 TEST(StoreKvTest, LaysKeysOutByRowAndValuesByColumn) {
   ExecContext ctx({.num_threads = 2});
   constexpr int kKvHeads = 3, kHeadDim = 5;

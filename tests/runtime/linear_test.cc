@@ -13,6 +13,7 @@
 #include "runtime/ops/cpu/linear.h"
 #include "runtime/ops/cpu/product_cache.h"
 #include "runtime/ops/embedding.h"
+#include "runtime/ops/norm.h"
 #include "tests/support/tensor_testing.h"
 
 namespace sluice {
@@ -145,6 +146,24 @@ TEST_P(LinearTest, ReadsRowsThatLieApart) {
     Linear(context_, x, weight, y);
     ExpectClose(y, Expected(x, w, Tensor(), Activation::kNone), Relative(DType::kF32),
                 PerElement(DType::kF32), Name(dtype()));
+  }
+}
+
+TEST_P(LinearTest, NormalisesRowsFirstWhereAsked) {
+  constexpr float kEps = 1e-3f;
+  for (const LinearCase& c : {LinearCase{1, 40, 64}, {5, 33, 48}}) {
+    const Tensor x = RandomTensor(DType::kF32, {c.m, c.k + 4}, 1, 30);
+    const ConstTensorView rows = x.view().Columns(0, c.k);
+    const Tensor norm = RandomTensor(DType::kF32, {c.k}, 2);
+    const LinearWeight weight(Share(RandomTensor(dtype(), {c.n, c.k}, 3)),
+                              RandomTensor(DType::kF32, {c.n}, 4));
+    const Tensor normed(dtype(), {c.m, c.k});
+    RmsNorm(context_, rows, norm, kEps, normed);
+    const Tensor want = RandomTensor(DType::kF32, {c.m, c.n}, 5), got = want.Clone();
+    Linear(context_, normed, weight, want, {.accumulate = true});
+    Linear(context_, rows, weight, got, {.accumulate = true, .rms_norm = norm, .rms_eps = kEps});
+    EXPECT_EQ(std::memcmp(got.data<float>(), want.data<float>(), want.SizeBytes()), 0)
+        << Print(c, dtype());
   }
 }
 
@@ -325,6 +344,14 @@ TEST(LinearTest, NamesWhatDoesNotFit) {
       Linear(context, x, weight, y, {.activation = Activation::kGeluTanh, .accumulate = true}),
       Error);
   EXPECT_THROW(Linear(context, x, LinearWeight(), y), Error);
+  const Tensor norm(DType::kF32, {15});
+  EXPECT_THAT([&] { Linear(context, x, weight, y, {.rms_norm = norm}); },
+              ThrowsMessage<Error>(HasSubstr("x must be [M, 16] f32, got [2, 16] bf16")));
+  EXPECT_THAT(
+      [&] {
+        Linear(context, Tensor(DType::kF32, {2, 16}), weight, y, {.rms_norm = norm});
+      },
+      ThrowsMessage<Error>(HasSubstr("the norm's weight must be [16] f32, got [15] f32")));
   Linear(context, Tensor(DType::kBF16, {0, 16}), weight, Tensor(DType::kF32, {0, 8}));
 }
 
