@@ -16,6 +16,7 @@
 #include "runtime/error.h"
 #include "runtime/ops/cpu/amx.h"
 #include "runtime/ops/cpu/attention.h"
+#include "tests/support/tensor_testing.h"
 
 namespace sluice {
 namespace {
@@ -350,16 +351,16 @@ TEST(EncoderAttentionTest, WrongShapesAreNamed) {
     return std::string("nothing was thrown");
   };
   EXPECT_THAT(message([&] { EncoderAttention(ctx, x, x, x, 4, 2, 4, 0.5f, out); }),
-              testing::HasSubstr("batch 4"));
+              ::testing::HasSubstr("batch 4"));
   EXPECT_THAT(message([&] { EncoderAttention(ctx, x, x, x, 2, 2, 4, 0.5f, out, out); }),
               ::testing::HasSubstr("key_bias must be"));
   EXPECT_THAT(message([&] { EncoderAttention(ctx, x, x, x, 2, 2, 5, 0.5f, out); }),
-              testing::HasSubstr("q must be [6, 10] f32, got [6, 8] f32"));
+              ::testing::HasSubstr("q must be [6, 10] f32, got [6, 8] f32"));
   EXPECT_THAT(message([&] { EncoderAttention(ctx, x, x, x, 2, 2, 4, -1.0f, out); }),
-              testing::HasSubstr("scale must be positive"));
+              ::testing::HasSubstr("scale must be positive"));
   Tensor narrow(DType::kBF16, {6, 8});
   EXPECT_THAT(message([&] { EncoderAttention(ctx, x, x, x, 2, 2, 4, 0.5f, narrow); }),
-              testing::HasSubstr("out must be [6, 8] f32, got [6, 8] bf16"));
+              ::testing::HasSubstr("out must be [6, 8] f32, got [6, 8] bf16"));
 }
 
 // A cache of one layer whose unwritten places hold NaN.
@@ -562,10 +563,7 @@ TEST(RotateStoreAndAttendTest, DoesOneAfterTheOther) {
   constexpr int kHeads = 4, kKvHeads = 2, kHeadDim = 16;
   constexpr int64_t kWidth = (kHeads + 2 * kKvHeads) * kHeadDim, kKvWidth = kKvHeads * kHeadDim;
   ExecContext ctx({.num_threads = 1});
-  Tensor frequencies(DType::kF32, {kHeadDim / 2});
-  for (int i = 0; i < kHeadDim / 2; ++i) {
-    frequencies.data<float>()[i] = std::pow(1e4f, -2.0f * i / kHeadDim);
-  }
+  const Tensor frequencies = ::sluice::testing::RotaryFrequencies(kHeadDim, 1e4);
   const std::vector<int32_t> positions = {70, 9};
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
     const Tensor qkv = Random(dtype, 2, kWidth, 1);

@@ -24,6 +24,7 @@ namespace {
 using ::sluice::testing::ExpectClose;
 using ::sluice::testing::GpuTest;
 using ::sluice::testing::RandomTensor;
+using ::sluice::testing::RotaryFrequencies;
 using ::sluice::testing::Values;
 
 constexpr DType kTypes[] = {DType::kF32, DType::kBF16};
@@ -194,10 +195,7 @@ TEST_F(CudaKvTest, RowsAreRotatedAndStoredInOneStep) {
         }
         std::vector<int32_t> positions(row);
         for (int64_t i = 0; i < row; ++i) positions[i] = static_cast<int32_t>(331 * i);
-        const Tensor frequencies(DType::kF32, {c.head_dim / 2});
-        for (int i = 0; i < c.head_dim / 2; ++i) {
-          frequencies.data<float>()[i] = std::pow(1e6f, -2.0f * i / c.head_dim);
-        }
+        const Tensor frequencies = RotaryFrequencies(c.head_dim, 1e6);
         const Tensor x = RandomTensor(dtype, {row, width + gap}, 6), gx = There(x);
         RotateAndStore(reference_, x.view().Columns(0, width), c.heads, positions, frequencies,
                        cpu);
@@ -298,10 +296,7 @@ TEST_F(CudaKvTest, RowsThatDecodeAreRotatedStoredAndAttendedToInOneStep) {
           positions.push_back(static_cast<int32_t>(9973 * i + 17));
         }
         gpu_->Synchronize();
-        const Tensor frequencies(DType::kF32, {c.head_dim / 2});
-        for (int i = 0; i < c.head_dim / 2; ++i) {
-          frequencies.data<float>()[i] = std::pow(1e6f, -2.0f * i / c.head_dim);
-        }
+        const Tensor frequencies = RotaryFrequencies(c.head_dim, 1e6);
         const auto rows = static_cast<int64_t>(sequences);
         const Tensor qkv = RandomTensor(c.dtype, {rows, q_width + 2 * kv_width + 8}, 9);
         const Tensor there = There(qkv);
@@ -496,10 +491,7 @@ TEST_F(CudaKvTest, RowsOfAllLayersArePackedAsOnTheCpu) {
         }
       }
       if (size % 2 != 0) continue;
-      Tensor frequencies(DType::kF32, {size / 2});
-      for (int i = 0; i < size / 2; ++i) {
-        frequencies.data<float>()[i] = std::pow(1e4f, -2.0f * static_cast<float>(i) / size);
-      }
+      const Tensor frequencies = RotaryFrequencies(size, 1e4);
       const std::vector<int32_t> counts = {1, 100, 49, 64};
       // The angles of the last are formed in double.
       for (const int32_t first : {70, 20'000, 1'000'000}) {
@@ -519,8 +511,7 @@ TEST_F(CudaKvTest, MeansOfKeysAreReplayedFromThePositionTheyAreGiven) {
   Fill(blocks, 100, 2);
   const std::vector<KvLayerView> cpu = {blocks.cpu}, cuda = {blocks.cuda};
   const std::vector<int32_t> counts = {30, 40};
-  const Tensor frequencies(DType::kF32, {4}), want(DType::kF32, {2, 16});
-  for (int i = 0; i < 4; ++i) frequencies.data<float>()[i] = std::pow(10.0f, -i);
+  const Tensor frequencies = RotaryFrequencies(8, 1e4), want(DType::kF32, {2, 16});
   const Tensor there = There(frequencies), got(DType::kF32, want.shape(), Device::kCuda);
   for (int run = 0; run < 8; ++run) {
     const int32_t first = run % 2 == 0 ? 70 : 20'000;

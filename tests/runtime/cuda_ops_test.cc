@@ -27,6 +27,7 @@ namespace {
 using ::sluice::testing::ExpectClose;
 using ::sluice::testing::GpuTest;
 using ::sluice::testing::RandomTensor;
+using ::sluice::testing::RotaryFrequencies;
 using ::sluice::testing::Values;
 
 // Rows and widths: none, one, odd, prime, a block and one more, of real models.
@@ -115,10 +116,7 @@ TEST_F(CudaOpsTest, RotationsEqualTheReferenceAtAnyPosition) {
     for (const DType dtype : kTypes) {
       constexpr int kRows = 9, kHeads = 3;
       const Tensor x = Rows(dtype, kRows, kHeads * head_dim, 4, 1), gx = There(x);
-      const Tensor frequencies(DType::kF32, {head_dim / 2});
-      for (int i = 0; i < head_dim / 2; ++i) {
-        frequencies.data<float>()[i] = std::pow(1e6f, -2.0f * i / head_dim);
-      }
+      const Tensor frequencies = RotaryFrequencies(head_dim, 1e6);
       const std::vector<int32_t> positions = {0,     1,      -1,      77,           65535,
                                               65536, -70000, 1 << 22, (1 << 30) + 1};
       Rope(reference_, x.view().Columns(0, kHeads * head_dim), head_dim, positions, frequencies);

@@ -20,6 +20,7 @@ namespace {
 using ::sluice::testing::At;
 using ::sluice::testing::ExpectClose;
 using ::sluice::testing::RandomTensor;
+using ::sluice::testing::RotaryFrequencies;
 using ::sluice::testing::Strided;
 using ::testing::HasSubstr;
 using ::testing::ThrowsMessage;
@@ -157,10 +158,7 @@ TEST_P(ElementwiseTest, SiluMulAgreesWithAPlainLoop) {
 TEST_P(ElementwiseTest, RopeAgreesWithAPlainLoop) {
   for (int head_dim : {2, 6, 64, 72, 128}) {
     const int64_t half = head_dim / 2, heads = 3, rows = 9;
-    Tensor inv_freq(DType::kF32, {half});
-    for (int64_t i = 0; i < half; ++i) {
-      inv_freq.data<float>()[i] = static_cast<float>(std::pow(1e6, -2.0 * i / head_dim));
-    }
+    const Tensor inv_freq = RotaryFrequencies(head_dim, 1e6);
     // Small, at the end of a long context, and beyond where the vector path is exact.
     const std::vector<int32_t> positions = {0, 1, 2, 1000, 4097, 32767, 38999, 39001, 65535};
     const Tensor storage = RandomTensor(dtype(), {rows, heads * head_dim + 5}, 3);
@@ -187,10 +185,7 @@ TEST_P(ElementwiseTest, RopeIsExactAtAnyPositionAndTurnsBack) {
   const std::vector<int32_t> positions = {65536, 100'000, 10'000'000, 2'000'000'000,
                                           -2'000'000'000};
   const auto rows = static_cast<int64_t>(positions.size());
-  Tensor inv_freq(DType::kF32, {kHalf});
-  for (int64_t i = 0; i < kHalf; ++i) {
-    inv_freq.data<float>()[i] = static_cast<float>(std::pow(1e4, -2.0 * i / kHeadDim));
-  }
+  const Tensor inv_freq = RotaryFrequencies(kHeadDim, 1e4);
   const Tensor x = RandomTensor(dtype(), {rows, kHeadDim}, 3);
   std::vector<double> want, before;
   for (int64_t s = 0; s < rows; ++s) {

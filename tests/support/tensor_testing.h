@@ -24,6 +24,15 @@ inline Tensor RandomTensor(DType dtype, Shape shape, uint32_t seed, float deviat
   return dtype == DType::kF32 ? std::move(values) : ConvertTo(values, dtype);
 }
 
+// What Rope takes for heads of so many channels: theta^(-2 i / head_dim), [head_dim / 2] f32.
+inline Tensor RotaryFrequencies(int head_dim, double theta) {
+  Tensor frequencies(DType::kF32, {head_dim / 2});
+  for (int i = 0; i < head_dim / 2; ++i) {
+    frequencies.data<float>()[i] = static_cast<float>(std::pow(theta, -2.0 * i / head_dim));
+  }
+  return frequencies;
+}
+
 // Element (row, column) of a rank-2 view, or element `column` of a rank-1 view at row 0.
 inline double At(ConstTensorView x, int64_t row, int64_t column) {
   const int64_t i = row * (x.shape().rank() == 1 ? 0 : x.stride0()) + column;
