@@ -118,8 +118,8 @@ class LinearImpl {
   }
 
   static bool RunsOnGpu(const ExecContext& ctx, ConstTensorView x, const LinearWeight& weight,
-                        ConstTensorView y) {
-    return ::sluice::OnGpu("linear", ctx, {x, weight.weight_.view, y});
+                        ConstTensorView y, const LinearOptions& options) {
+    return ::sluice::OnGpu("linear", ctx, {x, weight.weight_.view, y, options.rms_norm});
   }
 
   static GpuLinearKernel Choose(ConstTensorView x, const LinearWeight& weight,
@@ -137,7 +137,6 @@ class LinearImpl {
     return ctx.device() == Device::kCuda && x.dim(0) <= cuda::kMostSummedRows &&
            bytes <= cuda::kMostNormedBytes &&
            Choose(x, weight, options) == GpuLinearKernel::kFewRows &&
-           ::sluice::OnGpu("linear", ctx, {options.rms_norm}) &&
            reinterpret_cast<uintptr_t>(options.rms_norm.raw()) % 16 == 0;
   }
 
@@ -533,7 +532,7 @@ void Linear(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight, Ten
     return Linear(ctx, rows, weight, y,
                   {.activation = options.activation, .accumulate = options.accumulate});
   }
-  if (LinearImpl::RunsOnGpu(ctx, x, weight, y)) {
+  if (LinearImpl::RunsOnGpu(ctx, x, weight, y, options)) {
     return LinearImpl::RunOnGpu(ctx, x, weight, y, options);
   }
   if (!x.contiguous()) {
