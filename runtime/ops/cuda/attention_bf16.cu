@@ -63,7 +63,8 @@ struct Config {
   static_assert(kQueryBytes % 1024 == 0 && kKeyBytes % 1024 == 0);
 };
 
-// Of queries, keys and values, for the copy engine. `narrow`: of channels behind the wide slabs.
+// Of queries, keys and values, for the copy engine. `narrow`: of channels behind the wide slabs,
+// where there are some.
 struct Maps {
   CUtensorMap q, q_narrow, k, k_narrow, v;
 };
@@ -604,8 +605,8 @@ void LaunchPaged(const AttentionArgs& args, void* workspace, cudaStream_t stream
   };
   const CUtensorMap q = map_queries(64, CU_TENSOR_MAP_SWIZZLE_128B);
   const CUtensorMap kv = map_blocks(64, CU_TENSOR_MAP_SWIZZLE_128B);
-  const Maps maps = {q, map_queries(16, CU_TENSOR_MAP_SWIZZLE_32B), kv,
-                     map_blocks(16, CU_TENSOR_MAP_SWIZZLE_32B), kv};
+  const Maps maps = {q, C::kNarrow ? map_queries(16, CU_TENSOR_MAP_SWIZZLE_32B) : q, kv,
+                     C::kNarrow ? map_blocks(16, CU_TENSOR_MAP_SWIZZLE_32B) : kv, kv};
   LaunchPersistent(FlashKernel<kHeadDim, true, true>, C::kThreads, C::kSharedBytes,
                    shape.q_tiles * shape.all_heads * shape.parts, stream, maps, shape);
   if (shape.parts == 1) return;
@@ -630,8 +631,10 @@ void Launch(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
     return MapHeads(data, args.batch, args.kv_len, args.kv_heads, kHeadDim, stride, C::kKeys,
                     channels);
   };
-  const Maps maps = {map_queries(64), map_queries(16), map_keys(args.k, args.k_stride, 64),
-                     map_keys(args.k, args.k_stride, 16), map_keys(args.v, args.v_stride, 64)};
+  const CUtensorMap q = map_queries(64), k = map_keys(args.k, args.k_stride, 64);
+  const Maps maps = {q, C::kNarrow ? map_queries(16) : q, k,
+                     C::kNarrow ? map_keys(args.k, args.k_stride, 16) : k,
+                     map_keys(args.v, args.v_stride, 64)};
   if (args.causal) {
     Check(cudaMemsetAsync(shape.counter, 0, sizeof(unsigned), stream), "clearing a counter");
   }

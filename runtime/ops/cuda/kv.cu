@@ -149,9 +149,9 @@ __global__ void PlainAttentionKernel(PlainAttentionArgs a, Blocks<T> blocks) {
 }
 
 // Decoding: a block of some warps takes one sequence, kv head and part of the keys, for all query
-// heads of the group, so that keys and values are read once. A warp takes chunks of
-// keys in turn and multiplies it on the tensor cores (m16n8k16): rows are the heads of the group,
-// of which there are at most 8, so that half of each product is zero; reading is what limits.
+// heads of the group, so that keys and values are read once. A warp takes chunks of keys in turn
+// and multiplies them on the tensor cores (m16n8k16): rows are the heads of the group, of which
+// there are at most 8, so that half of each product is zero; reading is what limits.
 //
 // Keys and values go from memory to the registers of the products, 16 bytes a load, without a turn
 // through shared memory: the order of the channels that a product sums over is free, if queries and
@@ -160,10 +160,10 @@ __global__ void PlainAttentionKernel(PlainAttentionArgs a, Blocks<T> blocks) {
 //             of 8: the operands of two products, channel 8 t + 4 s + i being index 2 t + i % 2 +
 //             8 (i / 2) of product s
 //   values    it reads channels 8 g .. 8 g + 7 of every 64 of keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9
-//   of
-//             16: column g of product j is channel 8 g + j
+//             of 16: column g of product j is channel 8 g + j
 // Each warp keeps maxima and sums of its own; they are joined in shared memory, parts in a second
 // kernel.
+//
 // Few pairs of sequence and kv head have short parts, so that a warp has one chunk or two; with
 // many, three smaller blocks of a multiprocessor hide each other's waits. With inv_freq a row's own
 // key and value go to the cache first. With few pairs the first chunk, which else no kernel of the
@@ -267,7 +267,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
   const auto* const row = static_cast<const __nv_bfloat16*>(a.q) + sequence * a.q_stride;
   for (int at = threadIdx.x; at < (group + (stores ? 2 : 0)) * kPairsOfHead; at += kWarps * kWarp) {
     const int head = at / kPairsOfHead, i = at % kPairsOfHead;
-    const bool is_query = head<group, is_value = head> group;
+    const bool is_query = head < group;
+    const bool is_value = head > group;
     const auto* const from = row + (is_query   ? kv_head * group + head
                                     : is_value ? a.heads + a.kv_heads + kv_head
                                                : a.heads + kv_head) *

@@ -270,16 +270,17 @@ __global__ void __launch_bounds__(kLanes* kWarps, kNorm ? 3 : 2)
 // mma.m16n8k16, 8 rows of x the right one. Lane 4 g + t reads 16 bytes of outputs g and g + 8, and
 // what they meet of rows g (and 8 + g) of x: four lanes side by side, so 64 bytes of a row. Every
 // block reads all of x, from the second-level cache: M * K * 2 bytes.
+constexpr int kTileOutputs = 16, kTileRows = 8;  // of one mma
 template <WeightFormat kFormat, int kTiles, int kOfBlock, bool kSiluMul>
 __global__ void __launch_bounds__(kLanes* kOfBlock, kOfBlock == kWarps ? 2 : 1)
     TileKernel(FewRowsArgs a) {
-  constexpr int kOutputs = 16, kRows = 8, kParts = kSiluMul ? 2 : 1;
+  constexpr int kParts = kSiluMul ? 2 : 1;
   constexpr int kValues = kValuesOf<kFormat>, kBytes = 16 / kValues;
   constexpr int kStep = 4 * kValues;         // values of K
   constexpr int kAtOnce = kSiluMul ? 2 : 4;  // steps whose reads are under way
   __shared__ float4 shared_sums[kOfBlock][kParts][kTiles][kLanes];
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
-  const int64_t outputs = kSiluMul ? a.n / 2 : a.n, first = blockIdx.x * int64_t{kOutputs};
+  const int64_t outputs = kSiluMul ? a.n / 2 : a.n, first = blockIdx.x * int64_t{kTileOutputs};
 
   const uint8_t* rows[kParts][2];
 #pragma unroll
@@ -320,7 +321,7 @@ __global__ void __launch_bounds__(kLanes* kOfBlock, kOfBlock == kWarps ? 2 : 1)
       Values<kValues> x[kTiles];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const int row = kRows * tile + g;
+        const int row = kTileRows * tile + g;
         if (k < a.k && row < a.m) {
           x[tile] = Read<kValues>(static_cast<const __nv_bfloat16*>(a.x) + row * a.x_stride + k);
         }
@@ -350,16 +351,16 @@ __global__ void __launch_bounds__(kLanes* kOfBlock, kOfBlock == kWarps ? 2 : 1)
   __syncthreads();
 
   // A thread takes a result.
-  const int row = threadIdx.x / kOutputs, output = threadIdx.x % kOutputs;
+  const int row = threadIdx.x / kTileOutputs, output = threadIdx.x % kTileOutputs;
   const int64_t n = first + output;
   if (row >= a.m || n >= outputs) return;
   const auto value = [&](int part) {
     // Lane 4 g + t has columns 2 t and 2 t + 1 of outputs g and, behind them, g + 8.
-    const int at = output / 8 * 2 + row % 2, of_lane = output % 8 * 4 + row % kRows / 2;
+    const int at = output / 8 * 2 + row % 2, of_lane = output % 8 * 4 + row % kTileRows / 2;
     float sum = 0;
 #pragma unroll
     for (int of = 0; of < kOfBlock; ++of) {
-      sum += reinterpret_cast<const float*>(&shared_sums[of][part][row / kRows][of_lane])[at];
+      sum += reinterpret_cast<const float*>(&shared_sums[of][part][row / kTileRows][of_lane])[at];
     }
     return Finished<kFormat>(a, sum, n + part * outputs);
   };
@@ -368,10 +369,9 @@ __global__ void __launch_bounds__(kLanes* kOfBlock, kOfBlock == kWarps ? 2 : 1)
 
 template <WeightFormat kFormat>
 void LaunchTiles(const FewRowsArgs& a, Stream stream) {
-  constexpr int kOutputs = 16, kRows = 8;
   constexpr unsigned kFewBlocks = 132;  // there more warps share each
   const int64_t results = a.silu_mul ? a.n / 2 : a.n;
-  const auto blocks = static_cast<unsigned>((results + kOutputs - 1) / kOutputs);
+  const auto blocks = static_cast<unsigned>((results + kTileOutputs - 1) / kTileOutputs);
   const auto run = [&](auto tiles, auto warps) {
     LaunchAhead(a.silu_mul ? TileKernel<kFormat, tiles(), warps(), true>
                            : TileKernel<kFormat, tiles(), warps(), false>,
@@ -381,8 +381,8 @@ void LaunchTiles(const FewRowsArgs& a, Stream stream) {
     blocks <= kFewBlocks ? run(tiles, std::integral_constant<int, 2 * kWarps>())
                          : run(tiles, std::integral_constant<int, kWarps>());
   };
-  a.m > kRows ? with_warps(std::integral_constant<int, 2>())
-              : with_warps(std::integral_constant<int, 1>());
+  a.m > kTileRows ? with_warps(std::integral_constant<int, 2>())
+                  : with_warps(std::integral_constant<int, 1>());
 }
 
 template <WeightFormat kFormat>
