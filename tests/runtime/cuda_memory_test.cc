@@ -41,7 +41,7 @@ class CudaMemoryTest : public ::testing::Test {
 };
 
 TEST_F(CudaMemoryTest, WhatIsFreedServesAgainOnlyWhenEveryStreamIsDoneWithIt) {
-  const Tensor from(DType::kF32, {kMany}, Device::kCuda), to(DType::kF32, {kMany}, Device::kCuda);
+  const Tensor from = Filled(*busy_, kMany, 1), to(DType::kI32, {kMany}, Device::kCuda);
   for (const int64_t count : {int64_t{100}, int64_t{1} << 16, int64_t{1} << 22}) {
     const Tensor late(DType::kI32, {count}, Device::kCuda);
     {
@@ -60,7 +60,7 @@ TEST_F(CudaMemoryTest, WhatIsFreedServesAgainOnlyWhenEveryStreamIsDoneWithIt) {
 }
 
 TEST_F(CudaMemoryTest, NeitherTakingNorGivingBackWaitsForWhatRuns) {
-  const Tensor from(DType::kF32, {kMany}, Device::kCuda), to(DType::kF32, {kMany}, Device::kCuda);
+  const Tensor from = Filled(*busy_, kMany, 1), to(DType::kI32, {kMany}, Device::kCuda);
   using Clock = std::chrono::steady_clock;
   { const Tensor first(DType::kF32, {1 << 20}, Device::kCuda); }
   busy_->Synchronize();
@@ -104,7 +104,7 @@ TEST_F(CudaMemoryTest, MoreThanThereIsIsRefusedAndWhatIsFreeServesWhateverAsks) 
 }
 
 TEST_F(CudaMemoryTest, AStreamMayEndBeforeWhatItUsed) {
-  const Tensor from(DType::kF32, {kMany}, Device::kCuda), to(DType::kF32, {kMany}, Device::kCuda);
+  const Tensor from = Filled(*busy_, kMany, 1), to(DType::kI32, {kMany}, Device::kCuda);
   const Tensor late(DType::kI32, {1000}, Device::kCuda);
   {
     const Tensor block = Filled(*busy_, 1000, 7);

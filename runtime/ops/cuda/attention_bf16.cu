@@ -364,6 +364,16 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
       ring.Next();
     };
 
+    // Lane 0 alone reads it: it is written anew once that lane has freed it.
+    const auto piece_of_slot = [&] {
+      Piece piece = {};
+      if (lane == 0) piece = barriers.pieces[slot()];
+      for (int* const x :
+           {&piece.index, &piece.work.batch, &piece.work.head, &piece.work.first_row}) {
+        *x = __shfl_sync(0xffffffffu, *x, 0);
+      }
+      return piece;
+    };
     const auto place_of = [&](const Work& work, int row) {  // of the warpgroup
       const int first_row = work.first_row + g * group_rows;
       RowPlace place{first_row + row, work.head, shape.kv_len, true};
@@ -396,7 +406,7 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
     const auto take = [&] {
       while (true) {
         Wait(q_full + 8 * slot(), queries.parity);
-        const Piece piece = barriers.pieces[slot()];
+        const Piece piece = piece_of_slot();
         if (piece.index < 0) return false;
         const RowPlace row0 = place_of(piece.work, row), row1 = place_of(piece.work, row + 8);
         limit0 = row0.limit;
@@ -521,7 +531,7 @@ __global__ void __launch_bounds__(Config<kHeadDim>::kThreads, 1)
         weigh(rows);
       }
       clear_values(end);
-      const Piece done = barriers.pieces[slot()];
+      const Piece done = piece_of_slot();
       free();
       if (!take()) {
         Wait(v_full + 8 * v_ring.stage, v_ring.parity);
