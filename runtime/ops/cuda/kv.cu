@@ -150,44 +150,45 @@ __global__ void PlainAttentionKernel(PlainAttentionArgs a, Blocks<T> blocks) {
 
 // Decoding: a block of some warps takes one sequence, kv head and part of the keys, for all query
 // heads of the group, so that keys and values are read once. A warp takes chunks of keys in turn
-// and multiplies them on the tensor cores (m16n8k16): rows are the heads of the group, of which
-// there are at most 8, so that half of each product is zero; reading is what limits.
+// and multiplies them on the tensor cores (m16n8k16). The heads of the group, of which there are at
+// most 8, are rows of the scores, half of which are zero, and columns of the sums; reading is what
+// limits.
 //
 // Keys and values go from memory to the registers of the products, 16 bytes a load, without a turn
 // through shared memory: the order of the channels that a product sums over is free, if queries and
-// keys have the same, and so is the order of the columns of its result.
+// keys have the same, and so is the order of the rows of its result.
 //   scores    lane (g, t) = (lane / 4, lane % 4) reads channels 8 t .. 8 t + 7 of every 32 of key g
 //             of 8: the operands of two products, channel 8 t + 4 s + i being index 2 t + i % 2 +
 //             8 (i / 2) of product s
 //   values    it reads channels 8 g .. 8 g + 7 of every 64 of keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9
-//             of 16: column g of product j is channel 8 g + j
+//             of 16: rows g and g + 8 of product j are channels 8 g + 2 j and 8 g + 2 j + 1
 // Each warp keeps maxima and sums of its own; they are joined in shared memory, parts in a second
 // kernel.
 //
-// Few pairs of sequence and kv head have short parts, so that a warp has one chunk or two; with
-// many, three smaller blocks of a multiprocessor hide each other's waits. With inv_freq a row's own
-// key and value go to the cache first. With few pairs the first chunk, which else no kernel of the
-// step writes, is then under way before the row is there; the row's own take their place in it.
+// With many pairs of sequence and kv head, two smaller blocks of a multiprocessor hide each other's
+// waits. With inv_freq a row's own key and value go to the cache first. The first chunks, which
+// else no kernel of the step writes, are then under way before the row is there; the row's own take
+// their place in them.
 constexpr int64_t kFewPairs = 16;
-constexpr int kWarpsOfFew = 8, kWarpsOfMany = 4;
+constexpr int kWarpsOfFew = 8, kWarpsOfMany = 4, kBlocksOfMany = 2;  // a multiprocessor
 
 // Parts of a sequence of at most so many keys: for each of some 132 multiprocessors one block, or
-// three of the smaller ones; of at least 128 keys.
+// two of the smaller ones; of at least 128 keys.
 constexpr int kMostParts = 128;
 int PartsFor(const DecodeAttentionArgs& a) {
   const int64_t most_keys = (a.table_pitch - 1) * kBlock, pairs = a.sequences * a.kv_heads;
-  const int64_t wanted = (pairs <= kFewPairs ? 132 : 3 * 132) / std::max<int64_t>(1, pairs);
+  const int64_t blocks = pairs <= kFewPairs ? 132 : kBlocksOfMany * 132;
+  const int64_t wanted = blocks / std::max<int64_t>(1, pairs);
   return static_cast<int>(std::clamp<int64_t>(std::min(wanted, most_keys / 128), 1, kMostParts));
 }
 
-// d[16, 8] += a[16, 16] b[16, 8] where rows 8 to 15 of a are zero.
-__device__ inline void MultiplyHalf(float (&d)[4], uint32_t a0, uint32_t a2, uint32_t b0,
-                                    uint32_t b1) {
+// d[16, 8] += a[16, 16] b[16, 8].
+__device__ inline void Multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, "
-      "{%7, %8}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ inline uint32_t PackPair(float low, float high) {
@@ -200,9 +201,11 @@ __device__ inline uint32_t Word(const uint4& x, int i) {
 }
 
 template <int kHeadDim, int kWarps>
-__global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
+__global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : kBlocksOfMany)
     DecodeKernel(DecodeAttentionArgs a, Blocks<__nv_bfloat16> blocks, int parts, float* partial) {
   constexpr int kChunk = kHeadDim == 64 ? 32 : 16;  // keys of a warp at once, all in one block
+  // Chunks under way at once. With few pairs the parts of small heads are no longer than one turn.
+  constexpr int kChunks = kHeadDim == 64 && kWarps == kWarpsOfFew ? 1 : 2;
   constexpr int kSlices = kHeadDim / 32, kSpans = kHeadDim / 64;
   constexpr int kPairsOfHead = kHeadDim / 2;
   const int part = blockIdx.x, kv_head = blockIdx.y;
@@ -217,16 +220,18 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
   const int begin = part * per_part, end = min(keys, begin + per_part);
   const float to_log2 = a.scale * 1.44269504f;
 
-  uint4 key[kChunk / 8][kSlices], value[kChunk / 16][4][kSpans];
+  struct Chunk {
+    uint4 key[kChunk / 8][kSlices], value[kChunk / 16][4][kSpans];
+  } chunks[kChunks];
   // Of this lane, values are of these rows of a chunk.
   const auto value_row = [&](int n, int r) { return 16 * n + 2 * t + r % 2 + r / 2 * 8; };
-  const auto read = [&](int first) {
+  const auto read = [&](Chunk& chunk, int first) {
     const __nv_bfloat16* const at = blocks.Key(table, first, kv_head);
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < kSlices; ++i) {
-        key[n][i] =
+        chunk.key[n][i] =
             __ldcs(reinterpret_cast<const uint4*>(at + (8 * n + g) * kHeadDim + 32 * i + 8 * t));
       }
     }
@@ -238,21 +243,25 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
 #pragma unroll
         for (int i = 0; i < kSpans; ++i) {
           // What lies behind the end may be no number, which a weight of zero does not hide.
-          value[n][r][i] = make_uint4(0, 0, 0, 0);
+          chunk.value[n][r][i] = make_uint4(0, 0, 0, 0);
           if (first + row < end) {
-            value[n][r][i] = __ldcs(reinterpret_cast<const uint4*>(
+            chunk.value[n][r][i] = __ldcs(reinterpret_cast<const uint4*>(
                 at + blocks.ValuesBehindKeys() + row * kHeadDim + 64 * i + 8 * g));
           }
         }
       }
     }
   };
-  const bool rotates = a.inv_freq != nullptr, stores = rotates && begin < end && end == keys;
-  // Many blocks hide each other's waits, and have no registers for it.
-  constexpr bool kEarly = kWarps == kWarpsOfFew;
   const int first_of_warp = begin + warp * kChunk;
-  const bool early = kEarly && rotates;
-  if (early && first_of_warp < end) read(first_of_warp);
+  constexpr int kStride = kWarps * kChunk;
+  const auto read_first = [&] {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      if (first_of_warp + c * kStride < end) read(chunks[c], first_of_warp + c * kStride);
+    }
+  };
+  const bool rotates = a.inv_freq != nullptr, stores = rotates && begin < end && end == keys;
+  if (rotates) read_first();
 
   // The group's queries and, behind them, the row's own key and value.
   __shared__ __align__(16) __nv_bfloat16 heads[kMostDecodeGroup + 2][kHeadDim];
@@ -264,6 +273,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
     __syncthreads();
   }
   WaitForKernelInFront();
+  if (!rotates) read_first();
   const auto* const row = static_cast<const __nv_bfloat16*>(a.q) + sequence * a.q_stride;
   for (int at = threadIdx.x; at < (group + (stores ? 2 : 0)) * kPairsOfHead; at += kWarps * kWarp) {
     const int head = at / kPairsOfHead, i = at % kPairsOfHead;
@@ -274,11 +284,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
                                                : a.heads + kv_head) *
                                        kHeadDim;
     __nv_bfloat16 low = from[i], high = from[i + kPairsOfHead];
-    if (rotates && !is_value) {
-      const float one = ToFloat(low), other = ToFloat(high);
-      low = FromFloat<__nv_bfloat16>(one * cosines[i] - other * sines[i]);
-      high = FromFloat<__nv_bfloat16>(other * cosines[i] + one * sines[i]);
-    }
+    if (rotates && !is_value) Rotate(sines[i], cosines[i], low, high);
     __nv_bfloat16* const to = heads[is_query ? head : kMostDecodeGroup + is_value];
     to[i] = low;
     to[i + kPairsOfHead] = high;
@@ -297,16 +303,15 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
   for (int i = 0; i < kSlices; ++i) {
     q[i] = g < group ? piece(g, 32 * i + 8 * t) : make_uint4(0, 0, 0, 0);
   }
-  float out[kSpans][8][4] = {}, most = -INFINITY, total = 0;
-  for (int first = first_of_warp; first < end; first += kWarps * kChunk) {
-    if (!early || first > first_of_warp) read(first);
-    if (kEarly && stores && first + kChunk >= keys) {
+  float out[kSpans][4][4] = {}, most = -INFINITY, total = 0;  // most, total: of head g
+  const auto attend = [&](Chunk& chunk, int first) {
+    if (stores && first + kChunk >= keys) {
       const int last = keys - 1 - first;
 #pragma unroll
       for (int n = 0; n < kChunk / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < kSlices; ++i) {
-          if (8 * n + g == last) key[n][i] = piece(kMostDecodeGroup, 32 * i + 8 * t);
+          if (8 * n + g == last) chunk.key[n][i] = piece(kMostDecodeGroup, 32 * i + 8 * t);
         }
       }
 #pragma unroll
@@ -316,7 +321,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
 #pragma unroll
           for (int i = 0; i < kSpans; ++i) {
             if (value_row(n, r) == last) {
-              value[n][r][i] = piece(kMostDecodeGroup + 1, 64 * i + 8 * g);
+              chunk.value[n][r][i] = piece(kMostDecodeGroup + 1, 64 * i + 8 * g);
             }
           }
         }
@@ -327,8 +332,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
     for (int n = 0; n < kChunk / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < kSlices; ++i) {
-        MultiplyHalf(score[n], q[i].x, q[i].y, key[n][i].x, key[n][i].y);
-        MultiplyHalf(score[n], q[i].z, q[i].w, key[n][i].z, key[n][i].w);
+        const uint4& key = chunk.key[n][i];
+        Multiply(score[n], {q[i].x, 0, q[i].y, 0}, key.x, key.y);
+        Multiply(score[n], {q[i].z, 0, q[i].w, 0}, key.z, key.w);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -342,12 +348,17 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
     const float keep = exp2f(most - now);
     most = now;
     total *= keep;
+    // Of heads 2 t and 2 t + 1, the columns of this lane's sums.
+    const float keep0 = __shfl_sync(0xffffffffu, keep, 8 * t);
+    const float keep1 = __shfl_sync(0xffffffffu, keep, 8 * t + 4);
 #pragma unroll
     for (int i = 0; i < kSpans; ++i) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        out[i][j][0] *= keep;
-        out[i][j][1] *= keep;
+      for (int j = 0; j < 4; ++j) {
+        out[i][j][0] *= keep0;
+        out[i][j][1] *= keep1;
+        out[i][j][2] *= keep0;
+        out[i][j][3] *= keep1;
       }
     }
 #pragma unroll
@@ -364,16 +375,24 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
       const uint32_t p2 = PackPair(score[2 * n + 1][0], score[2 * n + 1][1]);
 #pragma unroll
       for (int i = 0; i < kSpans; ++i) {
+        const auto& value = chunk.value[n];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const int halves = j % 2 == 0 ? 0x5410 : 0x7632;
-          const auto pair = [&](int r) {
-            return __byte_perm(Word(value[n][r][i], j / 2), Word(value[n][r + 1][i], j / 2),
-                               halves);
+        for (int j = 0; j < 4; ++j) {
+          const auto pair = [&](int r, int halves) {
+            return __byte_perm(Word(value[r][i], j), Word(value[r + 1][i], j), halves);
           };
-          MultiplyHalf(out[i][j], p0, p2, pair(0), pair(2));
+          Multiply(out[i][j], {pair(0, 0x5410), pair(0, 0x7632), pair(2, 0x5410), pair(2, 0x7632)},
+                   p0, p2);
         }
       }
+    }
+  };
+  for (int first = first_of_warp; first < end; first += kChunks * kStride) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int at = first + c * kStride, next = at + kChunks * kStride;
+      if (at < end) attend(chunks[c], at);
+      if (next < end) read(chunks[c], next);
     }
   }
   total += __shfl_xor_sync(0xffffffffu, total, 1);
@@ -388,9 +407,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : 3)
 #pragma unroll
   for (int i = 0; i < kSpans; ++i) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      sums[warp][g][64 * i + 16 * t + j] = out[i][j][0];
-      sums[warp][g][64 * i + 16 * t + 8 + j] = out[i][j][1];
+    for (int j = 0; j < 4; ++j) {
+      const int channel = 64 * i + 8 * g + 2 * j;
+      sums[warp][2 * t][channel] = out[i][j][0];
+      sums[warp][2 * t + 1][channel] = out[i][j][1];
+      sums[warp][2 * t][channel + 1] = out[i][j][2];
+      sums[warp][2 * t + 1][channel + 1] = out[i][j][3];
     }
   }
   __syncthreads();
@@ -526,9 +548,7 @@ __global__ void RotateAndStoreKernel(__nv_bfloat16* x, int64_t stride, int64_t r
     for (int i = 0; i < kPairs; ++i) {
       float sine, cosine;
       SineAndCosine(position, inv_freq[first + i], sine, cosine);
-      const float one = ToFloat(a[i]), other = ToFloat(b[i]);
-      a[i] = FromFloat<__nv_bfloat16>(one * cosine - other * sine);
-      b[i] = FromFloat<__nv_bfloat16>(other * cosine + one * sine);
+      Rotate(sine, cosine, a[i], b[i]);
     }
     *reinterpret_cast<uint4*>(from + first) = low;
     *reinterpret_cast<uint4*>(from + second) = high;

@@ -22,9 +22,7 @@ __global__ void RopeKernel(T* x, int64_t stride, int64_t rows, int heads, int he
   const int first = blockIdx.y * kHeadsAtOnce, end = min(heads, first + kHeadsAtOnce);
   T* pair = x + row * stride + int64_t{first} * head_dim + i;
   for (int head = first; head < end; ++head, pair += head_dim) {
-    const float a = ToFloat(pair[0]), b = ToFloat(pair[half]);
-    pair[0] = FromFloat<T>(a * cosine - b * sine);
-    pair[half] = FromFloat<T>(b * cosine + a * sine);
+    Rotate(sine, cosine, pair[0], pair[half]);
   }
 }
 
