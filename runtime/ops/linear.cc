@@ -134,8 +134,7 @@ class LinearImpl {
   static bool Normalises(const ExecContext& ctx, ConstTensorView x, const LinearWeight& weight,
                          const LinearOptions& options) {
     const int64_t bytes = x.dim(0) * x.dim(1) * static_cast<int64_t>(SizeOf(weight.dtype_));
-    return ctx.device() == Device::kCuda && x.dim(0) <= cuda::kMostSummedRows &&
-           bytes <= cuda::kMostNormedBytes &&
+    return ctx.device() == Device::kCuda && bytes <= cuda::kMostNormedBytes &&
            Choose(x, weight, options) == GpuLinearKernel::kFewRows &&
            reinterpret_cast<uintptr_t>(options.rms_norm.raw()) % 16 == 0;
   }

@@ -192,13 +192,13 @@ TEST_F(CudaLinearTest, ProductsEqualThoseOfWhatQuantisingLeaves) {
   struct Size {
     int64_t m, n, k;
   };
-  // Rows on both sides of every bound, odd and prime sizes, widths that are padded, sizes of
-  // models.
+  // Rows on both sides of every bound, odd and prime sizes, widths that are padded, more outputs
+  // than one wave of blocks takes, sizes of models.
   const Size sizes[] = {{1, 896, 896},   {1, 40, 4864},  {2, 34, 48},     {3, 130, 1600},
                         {4, 72, 320},    {8, 38, 896},   {9, 256, 64},    {65, 64, 896},
                         {16, 50, 4864},  {17, 40, 48},   {5, 38, 37},     {3, 6, 1},
                         {33, 34, 37},    {49, 320, 320}, {100, 66, 1152}, {64, 128, 4304},
-                        {12, 200, 1600}, {16, 2200, 64}, {7, 2, 16}};
+                        {12, 200, 1600}, {16, 2200, 64}, {7, 2, 16},      {2, 20006, 64}};
   for (const auto& [m, n, k] : sizes) {
     // Products of about 1, so that activations bend.
     const Tensor x = RandomTensor(DType::kBF16, {m, k + 8}, 1), gx = There(x);
@@ -252,11 +252,14 @@ TEST_F(CudaLinearTest, ProductsOfRowsThatAreNormalisedFirstEqualThoseAfterANorm)
   struct Size {
     int64_t m, n, k;
   };
-  // Rows and widths that the kernel takes and some that it does not; with parts of K that share
-  // outputs, and warps that K leaves nothing to read.
+  // Rows and widths that the kernels take and some that they do not; with parts of K that share
+  // outputs, and warps that K leaves nothing to read; more outputs than one wave of blocks takes,
+  // with such parts and without.
   for (const auto& [m, n, k] :
        {Size{1, 40, 896}, Size{1, 896, 4864}, Size{2, 34, 48}, Size{3, 130, 1600},
-        Size{4, 72, 3584}, Size{4, 16, 4864}, Size{1, 6, 904}, Size{2, 50, 37}, Size{9, 64, 896}}) {
+        Size{4, 72, 3584}, Size{4, 16, 4864}, Size{1, 6, 904}, Size{2, 50, 37}, Size{9, 64, 896},
+        Size{1, 7906, 2048}, Size{2, 20006, 48}, Size{16, 2214, 496}, Size{8, 4306, 112},
+        Size{8, 64, 896}, Size{16, 42, 512}, Size{16, 42, 528}, Size{17, 42, 64}}) {
     const Tensor x = RandomTensor(DType::kF32, {m, k + 4}, 1, 30), gx = There(x);
     const Tensor norm = RandomTensor(DType::kF32, {k}, 5), gnorm = There(norm);
     const Tensor w = RandomTensor(DType::kBF16, {n, k}, 2, 1 / std::sqrt(static_cast<float>(k)));

@@ -145,14 +145,10 @@ inline AttentionShape ShapeOf(const AttentionArgs& args, int kv_bytes) {
 template <typename... Params, typename... Given>
 void LaunchPersistent(void (*kernel)(Params...), int threads, int shared_bytes, int pieces,
                       cudaStream_t stream, const Given&... given) {
-  int device = 0, processors = 0;
-  Check(cudaGetDevice(&device), "asking for the device");
-  Check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
-        "asking for the device's multiprocessors");
   Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         "taking shared memory for attention");
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(std::min(processors, pieces));
+  config.gridDim = dim3(std::min(Multiprocessors(), pieces));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;

@@ -66,6 +66,14 @@ void LaunchAhead(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t 
   LaunchAhead(kernel, config, given...);
 }
 
+inline int Multiprocessors() {
+  int device = 0, count = 0;
+  Check(cudaGetDevice(&device), "asking for the device");
+  Check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+        "asking for the device's multiprocessors");
+  return count;
+}
+
 constexpr int kThreads = 256;
 
 // Blocks of kThreads for `count` items, a stride loop takes the rest: enough to fill any GPU.

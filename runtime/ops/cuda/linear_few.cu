@@ -14,7 +14,9 @@
 //
 // Where rows are normalised first, x[m, k] = r[m] row[m, k] norm[k] with r[m] = 1 / sqrt(mean_k
 // row[m, k]^2 + eps), each block puts row * norm into shared memory in bf16, M * K * 2 bytes, while
-// it sums the squares, and r joins the factors at the end: nobody waits for the sum.
+// it sums the squares, and r joins the factors at the end: nobody waits for the sum. There are then
+// no more blocks than run at once; each takes one piece of the outputs after the other, and reads
+// the next one's first weights before it adds up this one's sums.
 #include "runtime/ops/cuda/launch.cuh"
 #include "runtime/ops/cuda/linear_few.h"
 
@@ -114,38 +116,35 @@ __device__ inline void WriteResult(const FewRowsArgs& a, int64_t m, int64_t n, i
   }
 }
 
-// Puts row * norm of each row into shared memory and returns to every warp's first lanes, row by
-// row, the warp's part of the sum of its squares. All threads of the block call it.
-template <int kRows>
-__device__ inline void Normalise(const FewRowsArgs& a, __nv_bfloat16* to, float (&squares)[kRows]) {
+// Puts row m * norm into shared memory, four values out of 4 * `of` from the `part`-th on, and
+// returns the sum of the squares of those of the row.
+__device__ inline float Normalise(const FewRowsArgs& a, int m, int part, int of,
+                                  __nv_bfloat16* to) {
   const auto* const norm = reinterpret_cast<const float4*>(a.norm);
-#pragma unroll
-  for (int m = 0; m < kRows; ++m) {
-    squares[m] = 0;
-    if (m >= a.m) continue;
-    const auto* const row =
-        reinterpret_cast<const float4*>(static_cast<const float*>(a.x) + m * a.x_stride);
+  const auto* const row =
+      reinterpret_cast<const float4*>(static_cast<const float*>(a.x) + m * a.x_stride);
+  float squares = 0;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < a.k / 4; i += kLanes * kWarps) {
-      const float4 x = row[i], w = norm[i];
-      squares[m] += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
-      const __nv_bfloat162 low = __floats2bfloat162_rn(x.x * w.x, x.y * w.y);
-      const __nv_bfloat162 high = __floats2bfloat162_rn(x.z * w.z, x.w * w.w);
-      reinterpret_cast<uint2*>(to + m * a.k)[i] = make_uint2(
-          reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
-    }
-    squares[m] = WarpSum(squares[m]);
+  for (int i = part; i < a.k / 4; i += of) {
+    const float4 x = row[i], w = norm[i];
+    squares += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
+    const __nv_bfloat162 low = __floats2bfloat162_rn(x.x * w.x, x.y * w.y);
+    const __nv_bfloat162 high = __floats2bfloat162_rn(x.z * w.z, x.w * w.w);
+    reinterpret_cast<uint2*>(to)[i] =
+        make_uint2(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
   }
+  return squares;
+}
+__device__ inline float RowFactor(const FewRowsArgs& a, float squares) {
+  return rsqrtf(squares / static_cast<float>(a.k) + a.norm_eps);
 }
 
 // kOutputs: rows of W that a warp takes, with kSiluMul the first half of them gates and the others
 // their ups. kNorm: rows are normalised.
 template <WeightFormat kFormat, int kOutputs, bool kSiluMul, bool kNorm>
 __global__ void __launch_bounds__(kLanes* kWarps, kNorm ? 3 : 2)
-    FewRowsKernel(FewRowsArgs a, int splits) {
+    FewRowsKernel(FewRowsArgs a, int splits, int pieces) {
   constexpr int kValues = kValuesOf<kFormat>, kAtOnce = kReads<kOutputs>;
-  constexpr int kBytes = 16 / kValues;         // of a value
-  constexpr int64_t kStep = kLanes * kValues;  // values of K that a warp reads of a row at once
   constexpr int kResults = kSiluMul ? kOutputs / 2 : kOutputs;
   constexpr int kRows = kMostSummedRows;
   __shared__ float shared_sums[kWarps][kOutputs * kRows], shared_squares[kWarps][kRows];
@@ -153,125 +152,151 @@ __global__ void __launch_bounds__(kLanes* kWarps, kNorm ? 3 : 2)
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int part = warp % splits;
   const int64_t outputs = kSiluMul ? a.n / 2 : a.n;
-  const int64_t first = (blockIdx.x * int64_t{kWarps} + warp) / splits * kResults;
-
-  const uint8_t* rows[kOutputs];
-#pragma unroll
-  for (int o = 0; o < kOutputs; ++o) {
-    // Outputs beyond the last are read as the last, and not written.
-    const int64_t n = min(first + o % kResults, outputs - 1) + o / kResults * outputs;
-    rows[o] = static_cast<const uint8_t*>(a.weight) + n * a.weight_stride * kBytes;
-  }
   const auto* const x = kNorm ? reinterpret_cast<const __nv_bfloat16*>(shared_x)
                               : static_cast<const __nv_bfloat16*>(a.x);
-  const int64_t x_stride = kNorm ? a.k : a.x_stride;
-  float sums[kOutputs][4] = {};
+  const int x_stride = static_cast<int>(kNorm ? a.k : a.x_stride);
+
+  // Of the weight in units of 16 bytes: rows of this warp's outputs, and how long they are.
+  uint32_t rows[kOutputs];
+  const int units = static_cast<int>(a.k / kValues);
+  int64_t first;  // output
+  const auto take = [&](int piece) {
+    first = (piece * int64_t{kWarps} + warp) / splits * kResults;
+#pragma unroll
+    for (int o = 0; o < kOutputs; ++o) {
+      // Outputs beyond the last are read as the last, and not written.
+      const int64_t n = min(first + o % kResults, outputs - 1) + o / kResults * outputs;
+      rows[o] = static_cast<uint32_t>(n * (a.weight_stride / kValues));
+    }
+  };
   uint4 w[kOutputs][kAtOnce];
-  const auto read_weights = [&](int64_t begin) {
+  const auto read_weights = [&](int begin) {
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const int64_t k = begin + j * kStep + lane * kValues;
+      const int unit = begin + j * kLanes + lane;
 #pragma unroll
       for (int o = 0; o < kOutputs; ++o) {
         w[o][j] = make_uint4(0, 0, 0, 0);
-        if (k < a.k) w[o][j] = __ldcs(reinterpret_cast<const uint4*>(rows[o] + k * kBytes));
+        if (unit < units) w[o][j] = __ldcs(static_cast<const uint4*>(a.weight) + rows[o] + unit);
       }
     }
   };
   LetNextKernelStart();
   // The first weights, which no kernel writes, are under way before x is there.
-  const int64_t first_k = part * kAtOnce * kStep;
-  read_weights(first_k);
+  const int begin_of_part = part * kAtOnce * kLanes;
+  take(blockIdx.x);
+  read_weights(begin_of_part);
   WaitForKernelInFront();
   if constexpr (kNorm) {
-    float squares[kRows];
-    Normalise(a, reinterpret_cast<__nv_bfloat16*>(shared_x), squares);
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
-      if (lane == 0) shared_squares[warp][m] = squares[m];
+      float squares = 0;
+      if (m < a.m) {
+        squares = WarpSum(Normalise(a, m, threadIdx.x, kLanes * kWarps,
+                                    const_cast<__nv_bfloat16*>(x + m * x_stride)));
+      }
+      if (lane == 0) shared_squares[warp][m] = squares;
     }
     __syncthreads();
   }
-  for (int64_t begin = first_k; begin < a.k; begin += splits * kAtOnce * kStep) {
-    if (begin > first_k) read_weights(begin);
+  int piece = blockIdx.x;
+  bool more;
+  do {
+    float sums[kOutputs][4] = {};
+    for (int begin = begin_of_part; begin < units; begin += splits * kAtOnce * kLanes) {
+      if (begin > begin_of_part) read_weights(begin);
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (begin + j * kStep >= a.k) break;
-      const int64_t k = begin + j * kStep + lane * kValues;
-      Values<kValues> of_x, below;
-      if (k < a.k) of_x = Read<kValues>(x + k);
-      if (k < a.k && a.m > 1) below = Read<kValues>(x + x_stride + k);
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (begin + j * kLanes >= units) break;
+        const int unit = begin + j * kLanes + lane;
+        Values<kValues> of_x, below;
+        if (unit < units) of_x = Read<kValues>(x + unit * kValues);
+        if (unit < units && a.m > 1) below = Read<kValues>(x + x_stride + unit * kValues);
 #pragma unroll
-      for (int o = 0; o < kOutputs; ++o) {
+        for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
-        for (int i = 0; i < kValues / 4; ++i) {
-          Multiply(of_x.four[i], below.four[i], Widen<kFormat>(w[o][j], i), sums[o]);
+          for (int i = 0; i < kValues / 4; ++i) {
+            Multiply(of_x.four[i], below.four[i], Widen<kFormat>(w[o][j], i), sums[o]);
+          }
         }
       }
     }
-  }
-
-  // Lane 4 g + q has columns 2 q and 2 q + 1 of row g, and of row 8 + g behind them.
-  const int group = lane / 4;
-  const bool counts = lane % 4 == group / 2;
-  float of_row[kOutputs][kRows];
-#pragma unroll
-  for (int o = 0; o < kOutputs; ++o) {
-#pragma unroll
-    for (int m = 0; m < kRows; ++m) {
-      const float* const at = sums[o] + 2 * m;
-      const float sum = WarpSum(counts ? (group % 2 == 0 ? at[0] : at[1]) : 0.f);
-      of_row[o][m] = sum;
-      if (splits > 1 && lane == 0) shared_sums[warp][o * kRows + m] = sum;
+    // The next piece's first weights come while this one's sums are finished.
+    const int64_t done = first;
+    piece += gridDim.x;
+    more = kNorm && piece < pieces;
+    if (more) {
+      take(piece);
+      read_weights(begin_of_part);
     }
-  }
-  if (splits > 1) {
-    __syncthreads();
-    if (part != 0) return;
+
+    // Lane 4 g + q has columns 2 q and 2 q + 1 of row g, and of row 8 + g behind them.
+    const int group = lane / 4;
+    const bool counts = lane % 4 == group / 2;
+    float of_row[kOutputs][kRows];
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
-        for (int other = 1; other < splits; ++other) {
-          of_row[o][m] += shared_sums[warp + other][o * kRows + m];
-        }
+        const float* const at = sums[o] + 2 * m;
+        const float sum = WarpSum(counts ? (group % 2 == 0 ? at[0] : at[1]) : 0.f);
+        of_row[o][m] = sum;
+        if (splits > 1 && lane == 0) shared_sums[warp][o * kRows + m] = sum;
       }
     }
-  }
-  float row_factor[kRows];
+    if (splits > 1) {
+      __syncthreads();
+      if (part == 0) {
 #pragma unroll
-  for (int m = 0; m < kRows; ++m) {
-    row_factor[m] = 1;
-    if constexpr (kNorm) {
-      float squares = 0;
+        for (int o = 0; o < kOutputs; ++o) {
 #pragma unroll
-      for (int of = 0; of < kWarps; ++of) squares += shared_squares[of][m];
-      row_factor[m] = rsqrtf(squares / static_cast<float>(a.k) + a.norm_eps);
+          for (int m = 0; m < kRows; ++m) {
+            for (int other = 1; other < splits; ++other) {
+              of_row[o][m] += shared_sums[warp + other][o * kRows + m];
+            }
+          }
+        }
+      }
+      if (more) __syncthreads();  // before they are written again
     }
-  }
-  const auto value = [&](int o, int m, int64_t n) {
-    return Finished<kFormat>(a, of_row[o][m] * row_factor[m], n);
-  };
-  // A lane each writes a result.
-#pragma unroll
-  for (int o = 0; o < kResults; ++o) {
+    if (part != 0) continue;
+    float row_factor[kRows];
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
-      const int64_t n = first + o;
-      if (lane != o * kRows + m || m >= a.m || n >= outputs) continue;
-      WriteResult<kSiluMul>(a, m, n, outputs, value(o, m, n),
-                            kSiluMul ? value(kOutputs - kResults + o, m, n + outputs) : 0.f);
+      row_factor[m] = 1;
+      if constexpr (kNorm) {
+        float squares = 0;
+#pragma unroll
+        for (int of = 0; of < kWarps; ++of) squares += shared_squares[of][m];
+        row_factor[m] = RowFactor(a, squares);
+      }
     }
-  }
+    const auto value = [&](int o, int m, int64_t n) {
+      return Finished<kFormat>(a, of_row[o][m] * row_factor[m], n);
+    };
+    // A lane each writes a result.
+#pragma unroll
+    for (int o = 0; o < kResults; ++o) {
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+        const int64_t n = done + o;
+        if (lane != o * kRows + m || m >= a.m || n >= outputs) continue;
+        WriteResult<kSiluMul>(a, m, n, outputs, value(o, m, n),
+                              kSiluMul ? value(kOutputs - kResults + o, m, n + outputs) : 0.f);
+      }
+    }
+  } while (more);
 }
 
 // TileKernel. A block takes 16 outputs (with silu_mul 16 gates and their ups) for all rows, each of
 // its warps every so manieth step of K, and they add up in shared memory. W is the left side of
 // mma.m16n8k16, 8 rows of x the right one. Lane 4 g + t reads 16 bytes of outputs g and g + 8, and
 // what they meet of rows g (and 8 + g) of x: four lanes side by side, so 64 bytes of a row. Every
-// block reads all of x, from the second-level cache: M * K * 2 bytes.
+// block reads all of x, from the second-level cache, M * K * 2 bytes; where rows are normalised
+// first, twice that, and then as above from shared memory.
 constexpr int kTileOutputs = 16, kTileRows = 8;  // of one mma
-template <WeightFormat kFormat, int kTiles, int kOfBlock, bool kSiluMul>
+constexpr int kRowGap = 32;  // between rows in shared memory, in values: other banks
+template <WeightFormat kFormat, int kTiles, int kOfBlock, bool kSiluMul, bool kNorm>
 __global__ void __launch_bounds__(kLanes* kOfBlock, kOfBlock == kWarps ? 2 : 1)
     TileKernel(FewRowsArgs a) {
   constexpr int kParts = kSiluMul ? 2 : 1;
@@ -279,6 +304,8 @@ __global__ void __launch_bounds__(kLanes* kOfBlock, kOfBlock == kWarps ? 2 : 1)
   constexpr int kStep = 4 * kValues;         // values of K
   constexpr int kAtOnce = kSiluMul ? 2 : 4;  // steps whose reads are under way
   __shared__ float4 shared_sums[kOfBlock][kParts][kTiles][kLanes];
+  __shared__ float row_factors[kTiles * kTileRows];
+  extern __shared__ uint4 shared_x[];  // with kNorm [M, K] bf16, rows K + kRowGap apart
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
   const int64_t outputs = kSiluMul ? a.n / 2 : a.n, first = blockIdx.x * int64_t{kTileOutputs};
 
@@ -292,6 +319,9 @@ __global__ void __launch_bounds__(kLanes* kOfBlock, kOfBlock == kWarps ? 2 : 1)
       rows[part][half] = static_cast<const uint8_t*>(a.weight) + n * a.weight_stride * kBytes;
     }
   }
+  const auto* const x = kNorm ? reinterpret_cast<const __nv_bfloat16*>(shared_x)
+                              : static_cast<const __nv_bfloat16*>(a.x);
+  const int64_t x_stride = kNorm ? a.k + kRowGap : a.x_stride;
   float sums[kParts][kTiles][4] = {};
   uint4 w[kAtOnce][kParts][2];
   const auto k_of = [&](int64_t step) { return step * kStep + t * kValues; };
@@ -313,17 +343,26 @@ __global__ void __launch_bounds__(kLanes* kOfBlock, kOfBlock == kWarps ? 2 : 1)
   LetNextKernelStart();
   read_weights(warp);  // which no kernel writes
   WaitForKernelInFront();
+  if constexpr (kNorm) {
+    // A warp takes a row.
+    for (int m = warp; m < a.m; m += kOfBlock) {
+      const float squares =
+          WarpSum(Normalise(a, m, lane, kLanes, const_cast<__nv_bfloat16*>(x + m * x_stride)));
+      if (lane == 0) row_factors[m] = RowFactor(a, squares);
+    }
+    __syncthreads();
+  }
   for (int64_t step = warp; step * kStep < a.k; step += kOfBlock * kAtOnce) {
     if (step > warp) read_weights(step);
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int64_t k = k_of(step + j * kOfBlock);
-      Values<kValues> x[kTiles];
+      Values<kValues> of_x[kTiles];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         const int row = kTileRows * tile + g;
         if (k < a.k && row < a.m) {
-          x[tile] = Read<kValues>(static_cast<const __nv_bfloat16*>(a.x) + row * a.x_stride + k);
+          of_x[tile] = Read<kValues>(x + row * x_stride + k);
         }
       }
 #pragma unroll
@@ -334,7 +373,7 @@ __global__ void __launch_bounds__(kLanes* kOfBlock, kOfBlock == kWarps ? 2 : 1)
           const uint2 lower = Widen<kFormat>(w[j][part][1], i);
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
-            Multiply(upper, lower, x[tile].four[i], sums[part][tile]);
+            Multiply(upper, lower, of_x[tile].four[i], sums[part][tile]);
           }
         }
       }
@@ -362,6 +401,7 @@ __global__ void __launch_bounds__(kLanes* kOfBlock, kOfBlock == kWarps ? 2 : 1)
     for (int of = 0; of < kOfBlock; ++of) {
       sum += reinterpret_cast<const float*>(&shared_sums[of][part][row / kTileRows][of_lane])[at];
     }
+    if constexpr (kNorm) sum *= row_factors[row];
     return Finished<kFormat>(a, sum, n + part * outputs);
   };
   WriteResult<kSiluMul>(a, row, n, outputs, value(0), kSiluMul ? value(kParts - 1) : 0.f);
@@ -371,40 +411,65 @@ template <WeightFormat kFormat>
 void LaunchTiles(const FewRowsArgs& a, Stream stream) {
   constexpr unsigned kFewBlocks = 132;  // there more warps share each
   const int64_t results = a.silu_mul ? a.n / 2 : a.n;
-  const auto blocks = static_cast<unsigned>((results + kTileOutputs - 1) / kTileOutputs);
-  const auto run = [&](auto tiles, auto warps) {
-    LaunchAhead(a.silu_mul ? TileKernel<kFormat, tiles(), warps(), true>
-                           : TileKernel<kFormat, tiles(), warps(), false>,
-                blocks, kLanes * warps(), stream, a);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = static_cast<unsigned>((results + kTileOutputs - 1) / kTileOutputs);
+  config.dynamicSmemBytes = a.norm ? a.m * (a.k + kRowGap) * sizeof(__nv_bfloat16) : 0;
+  config.stream = stream;
+  const auto run = [&](auto tiles, auto warps, auto silu_mul) {
+    config.blockDim = kLanes * warps();
+    LaunchAhead(a.norm ? TileKernel<kFormat, tiles(), warps(), silu_mul(), true>
+                       : TileKernel<kFormat, tiles(), warps(), silu_mul(), false>,
+                config, a);
   };
-  const auto with_warps = [&](auto tiles) {
-    blocks <= kFewBlocks ? run(tiles, std::integral_constant<int, 2 * kWarps>())
-                         : run(tiles, std::integral_constant<int, kWarps>());
+  constexpr std::integral_constant<int, kWarps> kFew;
+  constexpr std::integral_constant<int, 2 * kWarps> kMany;
+  const auto with_tiles = [&](auto tiles) {
+    if (a.silu_mul) {  // of many, sums and rows would not fit into shared memory together
+      run(tiles, kFew, std::true_type());
+    } else if (config.gridDim.x > kFewBlocks) {
+      run(tiles, kFew, std::false_type());
+    } else {
+      run(tiles, kMany, std::false_type());
+    }
   };
-  a.m > kTileRows ? with_warps(std::integral_constant<int, 2>())
-                  : with_warps(std::integral_constant<int, 1>());
+  a.m > kTileRows ? with_tiles(std::integral_constant<int, 2>())
+                  : with_tiles(std::integral_constant<int, 1>());
+}
+
+// How many blocks the device runs at once, by their registers and threads.
+int BlocksAtOnce(const void* kernel, int threads) {
+  int of_each = 0;
+  Check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, threads, 0),
+        "asking how many blocks run at once");
+  return Multiprocessors() * of_each;
+}
+
+template <WeightFormat kFormat, int kOutputs, bool kSiluMul, bool kNorm>
+void LaunchFewRows(const FewRowsArgs& a, int splits, Stream stream) {
+  const auto kernel = FewRowsKernel<kFormat, kOutputs, kSiluMul, kNorm>;
+  const int64_t results = kSiluMul ? a.n / 2 : a.n;
+  constexpr int kResults = kSiluMul ? kOutputs / 2 : kOutputs;
+  const int64_t warps = (results + kResults - 1) / kResults * splits;
+  const auto pieces = static_cast<int>((warps + kWarps - 1) / kWarps);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = pieces;
+  if constexpr (kNorm) {
+    static const int at_once = BlocksAtOnce(reinterpret_cast<const void*>(kernel), kLanes * kWarps);
+    config.gridDim = std::min(pieces, at_once);
+  }
+  config.blockDim = kLanes * kWarps;
+  config.dynamicSmemBytes = kNorm ? a.m * a.k * sizeof(__nv_bfloat16) : 0;
+  config.stream = stream;
+  LaunchAhead(kernel, config, a, splits, pieces);
 }
 
 template <WeightFormat kFormat>
 void Launch(const FewRowsArgs& a, Stream stream) {
   if (a.m > kMostSummedRows) return LaunchTiles<kFormat>(a, stream);
   const FewRowsLaunch launch = ChooseFewRows(a.n, a.k, a.format, a.silu_mul);
-  const int64_t results = a.silu_mul ? a.n / 2 : a.n;
-  const int64_t of_warp = a.silu_mul ? launch.outputs / 2 : launch.outputs;
-  const int64_t warps = (results + of_warp - 1) / of_warp * launch.splits;
-  const auto blocks = static_cast<unsigned>((warps + kWarps - 1) / kWarps);
   const auto run = [&](auto outputs, auto silu_mul) {
-    const auto launch_kernel = [&](auto kernel, size_t shared_bytes) {
-      cudaLaunchConfig_t config = {};
-      config.gridDim = blocks;
-      config.blockDim = kLanes * kWarps;
-      config.dynamicSmemBytes = shared_bytes;
-      config.stream = stream;
-      LaunchAhead(kernel, config, a, launch.splits);
-    };
-    a.norm ? launch_kernel(FewRowsKernel<kFormat, outputs(), silu_mul(), true>,
-                           a.m * a.k * sizeof(__nv_bfloat16))
-           : launch_kernel(FewRowsKernel<kFormat, outputs(), silu_mul(), false>, 0);
+    a.norm ? LaunchFewRows<kFormat, outputs(), silu_mul(), true>(a, launch.splits, stream)
+           : LaunchFewRows<kFormat, outputs(), silu_mul(), false>(a, launch.splits, stream);
   };
   constexpr std::integral_constant<int, 1> kOne;
   constexpr std::integral_constant<int, 2> kTwo;

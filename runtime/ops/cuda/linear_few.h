@@ -12,10 +12,11 @@
 namespace sluice::cuda {
 
 constexpr int64_t kMostFewRows = 16;
-// Up to so many rows each warp sums whole products, and rows may be normalised first, so many bytes
-// in bf16 in all.
+// Up to so many rows each warp sums whole products.
 constexpr int kMostSummedRows = 2;
-constexpr int64_t kMostNormedBytes = 32 << 10;
+// Rows may be normalised first, of so many bytes in bf16 in all: of more, every block's reading
+// them takes longer than a norm in front (16 rows of 896: even; 4 of 3584: 2 % of a step).
+constexpr int64_t kMostNormedBytes = 16 << 10;
 
 // y = x W^T * factors + bias (+ y), or with `silu_mul`, where W's rows are gate | up and y has N /
 // 2 columns, y = silu(gate) * up. Products of bf16, sums and the activation in f32, rounded once.
@@ -25,8 +26,7 @@ struct FewRowsArgs {
   int64_t m = 0, n = 0, k = 0;
   const void* x = nullptr;  // [M, K] bf16, or f32 with `norm`; rows x_stride elements apart
   int64_t x_stride = 0;
-  // Where set, [K] f32: x's rows are normalised first, as RmsNorm does (runtime/ops/norm.h); at
-  // most kMostSummedRows.
+  // Where set, [K] f32: x's rows are normalised first, as RmsNorm does (runtime/ops/norm.h).
   const float* norm = nullptr;
   float norm_eps = 0;
   const void* weight = nullptr;  // [N, K], rows weight_stride elements apart
