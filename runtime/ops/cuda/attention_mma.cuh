@@ -133,7 +133,6 @@ __device__ inline void LoadTransposed(uint32_t (&x)[4], uint32_t at) {
                  : "+" REGISTER(d[0]), "+" REGISTER(d[1]), "+" REGISTER(d[2]), "+" REGISTER(d[3]) \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                 \
   }
-SLUICE_MMA(MmaBf16, "m16n8k16.row.col.f32.bf16.bf16.f32", float, "f")
 SLUICE_MMA(MmaFp16, "m16n8k16.row.col.f32.f16.f16.f32", float, "f")
 SLUICE_MMA(MmaFp8, "m16n8k32.row.col.f32.e4m3.e4m3.f32", float, "f")
 SLUICE_MMA(MmaInt8, "m16n8k32.row.col.s32.s8.s8.s32", int, "r")

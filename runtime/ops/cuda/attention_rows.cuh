@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "runtime/ops/cuda/mma_bf16.cuh"
 #include "runtime/ops/cuda/status.cuh"
 
 namespace sluice::cuda {
@@ -19,12 +20,6 @@ __device__ inline float Exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-__device__ inline uint32_t PackBf16(float low, float high) {
-  uint32_t packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
 }
 
 // Over the four lanes that share a row.

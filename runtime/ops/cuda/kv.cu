@@ -3,6 +3,7 @@
 #include "runtime/ops/cuda/kv.h"
 #include "runtime/ops/cuda/kv_blocks.cuh"
 #include "runtime/ops/cuda/launch.cuh"
+#include "runtime/ops/cuda/mma_bf16.cuh"
 #include "runtime/ops/cuda/rope.cuh"
 
 namespace sluice::cuda {
@@ -182,20 +183,6 @@ int PartsFor(const DecodeAttentionArgs& a) {
   return static_cast<int>(std::clamp<int64_t>(std::min(wanted, most_keys / 128), 1, kMostParts));
 }
 
-// d[16, 8] += a[16, 16] b[16, 8].
-__device__ inline void Multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ inline uint32_t PackPair(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 __device__ inline uint32_t Word(const uint4& x, int i) {
   return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
 }
@@ -333,8 +320,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : kBl
 #pragma unroll
       for (int i = 0; i < kSlices; ++i) {
         const uint4& key = chunk.key[n][i];
-        Multiply(score[n], {q[i].x, 0, q[i].y, 0}, key.x, key.y);
-        Multiply(score[n], {q[i].z, 0, q[i].w, 0}, key.z, key.w);
+        const uint32_t first_part[] = {q[i].x, 0, q[i].y, 0}, other[] = {q[i].z, 0, q[i].w, 0};
+        MmaBf16(score[n], first_part, key.x, key.y);
+        MmaBf16(score[n], other, key.z, key.w);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -371,8 +359,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : kBl
     }
 #pragma unroll
     for (int n = 0; n < kChunk / 16; ++n) {
-      const uint32_t p0 = PackPair(score[2 * n][0], score[2 * n][1]);
-      const uint32_t p2 = PackPair(score[2 * n + 1][0], score[2 * n + 1][1]);
+      const uint32_t p0 = PackBf16(score[2 * n][0], score[2 * n][1]);
+      const uint32_t p1 = PackBf16(score[2 * n + 1][0], score[2 * n + 1][1]);
 #pragma unroll
       for (int i = 0; i < kSpans; ++i) {
         const auto& value = chunk.value[n];
@@ -381,8 +369,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kWarpsOfFew ? 1 : kBl
           const auto pair = [&](int r, int halves) {
             return __byte_perm(Word(value[r][i], j), Word(value[r + 1][i], j), halves);
           };
-          Multiply(out[i][j], {pair(0, 0x5410), pair(0, 0x7632), pair(2, 0x5410), pair(2, 0x7632)},
-                   p0, p2);
+          const uint32_t channels[] = {pair(0, 0x5410), pair(0, 0x7632), pair(2, 0x5410),
+                                       pair(2, 0x7632)};
+          MmaBf16(out[i][j], channels, p0, p1);
         }
       }
     }

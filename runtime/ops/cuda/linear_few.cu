@@ -19,6 +19,7 @@
 // the next one's first weights before it adds up this one's sums.
 #include "runtime/ops/cuda/launch.cuh"
 #include "runtime/ops/cuda/linear_few.h"
+#include "runtime/ops/cuda/mma_bf16.cuh"
 
 namespace sluice::cuda {
 namespace {
@@ -72,11 +73,8 @@ __device__ inline uint2 Widen(const uint4& packed, int i) {
 
 // sums += x w^T; two pairs of a part of one row of x and of another.
 __device__ inline void Multiply(uint2 x, uint2 x_below, uint2 w, float (&sums)[4]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-      "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(x.x), "r"(x_below.x), "r"(x.y), "r"(x_below.y), "r"(w.x), "r"(w.y));
+  const uint32_t rows[] = {x.x, x_below.x, x.y, x_below.y};
+  MmaBf16(sums, rows, w.x, w.y);
 }
 
 // The values of x that meet a lane's 16 bytes of weight.
@@ -128,10 +126,8 @@ __device__ inline float Normalise(const FewRowsArgs& a, int m, int part, int of,
   for (int i = part; i < a.k / 4; i += of) {
     const float4 x = row[i], w = norm[i];
     squares += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
-    const __nv_bfloat162 low = __floats2bfloat162_rn(x.x * w.x, x.y * w.y);
-    const __nv_bfloat162 high = __floats2bfloat162_rn(x.z * w.z, x.w * w.w);
     reinterpret_cast<uint2*>(to)[i] =
-        make_uint2(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
+        make_uint2(PackBf16(x.x * w.x, x.y * w.y), PackBf16(x.z * w.z, x.w * w.w));
   }
   return squares;
 }
