@@ -8,7 +8,6 @@
 #include <functional>
 #include <limits>
 #include <numeric>
-#include <random>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -21,6 +20,10 @@
 namespace sluice {
 namespace {
 
+using ::sluice::testing::At;
+using ::sluice::testing::RandomTensor;
+using ::sluice::testing::RotaryFrequencies;
+
 // Scores of random unit normals are about N(0, 1) after scaling. In f32 the error of a score is a
 // few ulps (1e-7), and sums of S terms carry up to sqrt(S) of them: 90 at 8000 keys.
 constexpr double kF32Tolerance = 5e-6;
@@ -30,11 +33,6 @@ constexpr double kBF16Tolerance = 4e-3;
 
 double ToleranceOf(DType dtype) { return dtype == DType::kF32 ? kF32Tolerance : kBF16Tolerance; }
 
-float At(ConstTensorView x, int64_t row, int64_t column) {
-  const int64_t i = row * x.stride0() + column;
-  return x.dtype() == DType::kF32 ? x.data<float>()[i] : x.data<BFloat16>()[i].ToFloat();
-}
-
 void Set(TensorView x, int64_t row, int64_t column, float value) {
   const int64_t i = row * x.stride0() + column;
   if (x.dtype() == DType::kF32) {
@@ -42,16 +40,6 @@ void Set(TensorView x, int64_t row, int64_t column, float value) {
   } else {
     x.data<BFloat16>()[i] = BFloat16::From(value);
   }
-}
-
-Tensor Random(DType dtype, int64_t rows, int64_t columns, uint32_t seed, float deviation = 1) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal(0, deviation);
-  Tensor x(dtype, {rows, columns});
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) Set(x, i, j, normal(generator));
-  }
-  return x;
 }
 
 // Rows [first, first + count) of one head, whose columns begin at `column`: [count, head_dim].
@@ -128,14 +116,14 @@ struct EncoderCase {
 struct EncoderInputs {
   EncoderInputs(DType dtype, const EncoderCase& c)
       : width(int64_t{c.heads} * c.head_dim),
-        qkv(Random(dtype, c.batch * c.length, 3 * width, 17 + c.length, c.deviation)),
-        own_q(Random(dtype, c.batch * std::max<int64_t>(c.queries, 1), width, 5 + c.queries,
-                     c.deviation)),
+        qkv(RandomTensor(dtype, {c.batch * c.length, 3 * width}, 17 + c.length, c.deviation)),
+        own_q(RandomTensor(dtype, {c.batch * std::max<int64_t>(c.queries, 1), width}, 5 + c.queries,
+                           c.deviation)),
         q(c.queries ? own_q.view() : qkv.view().Columns(0, width)),
         k(qkv.view().Columns(width, 2 * width)),
         v(qkv.view().Columns(2 * width, 3 * width)) {
     if (!c.biased) return;
-    bias_storage = Random(DType::kF32, 1, c.batch * c.length, 3);
+    bias_storage = RandomTensor(DType::kF32, {1, c.batch * c.length}, 3);
     key_bias = {bias_storage.data<float>(), DType::kF32, {c.batch * c.length}};
   }
   double Bias(int64_t key) const { return key_bias.empty() ? 0 : key_bias.data<float>()[key]; }
@@ -325,7 +313,7 @@ TEST(EncoderAttentionTest, ScoresThatRiseWithTheKeysAreRescaled) {
 
 TEST(EncoderAttentionTest, ResultsDoNotDependOnTheNumberOfThreads) {
   for (DType dtype : {DType::kF32, DType::kBF16}) {
-    const Tensor qkv = Random(dtype, 2 * 197, 3 * 3 * 72, 5);
+    const Tensor qkv = RandomTensor(dtype, {2 * 197, 3 * 3 * 72}, 5);
     std::vector<Tensor> outs;
     for (int threads : {1, 2, 5}) {
       ExecContext ctx({.num_threads = threads});
@@ -340,7 +328,7 @@ TEST(EncoderAttentionTest, ResultsDoNotDependOnTheNumberOfThreads) {
 
 TEST(EncoderAttentionTest, WrongShapesAreNamed) {
   ExecContext ctx({.num_threads = 1});
-  const Tensor x = Random(DType::kF32, 6, 8, 1), few = Random(DType::kF32, 4, 8, 1);
+  const Tensor x = RandomTensor(DType::kF32, {6, 8}, 1), few = RandomTensor(DType::kF32, {4, 8}, 1);
   Tensor out(DType::kF32, {6, 8});
   const auto message = [&](auto&& call) {
     try {
@@ -417,10 +405,10 @@ void CheckCausal(const CausalCase& c, DType dtype, int num_threads, double toler
   ExecContext ctx({.num_threads = num_threads});
   const int64_t width = int64_t{c.heads} * c.head_dim, kv_width = int64_t{c.kv_heads} * c.head_dim;
   const int64_t keys = c.begin + c.length;
-  const Tensor k = Random(dtype, keys, kv_width, 101, c.deviation);
-  const Tensor v = Random(dtype, keys, kv_width, 102);
+  const Tensor k = RandomTensor(dtype, {keys, kv_width}, 101, c.deviation);
+  const Tensor v = RandomTensor(dtype, {keys, kv_width}, 102);
   // The queries are columns of something wider, as behind a stacked projection.
-  const Tensor wide = Random(dtype, c.length, width + 2 * kv_width, 103, c.deviation);
+  const Tensor wide = RandomTensor(dtype, {c.length, width + 2 * kv_width}, 103, c.deviation);
   const ConstTensorView q = ConstTensorView(wide).Columns(0, width);
   Cache cache(dtype, c.kv_heads, c.head_dim, keys);
   StoreKv(ctx, ConstTensorView(k).Slice(0, c.begin), ConstTensorView(v).Slice(0, c.begin), 0,
@@ -512,9 +500,9 @@ TEST(CausalAttentionTest, ChunksGiveWhatTheWholePrefillGives) {
   constexpr int64_t kLength = 333;
   for (DType dtype : {DType::kF32, DType::kBF16}) {
     ExecContext ctx({.num_threads = 2});
-    const Tensor k = Random(dtype, kLength, kKvHeads * kHeadDim, 7);
-    const Tensor v = Random(dtype, kLength, kKvHeads * kHeadDim, 8);
-    const Tensor q = Random(dtype, kLength, kHeads * kHeadDim, 9);
+    const Tensor k = RandomTensor(dtype, {kLength, kKvHeads * kHeadDim}, 7);
+    const Tensor v = RandomTensor(dtype, {kLength, kKvHeads * kHeadDim}, 8);
+    const Tensor q = RandomTensor(dtype, {kLength, kHeads * kHeadDim}, 9);
     Tensor whole(dtype, {kLength, kHeads * kHeadDim}), chunked(dtype, whole.shape());
     Cache whole_cache(dtype, kKvHeads, kHeadDim, kLength);
     StoreKv(ctx, k, v, 0, whole_cache.view());
@@ -535,7 +523,7 @@ TEST(CausalAttentionTest, ChunksGiveWhatTheWholePrefillGives) {
 TEST(CausalAttentionTest, PositionsOutsideTheCacheAreNamed) {
   ExecContext ctx({.num_threads = 1});
   Cache cache(DType::kF32, 1, 8, 64);
-  const Tensor k = Random(DType::kF32, 2, 8, 1), q = Random(DType::kF32, 2, 16, 2);
+  const Tensor k = RandomTensor(DType::kF32, {2, 8}, 1), q = RandomTensor(DType::kF32, {2, 16}, 2);
   Tensor out(DType::kF32, {2, 16});
   EXPECT_THROW(StoreKv(ctx, k, k, 63, cache.view()), Error);
   EXPECT_THROW(StoreKv(ctx, k, k, -1, cache.view()), Error);
@@ -547,7 +535,7 @@ TEST(CausalAttentionTest, PositionsOutsideTheCacheAreNamed) {
 TEST(CausalAttentionTest, SequencesOfDifferentHeadsAreRefused) {
   ExecContext ctx({.num_threads = 1});
   Cache one(DType::kF32, 1, 8, 64), two(DType::kF32, 2, 8, 64), narrow(DType::kF32, 1, 4, 64);
-  const Tensor q = Random(DType::kF32, 2, 16, 2);
+  const Tensor q = RandomTensor(DType::kF32, {2, 16}, 2);
   const Tensor out(DType::kF32, {2, 16});
   const auto attend = [&](Cache& second) {
     const KvSegment segments[] = {{.row = 0, .rows = 1, .begin = 0, .kv = one.view()},
@@ -563,14 +551,14 @@ TEST(RotateStoreAndAttendTest, DoesOneAfterTheOther) {
   constexpr int kHeads = 4, kKvHeads = 2, kHeadDim = 16;
   constexpr int64_t kWidth = (kHeads + 2 * kKvHeads) * kHeadDim, kKvWidth = kKvHeads * kHeadDim;
   ExecContext ctx({.num_threads = 1});
-  const Tensor frequencies = ::sluice::testing::RotaryFrequencies(kHeadDim, 1e4);
+  const Tensor frequencies = RotaryFrequencies(kHeadDim, 1e4);
   const std::vector<int32_t> positions = {70, 9};
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
-    const Tensor qkv = Random(dtype, 2, kWidth, 1);
+    const Tensor qkv = RandomTensor(dtype, {2, kWidth}, 1);
     const auto run = [&](bool together) {
       Cache first(dtype, kKvHeads, kHeadDim, 128), second(dtype, kKvHeads, kHeadDim, 64);
       for (const auto& [cache, count] : {std::pair(&first, 70), std::pair(&second, 9)}) {
-        const Tensor rows = Random(dtype, count, kKvWidth, count);
+        const Tensor rows = RandomTensor(dtype, {count, kKvWidth}, count);
         StoreKv(ctx, rows, rows, 0, cache->view());
       }
       const KvSegment segments[] = {{.row = 0, .rows = 1, .begin = 70, .kv = first.view()},
@@ -601,7 +589,7 @@ TEST(StoreKvTest, LaysKeysOutByRowAndValuesByColumn) {
   constexpr int64_t kBegin = 60, kLength = 10;
   for (DType dtype : {DType::kF32, DType::kBF16}) {
     Cache cache(dtype, kKvHeads, kHeadDim, 128);
-    const Tensor wide = Random(dtype, kLength, 2 * kKvHeads * kHeadDim, 4);
+    const Tensor wide = RandomTensor(dtype, {kLength, 2 * kKvHeads * kHeadDim}, 4);
     StoreKv(ctx, ConstTensorView(wide).Columns(0, kKvHeads * kHeadDim),
             ConstTensorView(wide).Columns(kKvHeads * kHeadDim, 2 * kKvHeads * kHeadDim), kBegin,
             cache.view());
@@ -632,7 +620,8 @@ TEST(LoadKvTest, GivesBackWhatWasStoredForAnyRange) {
     for (const auto& [kv_heads, head_dim] : {std::pair(1, 8), std::pair(3, 5)}) {
       const int64_t width = kv_heads * head_dim;
       Cache cache(dtype, kv_heads, head_dim, 256);
-      const Tensor k = Random(dtype, 250, width, 4), v = Random(dtype, 250, width, 5);
+      const Tensor k = RandomTensor(dtype, {250, width}, 4),
+                   v = RandomTensor(dtype, {250, width}, 5);
       StoreKv(ctx, k, v, 0, cache.view());
       for (const auto& [begin, count] :
            {std::pair(0, 1), std::pair(63, 2), std::pair(64, 64), std::pair(10, 240)}) {
