@@ -172,6 +172,16 @@ TEST(FastestAttentionTest, QuantisesLongAndWideProblemsOnly) {
   EXPECT_EQ(cuda::FastestAttention(args), AttentionPrecision::kBF16);
 }
 
+TEST(PlanGroupsTest, TakesSmallerTilesWhereLargeOnesLeaveTheDeviceIdle) {
+  const auto groups = [](int64_t frames, int64_t rows) {
+    return cuda::PlanGroups({.batch = frames, .q_len = rows, .heads = 16}, 132);
+  };
+  EXPECT_EQ(groups(1, 243), 1);  // 64 tiles of 64
+  EXPECT_EQ(groups(1, 729), 2);  // 96 of 128
+  EXPECT_EQ(groups(2, 729), 3);  // 128 of 192
+  EXPECT_EQ(groups(8, 729), 3);
+}
+
 TEST(PagedPlanTest, CutsKeysIntoPartsOnlyWhereThatFillsTheDevice) {
   const auto parts = [](int64_t rows, int heads, int kv_heads) {
     return cuda::PlanPaged({.q_len = rows, .heads = heads, .kv_heads = kv_heads, .head_dim = 128})

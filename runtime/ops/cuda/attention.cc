@@ -182,11 +182,24 @@ AttentionPrecision FastestAttention(const AttentionArgs& args) {
                                                  : AttentionPrecision::kBF16;
 }
 
+int PlanGroups(const AttentionArgs& args, int processors) {
+  // Blocks take one tile after the other. Measured on an H100 (729 keys, heads of 72), tiles of 64,
+  // 128 and 192 queries take 10, 13.5 and 15.5 us.
+  constexpr int kTimes[] = {20, 27, 31};
+  const auto time = [&](int groups) {
+    const int64_t rows = int64_t{64} * groups;
+    const int64_t tiles = (args.q_len + rows - 1) / rows * args.heads * args.batch;
+    return (tiles + processors - 1) / processors * kTimes[groups - 1];
+  };
+  const int fewer = time(1) < time(2) ? 1 : 2;
+  return time(fewer) < time(3) ? fewer : 3;
+}
+
 PagedPlan PlanPaged(const AttentionArgs& args) {
   constexpr int kProcessors = 132;  // of an H100 or H200
   constexpr int kMostParts = 64;
   constexpr int kGroupRows = 64;
-  const int groups = args.head_dim <= 80 ? 3 : 2;  // warpgroups of a tile
+  const int groups = MostGroups(args.head_dim);
   const auto tiles_of = [&](int tokens) {
     return static_cast<int>((args.q_len + int64_t{tokens} * groups - 1) / (tokens * groups));
   };

@@ -82,6 +82,14 @@ void Attention(const AttentionArgs& args, void* workspace, size_t workspace_byte
 // on an H100: short or narrow problems do not earn back the cost of quantising.
 AttentionPrecision FastestAttention(const AttentionArgs& args);
 
+// Warpgroups of 64 query rows that may share a tile on the exact path of Hopper. A thread has
+// registers for 64 scores, 32 probabilities and head_dim / 2 sums: three warpgroups share less
+// traffic of keys and values, but leave each thread 160 only.
+constexpr int MostGroups(int head_dim) { return head_dim <= 80 ? 3 : 2; }
+// How many of three do in a problem that is neither causal nor over blocks, on a device of so many
+// multiprocessors: fewer where tiles are too few for it. A pure function.
+int PlanGroups(const AttentionArgs& args, int processors);
+
 // How the exact path of Hopper cuts a problem over blocks. A pure function of the sizes but kv_len.
 struct PagedPlan {
   // Query heads of a kv head that share a tile: all of them where that makes fewer tiles, or 1.

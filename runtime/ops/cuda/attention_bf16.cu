@@ -29,12 +29,7 @@ namespace {
 
 constexpr int kBlockKeys = 64;  // of a paged cache
 
-// Warpgroups that compute. Registers of a thread: scores 64, probabilities 32, sums kHeadDim / 2.
-// Three share less traffic of keys and values, but leave each thread 160 only.
-template <int kHeadDim>
-constexpr int kMostGroups = kHeadDim <= 80 ? 3 : 2;
-
-template <int kHeadDim, int kOfBlock = kMostGroups<kHeadDim>>
+template <int kHeadDim, int kOfBlock = MostGroups(kHeadDim)>
 struct Config {
   // Channels of queries and keys: slabs of 64 (128 bytes), then of 16 (32 bytes), zeros included.
   static constexpr int kWideSlabs = kHeadDim / 64;
@@ -473,7 +468,7 @@ __global__ void __launch_bounds__(Config<kHeadDim, kOfBlock>::kThreads, 1)
       }
     };
     // Before the last values of a piece of work are multiplied.
-    const auto clear_values = [&](int end) {
+    const auto clear_values = [&] {
       if (!kPaged || end * kKeys <= shape.kv_len) return;
       Wait(v_full + 8 * v_ring.stage, v_ring.parity);
       ClearValues<kHeadDim>(v_shared + v_ring.stage * C::kValueBytes,
@@ -537,7 +532,7 @@ __global__ void __launch_bounds__(Config<kHeadDim, kOfBlock>::kThreads, 1)
         }
         weigh(rows);
       }
-      clear_values(end);
+      clear_values();
       const Piece done = piece_of_slot();
       free();
       if (!take()) {
@@ -603,27 +598,24 @@ void LaunchPaged(const AttentionArgs& args, void* workspace, cudaStream_t stream
   shape.group /= plan.heads_together;
   shape.all_heads = shape.section = shape.heads;
   const auto u = [](int64_t x) { return static_cast<cuuint64_t>(x); };
-  const auto map_queries = [&](cuuint32_t channels, CUtensorMapSwizzle swizzle) {
+  const auto map_queries = [&](cuuint32_t channels) {
     return MapTensor<4>(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, args.q,
                         {kHeadDim, u(args.heads), u(args.q_len), 1},
                         {2 * kHeadDim, u(2 * args.q_stride), u(2 * args.q_stride * args.q_len)},
                         {channels, static_cast<cuuint32_t>(plan.heads_together),
-                         static_cast<cuuint32_t>(plan.tokens), 1},
-                        swizzle);
+                         static_cast<cuuint32_t>(plan.tokens), 1});
   };
   // Halves of blocks, keys and values in turn: as many as there can be.
   constexpr cuuint64_t kHalves = cuuint64_t{1} << 24;
   const cuuint64_t head_bytes = 2 * kHeadDim * kBlockKeys;
-  const auto map_blocks = [&](cuuint32_t channels, CUtensorMapSwizzle swizzle) {
+  const auto map_blocks = [&](cuuint32_t channels) {
     return MapTensor<4>(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, args.blocks,
                         {kHeadDim, kBlockKeys, u(args.kv_heads), kHalves},
                         {2 * kHeadDim, head_bytes, head_bytes * args.kv_heads},
-                        {channels, static_cast<cuuint32_t>(kBoxKeys<kHeadDim>), 1, 1}, swizzle);
+                        {channels, static_cast<cuuint32_t>(kBoxKeys<kHeadDim>), 1, 1});
   };
-  const CUtensorMap q = map_queries(64, CU_TENSOR_MAP_SWIZZLE_128B);
-  const CUtensorMap kv = map_blocks(64, CU_TENSOR_MAP_SWIZZLE_128B);
-  const Maps maps = {q, C::kNarrow ? map_queries(16, CU_TENSOR_MAP_SWIZZLE_32B) : q, kv,
-                     C::kNarrow ? map_blocks(16, CU_TENSOR_MAP_SWIZZLE_32B) : kv, kv};
+  const CUtensorMap q = map_queries(64), kv = map_blocks(64);
+  const Maps maps = {q, C::kNarrow ? map_queries(16) : q, kv, C::kNarrow ? map_blocks(16) : kv, kv};
   LaunchPersistent(FlashKernel<kHeadDim, C::kGroups, true, true>, C::kThreads, C::kSharedBytes,
                    shape.q_tiles * shape.all_heads * shape.parts, stream, maps, shape);
   if (shape.parts == 1) return;
@@ -658,28 +650,13 @@ void LaunchTiles(const AttentionArgs& args, void* workspace, cudaStream_t stream
                    shape.q_tiles * shape.all_heads, stream, maps, shape);
 }
 
-// How many warpgroups of up to three take the least time, if blocks take one tile of 64 queries a
-// warpgroup after the other. Measured on an H100 (729 keys, heads of 72), such tiles take 10, 13.5
-// and 15.5 us.
-int ChooseGroups(const AttentionArgs& args) {
-  constexpr int kTimes[] = {20, 27, 31};
-  const int64_t processors = Multiprocessors();
-  const auto time = [&](int groups) {
-    const int64_t rows = int64_t{kMmaRows} * groups;
-    const int64_t tiles = (args.q_len + rows - 1) / rows * args.heads * args.batch;
-    return (tiles + processors - 1) / processors * kTimes[groups - 1];
-  };
-  const int fewer = time(1) < time(2) ? 1 : 2;
-  return time(fewer) < time(3) ? fewer : 3;
-}
-
 template <int kHeadDim>
 void Launch(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
-  constexpr int kMost = kMostGroups<kHeadDim>;
+  constexpr int kMost = MostGroups(kHeadDim);
   if (args.blocks) return LaunchPaged<kHeadDim>(args, workspace, stream);
   if (args.causal) return LaunchTiles<kHeadDim, kMost, true>(args, workspace, stream);
   if constexpr (kMost == 3) {  // of towers, whose frames may come one by one
-    const int groups = ChooseGroups(args);
+    const int groups = PlanGroups(args, Multiprocessors());
     if (groups == 1) return LaunchTiles<kHeadDim, 1, false>(args, workspace, stream);
     if (groups == 2) return LaunchTiles<kHeadDim, 2, false>(args, workspace, stream);
   }

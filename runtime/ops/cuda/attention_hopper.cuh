@@ -81,10 +81,10 @@ __device__ inline void FillShared(uint32_t to, int bytes, uint32_t pattern) {
 
 // Describes a tensor to the copy engine: `sizes` innermost first, `strides` in bytes between items
 // of all dimensions but the innermost. What a box has outside the tensor is filled with zeros.
+// Rows of a box have 128 or 32 bytes and are permuted accordingly (hopper.cuh).
 template <int kRank>
 CUtensorMap MapTensor(CUtensorMapDataType type, const void* data, const cuuint64_t (&sizes)[kRank],
-                      const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank],
-                      CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
+                      const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank]) {
   // The driver's own function, asked for at run time: nothing links against the driver.
   using Encode = decltype(&cuTensorMapEncodeTiled);
   void* function = nullptr;
@@ -98,10 +98,12 @@ CUtensorMap MapTensor(CUtensorMapDataType type, const void* data, const cuuint64
   CUtensorMap map;
   cuuint32_t ones[kRank];
   for (cuuint32_t& one : ones) one = 1;
+  const cuuint32_t row_bytes = box[0] * (type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 2 : 1);
   const CUresult result = reinterpret_cast<Encode>(function)(
       &map, type, kRank, const_cast<void*>(data), sizes, strides, box, ones,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      CU_TENSOR_MAP_INTERLEAVE_NONE,
+      row_bytes == kNarrowBytes ? CU_TENSOR_MAP_SWIZZLE_32B : CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw Error("[cuda attention] the driver refused a tensor map with error " +
                 std::to_string(static_cast<int>(result)));
@@ -116,8 +118,7 @@ inline CUtensorMap MapHeads(const void* data, int64_t batch, int64_t len, int he
   return MapTensor<4>(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, data,
                       {u(head_dim), u(heads), u(len), u(batch)},
                       {u(2 * head_dim), u(2 * stride), u(2 * stride * len)},
-                      {static_cast<cuuint32_t>(channels), 1, static_cast<cuuint32_t>(rows), 1},
-                      channels == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B);
+                      {static_cast<cuuint32_t>(channels), 1, static_cast<cuuint32_t>(rows), 1});
 }
 
 // kv_bytes: of a token's keys and values of one kv head as the kernel reads them.

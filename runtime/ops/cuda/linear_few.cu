@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(kLanes* kWarps, kNorm ? 3 : 2)
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int part = warp % splits;
   const int64_t outputs = kSiluMul ? a.n / 2 : a.n;
-  const auto* const x = kNorm ? reinterpret_cast<const __nv_bfloat16*>(shared_x)
-                              : static_cast<const __nv_bfloat16*>(a.x);
+  auto* const normed = reinterpret_cast<__nv_bfloat16*>(shared_x);
+  const auto* const x = kNorm ? normed : static_cast<const __nv_bfloat16*>(a.x);
   const int x_stride = static_cast<int>(kNorm ? a.k : a.x_stride);
 
   // Of the weight in units of 16 bytes: rows of this warp's outputs, and how long they are.
@@ -188,8 +188,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, kNorm ? 3 : 2)
     for (int m = 0; m < kRows; ++m) {
       float squares = 0;
       if (m < a.m) {
-        squares = WarpSum(Normalise(a, m, threadIdx.x, kLanes * kWarps,
-                                    const_cast<__nv_bfloat16*>(x + m * x_stride)));
+        squares = WarpSum(Normalise(a, m, threadIdx.x, kLanes * kWarps, normed + m * x_stride));
       }
       if (lane == 0) shared_squares[warp][m] = squares;
     }
@@ -315,8 +314,8 @@ __global__ void __launch_bounds__(kLanes* kOfBlock, kOfBlock == kWarps ? 2 : 1)
       rows[part][half] = static_cast<const uint8_t*>(a.weight) + n * a.weight_stride * kBytes;
     }
   }
-  const auto* const x = kNorm ? reinterpret_cast<const __nv_bfloat16*>(shared_x)
-                              : static_cast<const __nv_bfloat16*>(a.x);
+  auto* const normed = reinterpret_cast<__nv_bfloat16*>(shared_x);
+  const auto* const x = kNorm ? normed : static_cast<const __nv_bfloat16*>(a.x);
   const int64_t x_stride = kNorm ? a.k + kRowGap : a.x_stride;
   float sums[kParts][kTiles][4] = {};
   uint4 w[kAtOnce][kParts][2];
@@ -342,8 +341,7 @@ __global__ void __launch_bounds__(kLanes* kOfBlock, kOfBlock == kWarps ? 2 : 1)
   if constexpr (kNorm) {
     // A warp takes a row.
     for (int m = warp; m < a.m; m += kOfBlock) {
-      const float squares =
-          WarpSum(Normalise(a, m, lane, kLanes, const_cast<__nv_bfloat16*>(x + m * x_stride)));
+      const float squares = WarpSum(Normalise(a, m, lane, kLanes, normed + m * x_stride));
       if (lane == 0) row_factors[m] = RowFactor(a, squares);
     }
     __syncthreads();
