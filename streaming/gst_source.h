@@ -7,6 +7,7 @@
 //     -> appsink    one picture waits; when it is taken, one row-wise copy makes the Frame
 //
 // GStreamer's threads run the pipeline; they hand over through `State` and never call out.
+// gst_pipeline.cc builds it, gst_picture.cc sees the pictures, gst_source.cc waits and ends.
 #ifndef SLUICE_STREAMING_GST_SOURCE_H_
 #define SLUICE_STREAMING_GST_SOURCE_H_
 
@@ -22,6 +23,7 @@
 #include <vector>
 
 #include "streaming/frame_sampler.h"
+#include "streaming/gst_types.h"
 #include "streaming/source.h"
 
 namespace sluice {
@@ -35,11 +37,6 @@ struct SourceRequest {
   double test_seconds = 0;   // of a test source; 0: live and endless
   std::string cut_off = {};  // of a file that is shorter than its header says: both sizes
 };
-
-struct UnrefElement {
-  void operator()(GstElement* element) const { gst_object_unref(element); }
-};
-using ElementPtr = std::unique_ptr<GstElement, UnrefElement>;
 
 class GstSource final : public Source {
  public:

@@ -1,0 +1,222 @@
+// The part of a source that puts its pipeline together, also while it runs: elements, what
+// decodebin asks and what it finds.
+#include <gst/pbutils/pbutils.h>
+#include <gst/video/video.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string_view>
+#include <utility>
+
+#include "runtime/error.h"
+#include "streaming/gst_source.h"
+
+namespace sluice {
+namespace {
+
+constexpr int kTestWidth = 640, kTestHeight = 480, kTestFps = 30;
+
+const char* PackageOf(std::string_view factory) {
+  if (factory == "videoflip" || factory == "v4l2src") return "gstreamer1.0-plugins-good";
+  return "gstreamer1.0-plugins-base";
+}
+
+}  // namespace
+
+GstElement* GstSource::Add(const char* factory) {
+  GstElement* element = gst_element_factory_make(factory, nullptr);
+  if (!element) {
+    throw Error("[source] GStreamer has no element '" + std::string(factory) + "'; install " +
+                PackageOf(factory));
+  }
+  gst_bin_add(GST_BIN(pipeline_), element);
+  return element;
+}
+
+void GstSource::BuildOutput() {
+  flip_ = Add("videoflip");
+  gst_util_set_object_arg(G_OBJECT(flip_), "video-direction", "auto");
+  GstElement* convert = Add("videoconvert");
+  GstElement* sink = Add("appsink");
+  sink_ = GST_APP_SINK(sink);
+  const CapsPtr rgb(gst_caps_new_simple("video/x-raw", "format", G_TYPE_STRING, "RGB", nullptr));
+  g_object_set(sink, "caps", rgb.get(), "sync", FALSE, "max-buffers", 1u, "enable-last-sample",
+               FALSE, nullptr);
+  gst_element_link_many(flip_, convert, sink, nullptr);
+
+  GstAppSinkCallbacks callbacks = {};
+  callbacks.new_preroll = [](GstAppSink*, gpointer self) {
+    static_cast<GstSource*>(self)->Notify([](State&) {});
+    return GST_FLOW_OK;
+  };
+  callbacks.new_sample = [](GstAppSink*, gpointer self) {
+    static_cast<GstSource*>(self)->Notify([](State&) {});
+    return GST_FLOW_OK;
+  };
+  callbacks.eos = [](GstAppSink*, gpointer self) {
+    static_cast<GstSource*>(self)->Notify([](State&) {});
+  };
+  gst_app_sink_set_callbacks(sink_, &callbacks, this, nullptr);
+
+  const PadPtr pad(gst_element_get_static_pad(flip_, "sink"));
+  gst_pad_add_probe(
+      pad.get(),
+      static_cast<GstPadProbeType>(GST_PAD_PROBE_TYPE_BUFFER | GST_PAD_PROBE_TYPE_EVENT_DOWNSTREAM |
+                                   GST_PAD_PROBE_TYPE_EVENT_FLUSH),
+      &GstSource::OnDecoded, this, nullptr);
+}
+
+void GstSource::WatchDecodebin(GstElement* bin) {
+  g_signal_connect(bin, "autoplug-continue", G_CALLBACK(&GstSource::OnAutoplugContinue), this);
+  g_signal_connect(bin, "unknown-type", G_CALLBACK(&GstSource::OnUnknownType), this);
+  g_signal_connect(bin, "pad-added", G_CALLBACK(&GstSource::OnPadAdded), this);
+  g_signal_connect(bin, "no-more-pads", G_CALLBACK(&GstSource::OnNoMorePads), this);
+}
+
+void GstSource::BuildInput() {
+  switch (request_.kind) {
+    case SourceRequest::Kind::kUri: {
+      GstElement* bin = Add("uridecodebin");
+      g_object_set(bin, "uri", request_.location.c_str(), nullptr);
+      g_signal_connect(bin, "source-setup", G_CALLBACK(&GstSource::OnSourceSetup), this);
+      WatchDecodebin(bin);
+      return;
+    }
+    case SourceRequest::Kind::kCamera: {
+      GstElement* camera = Add("v4l2src");
+      g_object_set(camera, "device", request_.location.c_str(), nullptr);
+      GstElement* bin = Add("decodebin");  // many cameras send JPEG or H.264
+      gst_element_link(camera, bin);
+      WatchDecodebin(bin);
+      return;
+    }
+    case SourceRequest::Kind::kTest: {
+      GstElement* test = Add("videotestsrc");
+      const auto* pattern =
+          G_PARAM_SPEC_ENUM(g_object_class_find_property(G_OBJECT_GET_CLASS(test), "pattern"));
+      const GEnumValue* value =
+          g_enum_get_value_by_nick(pattern->enum_class, request_.location.c_str());
+      if (!value) {
+        std::string known;
+        for (guint i = 0; i < pattern->enum_class->n_values; ++i) {
+          known += std::string(i ? ", " : "") + pattern->enum_class->values[i].value_nick;
+        }
+        Throw("no test pattern '" + request_.location + "'; there are " + known);
+      }
+      const bool live = request_.test_seconds == 0;
+      g_object_set(test, "pattern", value->value, "is-live", live, nullptr);
+      if (!live) {
+        const auto frames = static_cast<int>(std::lround(request_.test_seconds * kTestFps));
+        g_object_set(test, "num-buffers", std::max(frames, 1), nullptr);
+        info_.duration = MediaTime::FromSeconds(request_.test_seconds);
+      }
+      const CapsPtr caps(gst_caps_new_simple("video/x-raw", "width", G_TYPE_INT, kTestWidth,
+                                             "height", G_TYPE_INT, kTestHeight, "framerate",
+                                             GST_TYPE_FRACTION, kTestFps, 1, nullptr));
+      gst_element_link_filtered(test, flip_, caps.get());
+      info_.codec = "test pattern";
+      state_.video_linked = true;
+      return;
+    }
+  }
+}
+
+// ---- On GStreamer's threads -----------------------------------------------------------------
+
+// Only what may lead to pictures is taken apart further; sound and text are left as they are.
+gboolean GstSource::OnAutoplugContinue(GstElement*, GstPad*, GstCaps* caps, gpointer data) {
+  if (gst_caps_is_empty(caps) || gst_caps_is_any(caps)) return TRUE;
+  auto* self = static_cast<GstSource*>(data);
+  const GstStructure* format = gst_caps_get_structure(caps, 0);
+  const std::string_view name = gst_structure_get_name(format);
+  int width = 0, height = 0;
+  if (gst_structure_get_int(format, "width", &width) &&
+      gst_structure_get_int(format, "height", &height) && self->RefuseIfTooLarge(width, height)) {
+    return FALSE;
+  }
+  if (name == "application/x-rtp") {
+    const gchar* media = gst_structure_get_string(format, "media");
+    return !media || std::string_view(media) == "video";
+  }
+  return !name.starts_with("audio/") && !name.starts_with("text/") &&
+         !name.starts_with("subpicture/");
+}
+
+void GstSource::OnUnknownType(GstElement*, GstPad*, GstCaps* caps, gpointer data) {
+  const std::string type = MediaType(caps), name = CodecName(caps);
+  if (!type.starts_with("video/") && !type.starts_with("image/")) return;
+  static_cast<GstSource*>(data)->Notify([&](State& s) {
+    s.missing = "unsupported codec: no decoder for " + name + " (" + type +
+                "); install the GStreamer plugin for it, for example gstreamer1.0-libav";
+  });
+}
+
+void GstSource::OnPadAdded(GstElement*, GstPad* pad, gpointer data) {
+  auto* self = static_cast<GstSource*>(data);
+  const CapsPtr caps(gst_pad_query_caps(pad, nullptr));
+  const std::string type = MediaType(caps.get());
+  bool is_first_video = false;
+  if (type == "video/x-raw") {
+    self->Notify([&](State& s) { is_first_video = !std::exchange(s.video_linked, true); });
+  } else if (!type.starts_with("video/") && !type.starts_with("image/")) {
+    self->Notify([&](State& s) { s.other_streams.insert(type); });
+  }
+  if (is_first_video) {
+    self->info_.codec = CodecBehind(pad);
+    const PadPtr flip_sink(gst_element_get_static_pad(self->flip_, "sink"));
+    if (gst_pad_link(pad, flip_sink.get()) != GST_PAD_LINK_OK) {
+      self->Notify([](State& s) { s.refusal = "decoded pictures are in no format we can read"; });
+    }
+    return;
+  }
+  // Streams nobody reads run into a sink, so that demuxers never trip over them.
+  GstElement* drain = gst_element_factory_make("fakesink", nullptr);
+  g_object_set(drain, "sync", FALSE, "async", FALSE, "enable-last-sample", FALSE, nullptr);
+  gst_bin_add(GST_BIN(self->pipeline_), drain);
+  gst_element_sync_state_with_parent(drain);
+  const PadPtr drain_pad(gst_element_get_static_pad(drain, "sink"));
+  gst_pad_link(pad, drain_pad.get());
+}
+
+void GstSource::OnNoMorePads(GstElement*, gpointer data) {
+  static_cast<GstSource*>(data)->Notify([](State& s) {
+    if (s.video_linked || !s.refusal.empty()) return;
+    if (!s.missing.empty()) {
+      s.refusal = s.missing;
+      return;
+    }
+    std::string found;
+    for (const std::string& type : s.other_streams) found += (found.empty() ? "" : ", ") + type;
+    s.refusal = "no video stream; found " + (found.empty() ? "nothing" : found);
+  });
+}
+
+void GstSource::OnSourceSetup(GstElement*, GstElement* source, gpointer) {
+  GObjectClass* type = G_OBJECT_GET_CLASS(source);
+  // rtspsrc holds back two seconds by default; that is two seconds late for a live answer.
+  if (std::string_view(G_OBJECT_CLASS_NAME(type)) == "GstRTSPSrc") {
+    g_object_set(source, "latency", 200u, nullptr);
+  }
+}
+
+void GstSource::OnElementAdded(GstBin*, GstBin*, GstElement* element, gpointer data) {
+  auto* self = static_cast<GstSource*>(data);
+  // A camera's picture stream would otherwise be held back until two megabytes of it arrived, in
+  // case another stream follows.
+  if (FactoryName(element) == "multipartdemux") {
+    g_object_set(element, "single-stream", TRUE, nullptr);
+  }
+  const gchar* klass = gst_element_get_metadata(element, GST_ELEMENT_METADATA_KLASS);
+  const std::string_view role = klass ? klass : "";
+  if (role.find("Demuxer") != role.npos || role.find("Parser") != role.npos) {
+    const std::lock_guard lock(self->state_.mutex);
+    self->state_.demuxers.emplace_back(GST_ELEMENT(gst_object_ref(element)));
+  } else if (role.find("Decoder/Video") != role.npos) {
+    const PadPtr pad(gst_element_get_static_pad(element, "sink"));
+    if (!pad) return;
+    gst_pad_add_probe(pad.get(), GST_PAD_PROBE_TYPE_BUFFER, &GstSource::OnDecoderInput, self,
+                      nullptr);
+  }
+}
+
+}  // namespace sluice
