@@ -1,10 +1,14 @@
 # One static library per folder of the street. `sluice_library(name DEPENDS ... )` takes every
 # source below the folder (CUDA sources where CUDA is built); adding a file needs no edit here.
 # A folder that holds only headers so far becomes an interface. HOPPER names CUDA sources of Hopper's
-# own instructions, which are compiled for that architecture alone.
+# own instructions, which are compiled for that architecture alone. WITHOUT names folders below that
+# are no part of it.
 function(sluice_library name)
-  cmake_parse_arguments(ARG "" "" "DEPENDS;HOPPER" ${ARGN})
+  cmake_parse_arguments(ARG "" "" "DEPENDS;HOPPER;WITHOUT" ${ARGN})
   file(GLOB_RECURSE sources CONFIGURE_DEPENDS *.cc)
+  foreach(folder ${ARG_WITHOUT})
+    list(FILTER sources EXCLUDE REGEX "^${CMAKE_CURRENT_SOURCE_DIR}/${folder}/")
+  endforeach()
   file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS *.cu)
   if(SLUICE_HAS_CUDA)
     list(APPEND sources ${cuda_sources})

@@ -18,7 +18,7 @@ service=(libgstreamer1.0-dev libgstreamer-plugins-base1.0-dev gstreamer1.0-plugi
          gstreamer1.0-plugins-good gstreamer1.0-plugins-bad gstreamer1.0-plugins-ugly
          gstreamer1.0-libav libcli11-dev libspdlog-dev libprotobuf-dev protobuf-compiler
          libgrpc++-dev protobuf-compiler-grpc libssl-dev libboost-dev libopencv-imgcodecs-dev
-         libwebp-dev libpng-dev)
+         libwebp-dev libpng-dev libseccomp-dev)
 
 packages=("${tools[@]}" "${core[@]}" "${service[@]}")
 print=false

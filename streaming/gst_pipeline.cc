@@ -191,11 +191,16 @@ void GstSource::OnNoMorePads(GstElement*, gpointer data) {
   });
 }
 
-void GstSource::OnSourceSetup(GstElement*, GstElement* source, gpointer) {
+void GstSource::OnSourceSetup(GstElement*, GstElement* source, gpointer data) {
+  const bool one_place = static_cast<GstSource*>(data)->request_.one_place;
   GObjectClass* type = G_OBJECT_GET_CLASS(source);
+  if (one_place && g_object_class_find_property(type, "automatic-redirect")) {
+    g_object_set(source, "automatic-redirect", FALSE, nullptr);
+  }
   // rtspsrc holds back two seconds by default; that is two seconds late for a live answer.
   if (std::string_view(G_OBJECT_CLASS_NAME(type)) == "GstRTSPSrc") {
     g_object_set(source, "latency", 200u, nullptr);
+    if (one_place) gst_util_set_object_arg(G_OBJECT(source), "protocols", "tcp");
   }
 }
 

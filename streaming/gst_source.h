@@ -36,7 +36,12 @@ struct SourceRequest {
   std::string location;      // URI, device or videotestsrc pattern
   double test_seconds = 0;   // of a test source; 0: live and endless
   std::string cut_off = {};  // of a file that is shorter than its header says: both sizes
+  // No redirect is followed, RTSP keeps to its one TCP connection: for URIs that were checked.
+  bool one_place = false;
 };
+// What a source string means (source.h), with what can be checked without GStreamer's elements.
+// Throws InputError.
+SourceRequest ParseSource(const std::string& source);
 
 class GstSource final : public Source {
  public:

@@ -151,7 +151,9 @@ SourceRequest TestRequest(const std::string& source) {
   return request;
 }
 
-SourceRequest Parse(const std::string& source) {
+}  // namespace
+
+SourceRequest ParseSource(const std::string& source) {
   if (source.empty()) throw InputError("[source] the source is an empty string; name a file");
   if (source.find('\0') != std::string::npos) throw InputError("[source] the source holds a NUL");
   if (source == "camera" || source.starts_with("camera:")) return CameraRequest(source);
@@ -162,15 +164,13 @@ SourceRequest Parse(const std::string& source) {
   return FileRequest(source, source);
 }
 
-}  // namespace
-
 std::unique_ptr<Source> Source::Open(const std::string& source, const SourceOptions& options) {
   if (options.stall_timeout.count() <= 0) {
     throw InputError("[source] stall_timeout must be positive, got " +
                      std::to_string(options.stall_timeout.count()) + " ms");
   }
   InitGStreamerOnce();
-  auto opened = std::make_unique<GstSource>(Parse(source), options);
+  auto opened = std::make_unique<GstSource>(ParseSource(source), options);
   opened->Start();
   return opened;
 }
