@@ -11,11 +11,37 @@ namespace sluice {
 namespace {
 
 constexpr uint64_t kMaxConfigBytes = uint64_t{16} << 20;
+constexpr uint64_t kMostIds = uint64_t{1} << 22;  // of any vocabulary
 
 std::string Printed(double value) {
   std::ostringstream text;
   text << value;
   return text.str();
+}
+
+const KnownField* FindField(std::initializer_list<std::span<const KnownField>> lists,
+                            const std::string& name) {
+  for (const std::span<const KnownField> list : lists) {
+    for (const KnownField& field : list) {
+      if (name == field.name) return &field;
+    }
+  }
+  return nullptr;
+}
+
+bool Allows(const std::string& only, const nlohmann::json& value) {
+  if (only.empty() || value.is_null()) return true;
+  std::istringstream values(only);
+  for (std::string one; std::getline(values, one, '|');) {
+    if (value == nlohmann::json::parse(one)) return true;
+  }
+  return false;
+}
+
+std::string Shown(const nlohmann::json& value) {
+  std::string text = value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+  if (text.size() > 60) text = text.substr(0, 57) + "...";
+  return text;
 }
 
 }  // namespace
@@ -100,19 +126,47 @@ std::string ConfigObject::String(Keys keys, const std::string& fallback) const {
   return value.get<std::string>();
 }
 
+std::vector<int32_t> ConfigObject::TokenIds(const char* key) const {
+  std::vector<int32_t> ids;
+  const nlohmann::json* value = Find({key});
+  if (!value) return ids;
+  const nlohmann::json list = value->is_array() ? *value : nlohmann::json::array({*value});
+  for (const nlohmann::json& id : list) {
+    if (!id.is_number_unsigned() || id.get<uint64_t>() >= kMostIds) {
+      Refuse(key, "a token id or a list of them");
+    }
+    ids.push_back(id.get<int32_t>());
+  }
+  return ids;
+}
+
 ConfigObject ConfigObject::Object(const char* key) const {
   const nlohmann::json* value = Find({key});
   if (value && !value->is_object()) Refuse(key, "an object");
   return ConfigObject(file_, prefix_ + key + ".", value ? *value : nlohmann::json::object());
 }
 
+void ConfigObject::CheckFields(std::initializer_list<std::span<const KnownField>> lists) const {
+  for (const auto& [name, value] : object_.items()) {
+    const KnownField* field = FindField(lists, name);
+    if (field == nullptr && !value.is_null()) {
+      throw InputError("[config] " + file_.string() + ": " + prefix_ + name +
+                       " is not known here and might change the model, got " + Shown(value) +
+                       "; remove it if it does not");
+    }
+    if (field != nullptr && !Allows(field->only, value)) {
+      std::string expected = field->only;
+      for (size_t at = 0; (at = expected.find('|', at)) != std::string::npos; at += 4) {
+        expected.replace(at, 1, " or ");
+      }
+      Refuse(name, (expected == "null" ? "absent" : expected) + " (nothing else is supported)");
+    }
+  }
+}
+
 void ConfigObject::Refuse(const std::string& key, const std::string& expected) const {
   const auto found = object_.find(key);
-  std::string got = "nothing";
-  if (found != object_.end()) {
-    got = found->dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
-    if (got.size() > 60) got = got.substr(0, 57) + "...";
-  }
+  const std::string got = found == object_.end() ? "nothing" : Shown(*found);
   throw InputError("[config] " + file_.string() + ": " + prefix_ + key + " must be " + expected +
                    ", got " + got);
 }

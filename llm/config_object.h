@@ -8,9 +8,18 @@
 #include <initializer_list>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <span>
 #include <string>
+#include <vector>
 
 namespace sluice {
+
+// A field that a file may have. `only`: the values it may have here, as JSON and parted by '|';
+// empty: it is read elsewhere, or changes nothing whatever it says. A null is always allowed.
+struct KnownField {
+  const char* name;
+  const char* only = "";
+};
 
 // An object of a file, or part of one. A missing key and a null both mean "the default": published
 // files are sparse. Keys are given with their aliases; the first that is present counts.
@@ -31,10 +40,15 @@ class ConfigObject {
   double Number(Keys keys, double fallback, double least, double most) const;
   bool Bool(Keys keys, bool fallback) const;
   std::string String(Keys keys, const std::string& fallback) const;
+  // A token id, a list of them, or nothing.
+  std::vector<int32_t> TokenIds(const char* key) const;
   // An object; an empty one when missing.
   ConfigObject Object(const char* key) const;
   const nlohmann::json* Find(Keys keys) const;  // null when missing
 
+  // Throws InputError that names the first field which none of `lists` knows, or which has a value
+  // that its list does not allow: what is not understood must not be passed over.
+  void CheckFields(std::initializer_list<std::span<const KnownField>> lists) const;
   // An InputError about one field: "[config] FILE: FIELD must be EXPECTED, got FOUND".
   [[noreturn]] void Refuse(const std::string& key, const std::string& expected) const;
   const std::filesystem::path& file() const { return file_; }

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "runtime/error.h"
+#include "runtime/transfer.h"
 
 namespace sluice {
 namespace {
@@ -73,7 +74,7 @@ Generation::Generation(const Vlm& vlm, KvCache& cache, Tensor prompt,
       recall_(recall),
       options_((CheckGenerateOptions(options), options)),
       sink_(std::move(sink)),
-      sampler_(options.sampling, vlm.tokenizer().vocab_size()),
+      sampler_(options.sampling, vlm.tokenizer().vocab_size(), vlm.generation_defaults().limits),
       filter_(std::make_unique<StopFilter>(options_.stop_strings)),
       characters_(vlm.tokenizer().NewStream()),
       logits_(DType::kF32, {1, vlm.decoder().vocab_size()}, vlm.info().device),
@@ -100,6 +101,21 @@ void Generation::Flush() {
   }
 }
 
+// Whether one of the checkpoint's stop strings is complete with `piece`. Unlike those of the
+// options they stay in the text, as generate() has it.
+bool Generation::EndsBehindStopString(std::string_view piece) {
+  const std::vector<std::string>& strings = vlm_.generation_defaults().stop_strings;
+  if (strings.empty() || !options_.stop_strings.empty()) return false;
+  tail_ += piece;
+  size_t longest = 0;
+  for (const std::string& stop : strings) {
+    if (tail_.find(stop) != std::string::npos) return true;
+    longest = std::max(longest, stop.size());
+  }
+  if (tail_.size() >= longest) tail_.erase(0, tail_.size() - (longest - 1));
+  return false;
+}
+
 // Returns whether the token is to be read and the answer to go on.
 bool Generation::TakeToken(int32_t id) {
   const std::vector<int32_t>& stop_ids = vlm_.generation_defaults().stop_ids;
@@ -110,9 +126,11 @@ bool Generation::TakeToken(int32_t id) {
   }
   result_.ids.push_back(id);
   context_.push_back(id);
-  const bool wanted = Show(filter_->Push(characters_->Push(id)));
-  if (filter_->stopped()) result_.reason = FinishReason::kStop;
-  if (filter_->stopped() || !wanted) return false;
+  const std::string piece = characters_->Push(id);
+  const bool wanted = Show(filter_->Push(piece));
+  const bool stopped = filter_->stopped() || (wanted && EndsBehindStopString(piece));
+  if (stopped) result_.reason = FinishReason::kStop;
+  if (stopped || !wanted) return false;
   if (static_cast<int64_t>(result_.ids.size()) >= options_.max_new_tokens ||
       cache_.Reach() >= vlm_.decoder().max_positions()) {
     result_.reason = FinishReason::kLength;
@@ -122,6 +140,23 @@ bool Generation::TakeToken(int32_t id) {
   return true;
 }
 
+int32_t Generation::Choose(ExecContext& ctx) {
+  const GenerationDefaults& defaults = vlm_.generation_defaults();
+  if (defaults.rules.empty()) return sampler_.Sample(ctx, logits_, context_);
+  const AnswerState state{context_, static_cast<int64_t>(result_.ids.size()), cache_.Reach(),
+                          defaults.stop_ids};
+  if (logits_.device() == Device::kCpu) {
+    defaults.rules.Apply(state, {logits_.data<float>(), static_cast<size_t>(logits_.dim(1))});
+    return sampler_.Sample(ctx, logits_, context_);
+  }
+  // Rules are rare: on a GPU they cost a copy of the logits for every token.
+  const Tensor host(DType::kF32, logits_.shape());
+  Transfer(ctx, logits_, host.view());
+  const std::span<float> logits(host.data<float>(), static_cast<size_t>(host.dim(1)));
+  defaults.rules.Apply(state, logits);
+  return sampler_.Sample(logits, context_);
+}
+
 // The step has written the logits.
 void Generation::Take(ExecContext& ctx) {
   try {
@@ -129,7 +164,7 @@ void Generation::Take(ExecContext& ctx) {
       next_ = Tensor(DType::kF32, {1, vlm_.decoder().hidden_size()}, next_.device());
     policy_ = nullptr;
     recall_ = nullptr;
-    finished_ = !TakeToken(sampler_.Sample(ctx, logits_, context_));
+    finished_ = !TakeToken(Choose(ctx));
   } catch (...) {
     failure_ = std::current_exception();
     finished_ = true;

@@ -43,7 +43,8 @@ class Generation {
  public:
   // Continues `cache` after `prompt` ([S, E] f32 embeddings, S >= 1, read by the first step);
   // cache, policy and recall (both for the prompt's step; may be null) are not owned. `prompt_ids`
-  // serves the repetition penalty only; `sink` may be empty. Throws InputError on options out of
+  // (see AnswerState::context) serves the repetition penalty and the checkpoint's rules; `sink` may
+  // be empty. Throws InputError on options out of
   // range.
   Generation(const Vlm& vlm, KvCache& cache, Tensor prompt, std::span<const int32_t> prompt_ids,
              const GenerateOptions& options, TextSink sink, LayerPolicy* policy = nullptr,
@@ -62,7 +63,9 @@ class Generation {
   friend void Advance(ExecContext&, const Vlm&, std::span<Generation* const>);
   class StopFilter;
   void Take(ExecContext& ctx);
+  int32_t Choose(ExecContext& ctx);
   bool TakeToken(int32_t id);
+  bool EndsBehindStopString(std::string_view piece);
   bool Show(const std::string& text);
   void Flush();
 
@@ -77,7 +80,8 @@ class Generation {
   std::unique_ptr<StopFilter> filter_;
   std::unique_ptr<Tokenizer::Stream> characters_;
   Tensor logits_;                 // [1, V] f32
-  std::vector<int32_t> context_;  // ids so far, for the repetition penalty
+  std::vector<int32_t> context_;  // ids so far
+  std::string tail_;  // of the text, in which the checkpoint's stop strings are looked for
   Generated result_;
   std::exception_ptr failure_;
   bool finished_ = false;

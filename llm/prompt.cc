@@ -106,6 +106,17 @@ constexpr std::string_view kConvertedMistralTemplate =
     "{{ ' ' + message['content'][0]['text'] + '<\\\\s> '}}{% else %}"
     "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}";
 
+// llava-hf/llama3-llava-next-8b-hf, chat_template.json.
+constexpr std::string_view kLlama3Template =
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\\n' + content['text'] + '<|eot_id|>' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}";
+
 bool IsSpace(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
 // A template as Jinja reads it under the reference's settings (trim_blocks, lstrip_blocks): a list
@@ -395,7 +406,8 @@ std::vector<std::pair<std::string, Revision>> KnownTemplates() {
           {std::string(kConvertedVicunaTemplate), Revision::kConvertedVicuna},
           {MistralTemplate("</s> "), Revision::kMistral},
           {MistralTemplate("<\\\\s> "), Revision::kMistralBackslash},
-          {std::string(kConvertedMistralTemplate), Revision::kConvertedMistral}};
+          {std::string(kConvertedMistralTemplate), Revision::kConvertedMistral},
+          {std::string(kLlama3Template), Revision::kLlama3}};
 }
 
 }  // namespace
@@ -433,6 +445,11 @@ const PromptFormat::Layout& PromptFormat::layout() const {
        "[INST] ", "[INST] ", "\n", " [/INST]", "", " ", "<\\s> "},
       {Revision::kConvertedMistral, "converted_mistral", 0, "", "", "[INST] ", "[INST] ", "\n",
        " [/INST]", "", " ", "<\\s> "},
+      {Revision::kLlama3, "llama3", 1, "<|start_header_id|>system<|end_header_id|>\n\n\n",
+       "<|eot_id|>", "<|start_header_id|>user<|end_header_id|>\n\n",
+       "<|start_header_id|>user<|end_header_id|>\n\n\n", "\n", "<|eot_id|>",
+       "<|start_header_id|>assistant<|end_header_id|>\n\n",
+       "<|start_header_id|>assistant<|end_header_id|>\n\n\n", "<|eot_id|>"},
   };
   for (const Layout& layout : kLayouts) {
     if (layout.revision == revision_) return layout;

@@ -37,6 +37,9 @@ class PromptFormat {
     kMistral,           // "[INST] <video>\nQ [/INST]", answers end with "</s> "
     kMistralBackslash,  // as kMistral, but answers end with "<\s> " (older files)
     kConvertedMistral,  // as kMistralBackslash, without system prompts
+    // "<|start_header_id|>user<|end_header_id|>\n\n<video>\nQ<|eot_id|>"; every turn's text begins
+    // behind a line end of its own, also where there is no video
+    kLlama3,
   };
   // What stands for the video: templates of models that know only images have no <video>.
   enum class Media { kVideo, kImage };

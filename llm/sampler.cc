@@ -55,8 +55,8 @@ double Weight(float logit, float top, float temperature) {
 
 }  // namespace
 
-Sampler::Sampler(const SamplingOptions& options, int32_t num_ids)
-    : options_(options), num_ids_(num_ids), state_(options.seed) {
+Sampler::Sampler(const SamplingOptions& options, int32_t num_ids, const DrawLimits& limits)
+    : options_(options), num_ids_(num_ids), limits_(limits), state_(options.seed) {
   // NaN fails every comparison, so each range is written as what must hold.
   Require(options.temperature >= 0 && std::isfinite(options.temperature), "temperature",
           "0 or more", options.temperature);
@@ -108,6 +108,10 @@ int32_t Sampler::SampleOnGpu(ExecContext& ctx, TensorView logits) {
     if (best >= 0) return best;
     copy_all();
     return Likeliest(whole);  // tells what is wrong
+  }
+  if (!limits_.none()) {
+    copy_all();
+    return *Choose(whole, whole[Likeliest(whole)], NextDraw(), std::nullopt);
   }
 
   // The summary, then the candidates, of which as many as are mostly enough come in the same copy.
@@ -257,6 +261,14 @@ std::optional<int32_t> Sampler::Choose(std::span<const float> logits, float top,
     }
     order_ = std::move(likely);
     kept = order_.size();
+  }
+  if (!limits_.none()) {
+    order_.resize(kept);
+    std::vector<double> weights;
+    for (const int32_t id : order_) weights.push_back(weight(id));
+    limits_.Narrow(order_, weights);
+    kept = order_.size();
+    total = std::accumulate(weights.begin(), weights.end(), 0.0);
   }
   double left = draw * total;
   for (size_t i = 0; i < kept; ++i) {

@@ -1,5 +1,5 @@
 // From logits to the next id. Order as in transformers: repetition penalty, temperature, top-k,
-// top-p.
+// top-p, further limits.
 #ifndef SLUICE_LLM_SAMPLER_H_
 #define SLUICE_LLM_SAMPLER_H_
 
@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "llm/logit_rules.h"
 #include "runtime/exec_context.h"
 #include "runtime/tensor.h"
 
@@ -24,15 +25,16 @@ struct SamplingOptions {
 // Deterministic for a seed, on every platform. Used by one thread at a time.
 class Sampler {
  public:
-  // num_ids: ids >= num_ids have no token and are never chosen. Throws InputError on options out of
-  // range.
-  Sampler(const SamplingOptions& options, int32_t num_ids);
+  // num_ids: ids >= num_ids have no token and are never chosen. limits: of draws, not of the greedy
+  // choice. Throws InputError on options out of range.
+  Sampler(const SamplingOptions& options, int32_t num_ids, const DrawLimits& limits = {});
   // logits: V values (may be modified). `context`: ids so far, read only for the repetition
   // penalty.
   int32_t Sample(std::span<float> logits, std::span<const int32_t> context);
   // The same of logits [1, V] f32 where `ctx` works (may be modified). On a GPU only likely ids
   // leave it, or the part of the ids that the draw fell into; all logits where more than
-  // cuda::kMostCandidates ids are likely enough to be drawn, as under a flat distribution.
+  // cuda::kMostCandidates ids are likely enough to be drawn, as under a flat distribution, and
+  // where draws have limits.
   int32_t Sample(ExecContext& ctx, TensorView logits, std::span<const int32_t> context);
   // How often all logits were copied from a GPU.
   int64_t whole_copies() const { return whole_copies_; }
@@ -51,6 +53,7 @@ class Sampler {
 
   SamplingOptions options_;
   int32_t num_ids_;
+  DrawLimits limits_;
   uint64_t state_;
   int64_t whole_copies_ = 0;
   std::vector<int32_t> order_;

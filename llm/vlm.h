@@ -11,6 +11,7 @@
 
 #include "llm/attention_calibration.h"
 #include "llm/decoder.h"
+#include "llm/generation_config.h"
 #include "llm/prompt.h"
 #include "llm/tokenizer.h"
 #include "runtime/tensor.h"
@@ -29,17 +30,8 @@ struct VlmOptions {
   AttentionChoice attention = {};  // exact, quantised, or in each layer as calibrated
 };
 
-// What generation_config.json says.
-struct GenerationDefaults {
-  std::vector<int32_t> stop_ids;
-  bool do_sample = false;
-  float temperature = 1.0f, top_p = 1.0f;
-  int top_k = 0;
-  float repetition_penalty = 1.0f;
-};
-
 struct VlmInfo {
-  std::string name;          // the directory's
+  std::string name;          // the directory's, or that of the hub's repository
   std::string architecture;  // "LlavaOnevisionForConditionalGeneration"
   int64_t parameters = 0;
   int64_t file_bytes = 0;

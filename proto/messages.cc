@@ -180,7 +180,7 @@ SessionOptions FromProto(const v1::ModelOptions& message, const GenerationDefaul
   }
   SetPyramid(message, options.pyramid);
   if (message.has_memory()) options.memory = MemoryFromProto(message.memory(), most);
-  options.generate.sampling = RecommendedSampling(defaults);
+  options.generate = RecommendedGeneration(defaults);
   options.generate = FromProto(message.generation(), options.generate);
   return options;
 }

@@ -18,7 +18,7 @@ class MediaTime {
     return MediaTime(static_cast<int64_t>(seconds * 1e9 + (seconds < 0 ? -0.5 : 0.5)));
   }
   static MediaTime FromNanoseconds(int64_t ns) { return MediaTime(ns); }
-  double seconds() const { return ns_ * 1e-9; }
+  double seconds() const { return static_cast<double>(ns_) / 1e9; }  // 0.3, not 0.30000000000000004
   int64_t nanoseconds() const { return ns_; }
   auto operator<=>(const MediaTime&) const = default;
   MediaTime operator+(MediaTime o) const { return MediaTime(ns_ + o.ns_); }

@@ -391,15 +391,14 @@ Checkpoint Checkpoint::Open(const std::filesystem::path& directory) {
   }
   for (const std::string& shard : shards) add(shard);
   for (const auto& [name, shard] : index["weight_map"].items()) {
+    if (checkpoint.other_tensors_.count(name)) continue;
     const auto found = checkpoint.tensors_.find(name);
-    const bool there = found != checkpoint.tensors_.end() &&
-                       found->second.file->path().filename() == shard.get<std::string>();
-    if (!there && !checkpoint.other_tensors_.count(name)) {
+    if (found == checkpoint.tensors_.end()) {
+      checkpoint.absent_tensors_[name] = shard.get<std::string>();
+    } else if (found->second.file->path().filename() != shard.get<std::string>()) {
       Fail(index_path, "tensor " + Quoted(name) + " must be in " + shard.get<std::string>() +
-                           ", as the index says, got " +
-                           (found == checkpoint.tensors_.end()
-                                ? "no such tensor"
-                                : "it in " + found->second.file->path().filename().string()));
+                           ", as the index says, got it in " +
+                           found->second.file->path().filename().string());
     }
   }
   return checkpoint;

@@ -48,8 +48,8 @@ class SafetensorsFile {
 // All tensors of a checkpoint directory, under the names their files give them.
 class Checkpoint {
  public:
-  // Throws InputError: no safetensors in `directory`, index not JSON, a shard missing, a tensor
-  // that the index promises is not in its shard, a tensor in two shards.
+  // Throws InputError: no safetensors in `directory`, index not JSON, a shard missing, a tensor in
+  // another shard than the index says, a tensor in two shards.
   static Checkpoint Open(const std::filesystem::path& directory);
 
   struct Entry {
@@ -59,6 +59,9 @@ class Checkpoint {
   const std::map<std::string, Entry>& tensors() const { return tensors_; }
   // See SafetensorsFile::other_tensors.
   const std::map<std::string, std::string>& other_tensors() const { return other_tensors_; }
+  // Tensors that the index names and no shard holds, with the file that should: published indices
+  // name tied weights so. Whoever needs one says that it is missing.
+  const std::map<std::string, std::string>& absent_tensors() const { return absent_tensors_; }
   const std::filesystem::path& directory() const { return directory_; }
   int64_t TotalBytes() const;
   // Of all names, dtypes and shapes and of a sample of every tensor's bytes: 16 hexadecimal digits
@@ -68,7 +71,7 @@ class Checkpoint {
  private:
   std::filesystem::path directory_;
   std::map<std::string, Entry> tensors_;
-  std::map<std::string, std::string> other_tensors_;
+  std::map<std::string, std::string> other_tensors_, absent_tensors_;
 };
 
 // Writes one file (for tests, tools and random checkpoints). Throws Error when the disk refuses.

@@ -80,6 +80,9 @@ WeightStore::WeightStore(
     }
     entries_.emplace(*name, entry);
   }
+  for (const auto& [file_name, shard] : checkpoint.absent_tensors()) {
+    if (const std::optional<std::string> name = canonical(file_name)) absent_[*name] = shard;
+  }
   for (const auto& [file_name, dtype] : checkpoint.other_tensors()) {
     if (const std::optional<std::string> name = canonical(file_name)) {
       Fail(directory_, "tensor '" + file_name + "' must be f32, f16 or bf16, got " + dtype);
@@ -92,6 +95,12 @@ bool WeightStore::Has(const std::string& name) const { return entries_.count(nam
 const Checkpoint::Entry& WeightStore::Find(const std::string& name, const Shape& expected) {
   const auto found = entries_.find(name);
   if (found == entries_.end()) {
+    const auto absent = absent_.find(name);
+    if (absent != absent_.end()) {
+      Fail(directory_ / absent->second,
+           "tensor '" + name + "' " + expected.ToString() +
+               " must be here, as the index says; is the file complete?");
+    }
     Fail(directory_, "tensor '" + name + "' " + expected.ToString() +
                          " is missing; is the checkpoint complete and of a supported family?");
   }

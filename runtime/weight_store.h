@@ -60,6 +60,7 @@ class WeightStore {
   std::filesystem::path directory_;
   std::map<std::string, Checkpoint::Entry> entries_;
   std::map<std::string, std::string> file_names_;  // canonical name -> name in the file
+  std::map<std::string, std::string> absent_;      // canonical name -> file, of Checkpoint's
   std::set<std::string> taken_;
   DType compute_type_;
   WeightPlace place_;

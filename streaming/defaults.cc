@@ -6,15 +6,16 @@
 
 namespace sluice {
 
-SamplingOptions RecommendedSampling(const GenerationDefaults& defaults) {
-  SamplingOptions sampling;
+GenerateOptions RecommendedGeneration(const GenerationDefaults& defaults) {
+  GenerateOptions options;
+  if (defaults.max_new_tokens) options.max_new_tokens = *defaults.max_new_tokens;
+  SamplingOptions& sampling = options.sampling;
   sampling.repetition_penalty = defaults.repetition_penalty;
-  if (defaults.do_sample) {
-    sampling.temperature = defaults.temperature;
-    sampling.top_k = defaults.top_k;
-    sampling.top_p = defaults.top_p;
-  }
-  return sampling;
+  // Without do_sample these count only where a temperature is asked for.
+  sampling.top_k = defaults.top_k;
+  sampling.top_p = defaults.top_p;
+  if (defaults.do_sample) sampling.temperature = defaults.temperature;
+  return options;
 }
 
 void ApplyPreset(std::string_view preset, SessionOptions& options) {

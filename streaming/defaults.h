@@ -4,14 +4,14 @@
 
 #include <string_view>
 
-#include "llm/sampler.h"
+#include "llm/generator.h"
 #include "llm/vlm.h"
 #include "streaming/options.h"
 
 namespace sluice {
 
 // What the checkpoint's authors recommend.
-SamplingOptions RecommendedSampling(const GenerationDefaults& defaults);
+GenerateOptions RecommendedGeneration(const GenerationDefaults& defaults);
 
 // Sets the methods of a preset: "exact" none, "stc" cacher and pruner at the published settings,
 // "fast" fewer frames computed whole and a third of the tokens by merging. Throws InputError on

@@ -439,6 +439,9 @@ std::unique_ptr<PendingAnswer> BeginAnswer(ExecContext& ctx, Session& session,
   LayerPolicy* policy = session.pyramid.ForQuestion(static_cast<int64_t>(session.prefix_ids.size()),
                                                     static_cast<int64_t>(turn.question_ids.size()));
   std::vector<int32_t> text_ids = session.prefix_ids;
+  if (const auto visual = vlm.tokenizer().TokenToId(vlm.prompt_format().placeholder())) {
+    text_ids.push_back(*visual);
+  }
   Extend(text_ids, ids);
   answer->generation.emplace(vlm, *answer->cache, std::move(prompt), text_ids, options,
                              std::move(sink), policy, answer->recall ? &*answer->recall : nullptr);

@@ -13,6 +13,7 @@
 #include "demos/cli/questions.h"
 #include "demos/cli/remote_ask.h"
 #include "proto/convert.h"
+#include "proto/messages.h"
 #include "runtime/error.h"
 #include "streaming/defaults.h"
 #include "streaming/logging.h"
@@ -31,9 +32,8 @@ struct AskFlags {
   SamplingRate rate;
   std::optional<double> begin, end;
   int64_t max_frames = 0;
-  int max_new_tokens = 128;
   std::optional<float> temperature, top_p;
-  std::optional<int> top_k;
+  std::optional<int> top_k, max_new_tokens;
   uint64_t seed = 0;
   bool no_dialogue = false;
   std::string system_prompt;
@@ -53,7 +53,7 @@ extern "C" void OnInterrupt(int) {
 
 // What the flags say.
 void ApplyGeneration(const AskFlags& flags, GenerateOptions& options) {
-  options.max_new_tokens = flags.max_new_tokens;
+  if (flags.max_new_tokens) options.max_new_tokens = *flags.max_new_tokens;
   if (flags.temperature) options.sampling.temperature = *flags.temperature;
   if (flags.top_k) options.sampling.top_k = *flags.top_k;
   if (flags.top_p) options.sampling.top_p = *flags.top_p;
@@ -197,14 +197,20 @@ void Ask(const AskFlags& flags) {
   Tracer tracer;
   RunResult result;
   if (!flags.remote.server.empty()) {
-    ApplyGeneration(flags, session_options.generate);
-    const bool own_sampling = flags.temperature || flags.top_k || flags.top_p;
+    v1::ModelOptions options = ToProto(session_options);
+    v1::Generation& generation = *options.mutable_generation();
+    generation.Clear();
+    // What is not set is as the server's checkpoint says.
+    if (flags.max_new_tokens) generation.set_max_new_tokens(*flags.max_new_tokens);
+    if (flags.temperature) generation.set_temperature(*flags.temperature);
+    if (flags.top_k) generation.set_top_k(*flags.top_k);
+    if (flags.top_p) generation.set_top_p(*flags.top_p);
+    generation.set_seed(flags.seed);
     std::signal(SIGINT, OnInterrupt);
-    result =
-        RunRemote(flags.remote, session_options, own_sampling, *source, timed, narrator.Observer());
+    result = RunRemote(flags.remote, options, *source, timed, narrator.Observer());
   } else {
     const Engine engine = OpenEngine(flags.model);
-    session_options.generate.sampling = RecommendedSampling(engine.vlm()->generation_defaults());
+    session_options.generate = RecommendedGeneration(engine.vlm()->generation_defaults());
     ApplyGeneration(flags, session_options.generate);
     const auto session = engine.NewSession(session_options);
     const auto context = engine.NewContext();
@@ -273,12 +279,16 @@ void AddAsk(CLI::App& app) {
       ->check(CLI::Range(0.0, 1e8));
   command->add_option("--max-frames", flags->max_frames, "End after so many frames")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
-  command->add_option("--max-new-tokens", flags->max_new_tokens, "Longest answer")
-      ->capture_default_str()
+  command
+      ->add_option("--max-new-tokens", flags->max_new_tokens,
+                   "Longest answer (default: what the checkpoint says, else 128)")
       ->check(CLI::Range(1, 1 << 20));
   command->add_option("--temperature", flags->temperature,
                       "0: always the likeliest token (default: what the checkpoint says)");
-  command->add_option("--top-k", flags->top_k, "Choose among the k likeliest tokens");
+  command->add_option(
+      "--top-k", flags->top_k,
+      "Choose among the k likeliest tokens; 0: among all (default: what the checkpoint "
+      "says, else 50)");
   command->add_option("--top-p", flags->top_p, "Choose among the likeliest tokens of this mass");
   command->add_option("--seed", flags->seed, "Of the choice")->capture_default_str();
   command->add_flag("--no-dialogue", flags->no_dialogue,

@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -37,7 +38,7 @@ struct LoadFlags {
   double ask_every = 10;  // seconds of media time; 0: never
   double seconds = 60;
   int64_t frames = 0;  // of each session; 0: as `seconds` say
-  int max_new_tokens = 128;
+  std::optional<int> max_new_tokens;
   bool json = false;
 };
 
@@ -232,11 +233,10 @@ void Load(const LoadFlags& flags) {
   v1::Open open;
   SessionOptions options;
   ApplyMethods(flags.methods, options);
-  options.generate.max_new_tokens = flags.max_new_tokens;
   *open.mutable_options() = ToProto(options);
-  open.mutable_options()->mutable_generation()->clear_temperature();
-  open.mutable_options()->mutable_generation()->clear_top_k();
-  open.mutable_options()->mutable_generation()->clear_top_p();
+  v1::Generation& generation = *open.mutable_options()->mutable_generation();
+  generation.Clear();  // as the server's checkpoint says
+  if (flags.max_new_tokens) generation.set_max_new_tokens(*flags.max_new_tokens);
 
   std::vector<Tally> tallies(flags.sessions);
   const auto begin = Clock::now();
@@ -329,8 +329,9 @@ void AddLoad(CLI::App& app) {
       ->capture_default_str()
       ->check(CLI::Range(0.0, 1e6));
   command->add_option("--question", flags->question, "What is asked")->capture_default_str();
-  command->add_option("--max-new-tokens", flags->max_new_tokens, "Longest answer")
-      ->capture_default_str()
+  command
+      ->add_option("--max-new-tokens", flags->max_new_tokens,
+                   "Longest answer (default: what the server's checkpoint says, else 128)")
       ->check(CLI::Range(1, 100000));
   auto* seconds = command->add_option("--seconds", flags->seconds, "How long they go on")
                       ->capture_default_str()

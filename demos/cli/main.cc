@@ -67,6 +67,8 @@ int main(int argc, char** argv) {
     return Fail(kFailed, error.what());
   }
   // A full disk or a closed pipe shows when what was printed is written out.
-  if (std::fflush(stdout) != 0) return Fail(kFailed, "[stdout] cannot write the result");
+  // An earlier failure leaves nothing to write, but its mark.
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0)
+    return Fail(kFailed, "[stdout] cannot write the result");
   return 0;
 }

@@ -23,6 +23,24 @@ std::string ReadText(const std::string& file) {
   return text.str();
 }
 
+// The first line, as a header may hold it: visible ASCII.
+std::string ReadToken(const std::string& file) {
+  std::string token = ReadText(file);
+  token.resize(std::min(token.size(), token.find('\n')));
+  if (token.ends_with('\r')) token.pop_back();
+  for (size_t i = 0; i < token.size(); ++i) {
+    const auto c = static_cast<unsigned char>(token[i]);
+    if (c > ' ' && c < 0x7f) continue;
+    throw InputError("[client] the first line of " + file +
+                     " must be a token of visible ASCII characters, got byte " +
+                     std::to_string(int{c}) + " as number " + std::to_string(i + 1));
+  }
+  if (!file.empty() && token.empty()) {
+    throw InputError("[client] the first line of " + file + " must be a token, got an empty one");
+  }
+  return token;
+}
+
 // One run. Frames go out as long as the server has room for them; questions are waited for.
 class RemoteRun {
  public:
@@ -152,21 +170,13 @@ CLI::Option* AddServerFlags(CLI::App& command, RemoteServer& flags) {
 }
 
 client::Target TargetOf(const RemoteServer& server) {
-  std::string token = ReadText(server.token_file);
-  token.resize(std::min(token.size(), token.find('\n')));
-  return {server.server, token, ReadText(server.ca_file)};
+  return {server.server, ReadToken(server.token_file), ReadText(server.ca_file)};
 }
 
-RunResult RunRemote(const RemoteServer& server, const SessionOptions& options, bool own_sampling,
-                    Source& source, std::vector<TimedQuestion> questions,
-                    const RunObserver& observer) {
+RunResult RunRemote(const RemoteServer& server, const v1::ModelOptions& options, Source& source,
+                    std::vector<TimedQuestion> questions, const RunObserver& observer) {
   v1::Open open;
-  *open.mutable_options() = ToProto(options);
-  if (!own_sampling) {
-    open.mutable_options()->mutable_generation()->clear_temperature();
-    open.mutable_options()->mutable_generation()->clear_top_k();
-    open.mutable_options()->mutable_generation()->clear_top_p();
-  }
+  *open.mutable_options() = options;
   try {
     client::Session session(TargetOf(server), open);
     // Those without a time come last, at the end.
@@ -189,7 +199,7 @@ RunResult RunRemote(const RemoteServer& server, const SessionOptions& options, b
     return result;
   } catch (const Error&) {
     throw;
-  } catch (const std::runtime_error& error) {  // of the client
+  } catch (const client::Refused& error) {
     throw Error(error.what());
   }
 }

@@ -17,7 +17,7 @@ namespace sluice::cli {
 
 struct RemoteServer {
   std::string server;      // HOST:PORT; empty: ask here
-  std::string token_file;  // whose first line is the token; empty: none
+  std::string token_file;  // whose first line is the token, without a line end; empty: none
   std::string ca_file;     // PEM; empty: no TLS
 };
 // Returns --server; the others need it.
@@ -25,11 +25,10 @@ CLI::Option* AddServerFlags(CLI::App& command, RemoteServer& flags);
 // With what the files hold. Throws InputError.
 client::Target TargetOf(const RemoteServer& server);
 
-// As Run of streaming/engine.h, with the session of a server. Sampling of the options counts only
-// if `own_sampling`; otherwise it is what the server's checkpoint says. Tokens' ids are not told.
-RunResult RunRemote(const RemoteServer& server, const SessionOptions& options, bool own_sampling,
-                    Source& source, std::vector<TimedQuestion> questions,
-                    const RunObserver& observer);
+// As Run of streaming/engine.h, with the session of a server. What `options` do not set is as the
+// server and its checkpoint say. Tokens' ids are not told.
+RunResult RunRemote(const RemoteServer& server, const v1::ModelOptions& options, Source& source,
+                    std::vector<TimedQuestion> questions, const RunObserver& observer);
 
 }  // namespace sluice::cli
 

@@ -6,6 +6,7 @@
 #include <map>
 #include <utility>
 
+#include "llm/families/known_fields.h"
 #include "llm/json_file.h"
 #include "runtime/archive.h"
 #include "runtime/cpu_info.h"
@@ -13,6 +14,9 @@
 
 namespace sluice {
 namespace {
+
+constexpr const char* kFullAttention =
+    "full attention in every layer (sliding windows are not supported)";
 
 bool EndsWith(const std::string& name, const std::string& end) {
   return name.size() >= end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0;
@@ -45,7 +49,7 @@ class Llava : public Vlm {
   ConstTensorView newline_row() const override { return newline_; }
 
  private:
-  void ReadGeneration(const std::filesystem::path& directory, const LlavaParts& parts);
+  void AddEndOfText();
   void LoadWeights(const std::filesystem::path& directory, const VlmOptions& options,
                    const LlavaParts& parts);
 
@@ -62,10 +66,7 @@ Llava::Llava(const std::filesystem::path& directory, const VlmOptions& options,
              const LlavaParts& parts)
     : prompt_format_(PromptFormat::Load(directory)) {
   const auto begin = std::chrono::steady_clock::now();
-  info_.name = std::filesystem::absolute(directory).lexically_normal().filename().string();
-  if (info_.name.empty()) {  // the path ended with a slash
-    info_.name = std::filesystem::absolute(directory).lexically_normal().parent_path().filename();
-  }
+  info_.name = CheckpointName(directory);
   info_.architecture = parts.architecture;
   info_.device = options.device;
   info_.weights = options.weights;
@@ -76,6 +77,7 @@ Llava::Llava(const std::filesystem::path& directory, const VlmOptions& options,
     throw InputError(std::string("[vlm] the compute type must be f32 or bf16, got ") +
                      Name(info_.compute_type));
   }
+  CheckTokenizerConfig(directory);
   tokenizer_ = Tokenizer::Load(directory / "tokenizer.json");
   if (tokenizer_->vocab_size() > parts.text.vocab_size) {
     throw InputError("[vlm] " + (directory / "tokenizer.json").string() + ": its largest id is " +
@@ -83,41 +85,19 @@ Llava::Llava(const std::filesystem::path& directory, const VlmOptions& options,
                      ", but config.json's vocab_size is " + std::to_string(parts.text.vocab_size) +
                      ": they belong to different models");
   }
-  ReadGeneration(directory, parts);
+  generation_ = ReadGenerationDefaults(directory, parts.eos_ids, parts.text.vocab_size);
+  AddEndOfText();
   LoadWeights(directory, options, parts);
   info_.load_seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-void Llava::ReadGeneration(const std::filesystem::path& directory, const LlavaParts& parts) {
-  generation_.stop_ids = parts.eos_ids;
-  const std::filesystem::path path = directory / "generation_config.json";
-  if (const auto file = ConfigObject::ReadIfThere(path)) {
-    if (file->Has("eos_token_id")) generation_.stop_ids = ReadTokenIds(*file, "eos_token_id");
-    generation_.do_sample = file->Bool({"do_sample"}, false);
-    generation_.temperature = file->Number({"temperature"}, 1, 0, 1000);
-    generation_.top_p = file->Number({"top_p"}, 1, 1e-6, 1);
-    generation_.top_k = file->Int({"top_k"}, 0, 0, LlavaBounds::kVocabulary);
-    generation_.repetition_penalty = file->Number({"repetition_penalty"}, 1, 1e-3, 1000);
-  }
-  if (generation_.stop_ids.empty()) {
-    throw InputError("[vlm] " + path.string() +
-                     ": eos_token_id must name the id that ends an answer, got nothing here nor in "
-                     "config.json's text_config");
-  }
-  for (int32_t id : generation_.stop_ids) {
-    if (id >= parts.text.vocab_size) {
-      throw InputError("[vlm] " + path.string() + ": eos_token_id must be less than vocab_size " +
-                       std::to_string(parts.text.vocab_size) + ", got " + std::to_string(id));
-    }
-  }
-  // Qwen2's own end of text: the published files leave it out, the base model still says it. Yi
-  // has it as well, other Llama vocabularies do not.
+// Qwen2's own end of text: the published files leave it out, the base model still says it. Yi has
+// it as well, other Llama vocabularies do not.
+void Llava::AddEndOfText() {
   const std::optional<int32_t> end = tokenizer_->TokenToId("<|endoftext|>");
-  if (end && std::find(generation_.stop_ids.begin(), generation_.stop_ids.end(), *end) ==
-                 generation_.stop_ids.end()) {
-    generation_.stop_ids.push_back(*end);
-  }
+  std::vector<int32_t>& ids = generation_.stop_ids;
+  if (end && std::find(ids.begin(), ids.end(), *end) == ids.end()) ids.push_back(*end);
 }
 
 void Llava::LoadWeights(const std::filesystem::path& directory, const VlmOptions& options,
@@ -156,6 +136,17 @@ void Llava::LoadWeights(const std::filesystem::path& directory, const VlmOptions
 
 }  // namespace
 
+std::string CheckpointName(const std::filesystem::path& directory) {
+  std::filesystem::path path = std::filesystem::absolute(directory).lexically_normal();
+  if (path.filename().empty()) path = path.parent_path();  // it ended with a slash
+  const std::filesystem::path snapshots = path.parent_path();
+  const std::string repository = snapshots.parent_path().filename().string();
+  if (snapshots.filename() == "snapshots" && repository.starts_with("models--")) {
+    return repository.substr(repository.rfind("--") + 2);
+  }
+  return path.filename().string();
+}
+
 void ExpectOneOf(const ConfigObject& config, const char* key, const std::string& fallback,
                  std::initializer_list<const char*> supported) {
   const std::string found = config.String({key}, fallback);
@@ -165,20 +156,6 @@ void ExpectOneOf(const ConfigObject& config, const char* key, const std::string&
     names += (names.empty() ? "" : " or ") + std::string("\"") + name + "\"";
   }
   config.Refuse(key, names + " (nothing else is supported)");
-}
-
-std::vector<int32_t> ReadTokenIds(const ConfigObject& config, const char* key) {
-  std::vector<int32_t> ids;
-  const nlohmann::json* value = config.Find({key});
-  if (!value) return ids;
-  const nlohmann::json list = value->is_array() ? *value : nlohmann::json::array({*value});
-  for (const nlohmann::json& id : list) {
-    if (!id.is_number_unsigned() || id.get<uint64_t>() >= LlavaBounds::kVocabulary) {
-      config.Refuse(key, "a token id or a list of them");
-    }
-    ids.push_back(id.get<int32_t>());
-  }
-  return ids;
 }
 
 std::array<float, 3> ReadChannels(const ConfigObject& config, const char* key,
@@ -197,7 +174,31 @@ std::array<float, 3> ReadChannels(const ConfigObject& config, const char* key,
   return values;
 }
 
+void CheckTop(const ConfigObject& top, const char* model_type,
+              std::span<const KnownField> more_fields) {
+  ExpectOneOf(top, "model_type", model_type, {model_type});
+  if (top.Has("quantization_config")) {
+    top.Refuse("quantization_config", "absent (quantised checkpoints are not supported)");
+  }
+  top.CheckFields({CommonFields(), TopFields(), more_fields});
+}
+
+std::optional<ConfigObject> FindPixelSettings(const std::filesystem::path& directory,
+                                              const char* part,
+                                              std::initializer_list<const char*> files) {
+  std::optional<ConfigObject> settings;
+  if (const auto processor = ConfigObject::ReadIfThere(directory / "processor_config.json")) {
+    processor->CheckFields({ProcessorFields()});
+    if (processor->Has(part)) settings = processor->Object(part);
+  }
+  for (const char* file : files) {
+    if (!settings) settings = ConfigObject::ReadIfThere(directory / file);
+  }
+  return settings;
+}
+
 void CheckPixelSettings(const ConfigObject& settings) {
+  settings.CheckFields({PixelFields()});
   for (const char* key : {"do_resize", "do_rescale", "do_normalize"}) {
     if (!settings.Bool({key}, true)) settings.Refuse(key, "true");
   }
@@ -209,6 +210,7 @@ void CheckPixelSettings(const ConfigObject& settings) {
 
 LlamaConfig ReadDecoder(const ConfigObject& top, const ConfigObject& text,
                         const DecoderDefaults& defaults) {
+  text.CheckFields({CommonFields(), TextFields()});
   ExpectOneOf(text, "hidden_act", "silu", {"silu", "swish"});
   LlamaConfig decoder;
   decoder.hidden_size = text.Int({"hidden_size"}, defaults.hidden, 1, LlavaBounds::kWidth);
@@ -239,6 +241,12 @@ LlamaConfig ReadDecoder(const ConfigObject& top, const ConfigObject& text,
   decoder.max_positions =
       text.Int({"max_position_embeddings"}, defaults.positions, 1, LlavaBounds::kPositions);
   decoder.rms_norm_eps = text.Number({"rms_norm_eps"}, 1e-6, 1e-30, 1);
+  if (const nlohmann::json* types = text.Find({"layer_types"})) {
+    if (!types->is_array()) text.Refuse("layer_types", "a list");
+    for (const nlohmann::json& type : *types) {
+      if (type != "full_attention") text.Refuse("layer_types", kFullAttention);
+    }
+  }
   // Published files set either flag; with both false the file must bring its own lm_head.
   decoder.tie_word_embeddings =
       top.Bool({"tie_word_embeddings"}, false) || text.Bool({"tie_word_embeddings"}, false);
@@ -247,9 +255,16 @@ LlamaConfig ReadDecoder(const ConfigObject& top, const ConfigObject& text,
 
 void ReadRope(const ConfigObject& text, std::initializer_list<const char*> types,
               LlamaConfig& decoder) {
-  // 5.x: rope_parameters, possibly once more by kind of layer; 4.x: rope_theta and rope_scaling.
-  ConfigObject rope = text.Object(text.Has("rope_parameters") ? "rope_parameters" : "rope_scaling");
-  if (rope.Has("full_attention")) rope = rope.Object("full_attention");
+  // 5.x: rope_parameters, possibly once more by kind of layer; 4.x: rope_theta and rope_scaling,
+  // which replaces the others where both are there.
+  const nlohmann::json* scaling_field = text.Find({"rope_scaling"});
+  const bool scales = scaling_field && !(scaling_field->is_object() && scaling_field->empty());
+  ConfigObject rope = text.Object(scales ? "rope_scaling" : "rope_parameters");
+  rope.CheckFields({RopeFields()});
+  if (rope.Has("full_attention")) {
+    rope = rope.Object("full_attention");
+    rope.CheckFields({RopeFields()});
+  }
   for (const char* key : {"rope_type", "type"}) ExpectOneOf(rope, key, "default", types);
   rope.Number({"partial_rotary_factor"}, 1, 1, 1);
   const double outer = text.Number({"rope_theta"}, 10000, 1, 1e15);
@@ -279,8 +294,31 @@ void ReadRope(const ConfigObject& text, std::initializer_list<const char*> types
   }
 }
 
+LlamaConfig ReadQwen2Decoder(const ConfigObject& top, const ConfigObject& text) {
+  constexpr DecoderDefaults kDefaults = {.hidden = 4096,
+                                         .inner = 22016,
+                                         .layers = 32,
+                                         .heads = 32,
+                                         .kv_heads = 32,
+                                         .vocabulary = 151936,
+                                         .positions = 32768};
+  LlamaConfig decoder = ReadDecoder(top, text, kDefaults);
+  decoder.family = "qwen2";
+  decoder.qkv_bias = true;
+  ReadRope(text, {"default"}, decoder);
+  // Without layer_types: layers from max_window_layers on slide, if there is a window. A null
+  // window is none, a missing one is 4096.
+  if (!text.Has("layer_types") && text.Bool({"use_sliding_window"}, false) &&
+      text.Int({"max_window_layers"}, 28, 0, INT64_MAX) < decoder.num_layers &&
+      !text.IsNull("sliding_window")) {
+    text.Refuse("use_sliding_window", kFullAttention);
+  }
+  return decoder;
+}
+
 int ReadTower(const ConfigObject& top, const ConfigObject& vision, const TowerDefaults& defaults,
               const TowerRules& rules, TowerConfig& tower) {
+  vision.CheckFields({CommonFields(), TowerFields()});
   ExpectOneOf(top, "projector_hidden_act", "gelu", {"gelu"});
   vision.Int({"num_channels"}, 3, 3, 3);
   tower.hidden_size = vision.Int({"hidden_size"}, defaults.hidden, 1, LlavaBounds::kWidth);

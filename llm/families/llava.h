@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -36,11 +37,18 @@ struct LlavaBounds {
 // The field's text must be one of `supported`.
 void ExpectOneOf(const ConfigObject& config, const char* key, const std::string& fallback,
                  std::initializer_list<const char*> supported);
-// A token id, a list of them, or nothing.
-std::vector<int32_t> ReadTokenIds(const ConfigObject& config, const char* key);
 // A number, or three, one a channel.
 std::array<float, 3> ReadChannels(const ConfigObject& config, const char* key,
                                   std::array<float, 3> fallback, double least, double most);
+// config.json must be of `model_type`, not quantised, and hold no fields but those of every LLaVA
+// family and `more_fields`.
+void CheckTop(const ConfigObject& top, const char* model_type,
+              std::span<const KnownField> more_fields);
+// The settings of the processor that makes a model's frames, where transformers 5.x looks for them:
+// `part` of processor_config.json, else the first of `files` that is there.
+std::optional<ConfigObject> FindPixelSettings(const std::filesystem::path& directory,
+                                              const char* part,
+                                              std::initializer_list<const char*> files);
 // A processor's settings must resize bicubically, rescale by 1/255 and normalise.
 void CheckPixelSettings(const ConfigObject& settings);
 
@@ -58,6 +66,9 @@ LlamaConfig ReadDecoder(const ConfigObject& top, const ConfigObject& text,
 // ones among "default", "linear" and "llama3". "linear" stretches the context by its factor.
 void ReadRope(const ConfigObject& text, std::initializer_list<const char*> types,
               LlamaConfig& decoder);
+// A decoder of Qwen2's class, with its rotation.
+LlamaConfig ReadQwen2Decoder(const ConfigObject& top, const ConfigObject& text);
+
 // What a tower's class assumes where its file says nothing.
 struct TowerDefaults {
   int64_t hidden, inner, layers, heads, image, patch;
@@ -72,6 +83,10 @@ struct TowerRules {
 // Returns how many layers the file has.
 int ReadTower(const ConfigObject& top, const ConfigObject& vision, const TowerDefaults& defaults,
               const TowerRules& rules, TowerConfig& tower);
+
+// What a checkpoint is called: its directory's name; of a snapshot in a cache of the Hugging Face
+// hub (models--OWNER--NAME/snapshots/REVISION) the repository's.
+std::string CheckpointName(const std::filesystem::path& directory);
 
 // The canonical name (`vision_tower.encoder...`, `multi_modal_projector...`, `image_newline`,
 // `language_model.layers...`, `lm_head.weight`) of a tensor in any of the four published layouts,

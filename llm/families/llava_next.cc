@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "llm/config_object.h"
+#include "llm/families/known_fields.h"
 #include "llm/families/llava.h"
 #include "runtime/error.h"
 
@@ -33,7 +34,7 @@ constexpr DecoderDefaults kMistralDefaults = {.hidden = 4096,
                                               .kv_heads = 8,
                                               .vocabulary = 32000,
                                               .positions = 131072};
-constexpr int32_t kClassEos = 2;  // both decoders'
+constexpr int32_t kClassEos = 2;  // of Llama and Mistral
 constexpr std::array<float, 3> kClipMean = {0.48145466f, 0.4578275f, 0.40821073f};
 constexpr std::array<float, 3> kClipStd = {0.26862954f, 0.26130258f, 0.27577711f};
 
@@ -71,24 +72,29 @@ void ReadVision(const ConfigObject& top, LlavaGeneration generation, LlavaNextCo
   }
 }
 
-void ReadText(const ConfigObject& top, LlavaGeneration generation, LlavaNextConfig& config) {
-  const ConfigObject text = top.Object("text_config");
-  ExpectOneOf(text, "model_type", "llama", {"llama", "mistral"});
-  const bool mistral = text.String({"model_type"}, "llama") == "mistral";
-  config.text = ReadDecoder(top, text, mistral ? kMistralDefaults : kLlamaDefaults);
-  config.text.family = mistral ? "mistral" : "llama";
-  config.text.qkv_bias = false;
-  ReadRope(text, {"default", "linear", "llama3"}, config.text);
-  for (const char* key : {"attention_bias", "mlp_bias"}) {
-    if (text.Bool({key}, false)) text.Refuse(key, "false");
-  }
+// Of Llama's or Mistral's class.
+LlamaConfig ReadLlamaDecoder(const ConfigObject& top, const ConfigObject& text,
+                             const std::string& type) {
+  const bool mistral = type == "mistral";
+  LlamaConfig decoder = ReadDecoder(top, text, mistral ? kMistralDefaults : kLlamaDefaults);
+  decoder.family = mistral ? "mistral" : "llama";
+  decoder.qkv_bias = false;
+  ReadRope(text, {"default", "linear", "llama3"}, decoder);
   // Of Mistral's class a missing window is one of 4096 positions, null is none.
   if (mistral ? !text.IsNull("sliding_window") : text.Has("sliding_window")) {
     text.Refuse("sliding_window", "null: full attention (sliding windows are not supported)");
   }
+  return decoder;
+}
+
+void ReadText(const ConfigObject& top, LlavaGeneration generation, LlavaNextConfig& config) {
+  const ConfigObject text = top.Object("text_config");
+  ExpectOneOf(text, "model_type", "llama", {"llama", "mistral", "qwen2"});
+  const std::string type = text.String({"model_type"}, "llama");
+  config.text = type == "qwen2" ? ReadQwen2Decoder(top, text) : ReadLlamaDecoder(top, text, type);
   config.vision.output_size = config.text.hidden_size;
-  config.eos_ids = ReadTokenIds(text, "eos_token_id");
-  if (!text.Has("eos_token_id")) config.eos_ids = {kClassEos};
+  config.eos_ids = text.TokenIds("eos_token_id");
+  if (!text.Has("eos_token_id") && type != "qwen2") config.eos_ids = {kClassEos};
   const bool video = generation == LlavaGeneration::kNextVideo;
   const int64_t most = config.text.vocab_size - 1;
   top.Int({"image_token_index", "image_token_id"}, std::min<int64_t>(video ? 32001 : 32000, most),
@@ -116,21 +122,6 @@ void CheckSide(const ConfigObject& settings, const char* key, int image_size,
   if (keeps_aspect) *keeps_aspect = !square;
 }
 
-// As transformers 5.x looks for the settings of the processor that makes this model's frames.
-std::optional<ConfigObject> FindSettings(const std::filesystem::path& directory,
-                                         LlavaGeneration generation) {
-  const bool video = generation == LlavaGeneration::kNextVideo;
-  const char* part = video ? "video_processor" : "image_processor";
-  if (auto processor = ConfigObject::ReadIfThere(directory / "processor_config.json");
-      processor && processor->Has(part)) {
-    return processor->Object(part);
-  }
-  std::optional<ConfigObject> settings;
-  if (video) settings = ConfigObject::ReadIfThere(directory / "video_preprocessor_config.json");
-  if (!settings) settings = ConfigObject::ReadIfThere(directory / "preprocessor_config.json");
-  return settings;
-}
-
 PreprocessConfig ReadPreprocessing(const std::filesystem::path& directory,
                                    LlavaGeneration generation, int image_size) {
   const bool overview = generation == LlavaGeneration::kNext;
@@ -139,12 +130,20 @@ PreprocessConfig ReadPreprocessing(const std::filesystem::path& directory,
   preprocess.fit = overview ? PictureFit::kStretch : PictureFit::kCenterCrop;
   preprocess.mean = kClipMean;
   preprocess.std = kClipStd;
-  const std::optional<ConfigObject> settings = FindSettings(directory, generation);
+  const std::optional<ConfigObject> settings =
+      generation == LlavaGeneration::kNextVideo
+          ? FindPixelSettings(directory, "video_processor",
+                              {"video_preprocessor_config.json", "preprocessor_config.json"})
+          : FindPixelSettings(directory, "image_processor", {"preprocessor_config.json"});
   if (!settings) return preprocess;
   CheckPixelSettings(*settings);
   if (!settings->Bool({"do_center_crop"}, true)) settings->Refuse("do_center_crop", "true");
   // Of LLaVA-NeXT's processor this pads lists of crops, not pictures.
   if (!overview && settings->Bool({"do_pad"}, false)) settings->Refuse("do_pad", "false");
+  const nlohmann::json* size = settings->Find({"size"});
+  if (size && size->is_number() && settings->Bool({"default_to_square"}, false)) {
+    settings->Refuse("default_to_square", "false");
+  }
   bool keeps_aspect = true;
   CheckSide(*settings, "size", image_size, &keeps_aspect);
   CheckSide(*settings, "crop_size", image_size);
@@ -183,10 +182,8 @@ LlavaNextConfig ReadLlavaNextConfig(const std::filesystem::path& directory,
                                     LlavaGeneration generation) {
   const ConfigObject top = ConfigObject::Read(directory / "config.json");
   const char* model_type = NamesOf(generation).model_type;
-  ExpectOneOf(top, "model_type", model_type, {model_type});
-  if (top.Has("quantization_config")) {
-    top.Refuse("quantization_config", "absent (quantised checkpoints are not supported)");
-  }
+  const bool video = generation == LlavaGeneration::kNextVideo;
+  CheckTop(top, model_type, video ? VideoPoolFields() : std::span<const KnownField>());
   LlavaNextConfig config;
   ReadVision(top, generation, config);
   ReadText(top, generation, config);

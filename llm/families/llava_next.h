@@ -1,5 +1,5 @@
 // LLaVA-1.5 (Liu et al. 2023), LLaVA-NeXT and LLaVA-NeXT-Video (Zhang et al. 2024) as Hugging Face
-// publishes them: CLIP tower, projector, Llama or Mistral decoder.
+// publishes them: CLIP tower, projector, Llama, Mistral or Qwen2 decoder.
 //
 // LLaVA-NeXT-Video is made for video: 3 x 336 x 336 centre crops, 12 x 12 mean-pooled tokens a
 // frame, nothing between frames or behind them. The other two know images only. A video is for them

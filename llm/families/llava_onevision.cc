@@ -20,13 +20,6 @@ constexpr int64_t kMaxImageSize = 8192;
 // of the part's own class, which fill the gaps of a part that is there.
 constexpr TowerDefaults kSiglipDefaults = {768, 3072, 12, 12, 224, 16};
 constexpr TowerDefaults kOnevisionDefaults = {1152, 4304, 26, 16, 384, 14};
-constexpr DecoderDefaults kQwen2Defaults = {.hidden = 4096,
-                                            .inner = 22016,
-                                            .layers = 32,
-                                            .heads = 32,
-                                            .kv_heads = 32,
-                                            .vocabulary = 151936,
-                                            .positions = 32768};
 // The processor class's default is CLIP's, which is wrong for this family: every published file
 // says 0.5.
 constexpr std::array<float, 3> kHalf = {0.5f, 0.5f, 0.5f};
@@ -43,33 +36,12 @@ void ReadVision(const ConfigObject& top, LlavaOnevisionConfig& config) {
       {.layer_norm_eps = 1e-6, .most_pixels = kMaxImageSize, .feature_layer = -1}, config.vision);
 }
 
-void RefuseSlidingWindows(const ConfigObject& text, int num_layers) {
-  const std::string expected = "full attention in every layer (sliding windows are not supported)";
-  if (const nlohmann::json* types = text.Find({"layer_types"})) {
-    if (!types->is_array()) text.Refuse("layer_types", "a list");
-    for (const nlohmann::json& type : *types) {
-      if (type != "full_attention") text.Refuse("layer_types", expected);
-    }
-    return;
-  }
-  // Without the explicit list: layers from max_window_layers on slide, if there is a window. A null
-  // window is none, a missing one is 4096.
-  if (text.Bool({"use_sliding_window"}, false) &&
-      text.Int({"max_window_layers"}, 28, 0, INT64_MAX) < num_layers &&
-      !text.IsNull("sliding_window")) {
-    text.Refuse("use_sliding_window", expected);
-  }
-}
-
 void ReadText(const ConfigObject& top, LlavaOnevisionConfig& config) {
   const ConfigObject text = top.Object("text_config");
   ExpectOneOf(text, "model_type", "qwen2", {"qwen2"});
-  config.text = ReadDecoder(top, text, kQwen2Defaults);
-  config.text.family = "qwen2";
-  ReadRope(text, {"default"}, config.text);
-  RefuseSlidingWindows(text, config.text.num_layers);
+  config.text = ReadQwen2Decoder(top, text);
   config.vision.output_size = config.text.hidden_size;
-  config.eos_ids = ReadTokenIds(text, "eos_token_id");
+  config.eos_ids = text.TokenIds("eos_token_id");
   const int64_t most = config.text.vocab_size - 1;
   top.Int({"image_token_index", "image_token_id"}, std::min<int64_t>(151646, most), 0, most);
   top.Int({"video_token_index", "video_token_id"}, std::min<int64_t>(151647, most), 0, most);
@@ -89,15 +61,8 @@ void CheckSize(const ConfigObject& config, int image_size) {
 PreprocessConfig ReadPreprocessing(const std::filesystem::path& directory, int image_size) {
   PreprocessConfig preprocess;
   preprocess.width = preprocess.height = image_size;
-  // As transformers 5.x looks for the video processor's settings.
-  std::optional<ConfigObject> settings;
-  if (auto processor = ConfigObject::ReadIfThere(directory / "processor_config.json");
-      processor && processor->Has("video_processor")) {
-    settings = processor->Object("video_processor");
-  }
-  for (const char* name : {"video_preprocessor_config.json", "preprocessor_config.json"}) {
-    if (!settings) settings = ConfigObject::ReadIfThere(directory / name);
-  }
+  const std::optional<ConfigObject> settings = FindPixelSettings(
+      directory, "video_processor", {"video_preprocessor_config.json", "preprocessor_config.json"});
   if (!settings) return preprocess;
   CheckPixelSettings(*settings);
   if (settings->Bool({"do_center_crop"}, false)) settings->Refuse("do_center_crop", "false");
@@ -111,10 +76,7 @@ PreprocessConfig ReadPreprocessing(const std::filesystem::path& directory, int i
 
 LlavaOnevisionConfig ReadLlavaOnevisionConfig(const std::filesystem::path& directory) {
   const ConfigObject top = ConfigObject::Read(directory / "config.json");
-  ExpectOneOf(top, "model_type", "llava_onevision", {"llava_onevision"});
-  if (top.Has("quantization_config")) {
-    top.Refuse("quantization_config", "absent (quantised checkpoints are not supported)");
-  }
+  CheckTop(top, "llava_onevision", {});
   LlavaOnevisionConfig config;
   ReadVision(top, config);
   ReadText(top, config);

@@ -2,7 +2,9 @@
 """Golden values of whole models, made with transformers (5.17, torch 2.11, fp32, eager attention, CPU).
 
     python3 tests/golden/make_model_golden.py tiny OUT_DIR          # random checkpoints with their goldens
+    python3 tests/golden/make_model_golden.py llama3 OUT_DIR        # of them, those of tiny_next_llama3 and _qwen
     python3 tests/golden/make_model_golden.py model DIR OUT_FILE    # goldens of an existing checkpoint
+    python3 tests/golden/make_model_golden.py rules DIR GOLDEN OUT  # what generation_config.json does, as JSON
 
 A golden file is a safetensors file that holds the input frames (u8), the prompt ids, a sample of the rows of every
 intermediate result, the logits, and 64 greedy ids. Metadata holds, for every intermediate result `x`, `rows.x` (which rows were
@@ -17,11 +19,12 @@ import sys
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -77,6 +80,22 @@ MISTRAL_TEMPLATE = (
     "{{ ' ' + message['content'][0]['text'] + '</s> '}}{% else %}"
     "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
+LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
+LLAMA3_TEMPLATE = (
+    "{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'}}"
+    "{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{# Render all text next #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\n' + content['text'] + '<|eot_id|>' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+CHATML_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{# Render all text next #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}{{'<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 QUESTION = "What is the cat doing, and where?"
@@ -84,12 +103,14 @@ SAMPLED_ROWS = 12
 GREEDY_TOKENS = 64
 
 
-def make_tokenizer(directory):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
+def make_tokenizer(directory, pattern=QWEN2_PATTERN, begin=None,
+                   added=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")):
+    """Pieces of bytes. begin: the token that begins every text, as Llama 3's does."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=begin is not None))
+    tokenizer.normalizer = None if begin else normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -101,7 +122,12 @@ def make_tokenizer(directory):
     text = ["What is the cat doing? Where is the dog?", "user assistant system", "the cat is in the house"] * 4
     tokenizer.train_from_iterator(text, trainer)
     assert tokenizer.get_vocab_size() <= 295
-    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"])
+    tokenizer.add_special_tokens(list(added))
+    if begin:
+        template = processors.TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A {begin}:1 $B:1", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+        )
+        tokenizer.post_processor = processors.Sequence([tokenizer.post_processor, template])
     tokenizer.save(os.path.join(directory, "tokenizer.json"))
     return tokenizer
 
@@ -188,11 +214,23 @@ def make_tiny_llava(directory, *, kind, vision, text, template, processor, seed)
     """kind: LLaVA-1.5 (llava), LLaVA-NeXT (llava_next) or LLaVA-NeXT-Video (llava_next_video)."""
     os.makedirs(directory, exist_ok=True)
     video = kind == "llava_next_video"
-    tokenizer = make_llama_tokenizer(directory, ["<video>", "<image>"] if video else ["<image>", "<pad>"])
+    decoder = text.pop("class", LlamaConfig)
+    end_id, tokens = 2, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if template == LLAMA3_TEMPLATE:
+        added = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>")
+        tokenizer = make_tokenizer(directory, LLAMA3_PATTERN, "<|begin_of_text|>", added)
+        # What the published file says beside: transformers does not follow it for such a tokenizer.
+        tokens = {"bos_token": added[0], "eos_token": added[4], "clean_up_tokenization_spaces": True}
+        end_id = [tokenizer.token_to_id(added[1]), tokenizer.token_to_id(added[4])]
+    elif template == CHATML_TEMPLATE:
+        tokenizer = make_tokenizer(directory, added=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"))
+        tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "Qwen2Tokenizer"}
+        end_id = tokenizer.token_to_id("<|im_end|>")
+    else:
+        tokenizer = make_llama_tokenizer(directory, ["<video>", "<image>"] if video else ["<image>", "<pad>"])
     token_ids = {"image_token_index": tokenizer.token_to_id("<image>")}
     if video:
         token_ids["video_token_index"] = tokenizer.token_to_id("<video>")
-    decoder = MistralConfig if "sliding_window" in text else LlamaConfig
     configs, model_class = {
         "llava": (LlavaConfig, LlavaForConditionalGeneration),
         "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
@@ -200,11 +238,11 @@ def make_tiny_llava(directory, *, kind, vision, text, template, processor, seed)
     }[kind]
     model = model_class(configs(
         vision_config=CLIPVisionConfig(**vision),
-        text_config=decoder(vocab_size=tokenizer.get_vocab_size() + 5, rms_norm_eps=1e-5, **text),
+        text_config=decoder(vocab_size=tokenizer.get_vocab_size() + 5, rms_norm_eps=1e-5, eos_token_id=end_id, **text),
         **token_ids,
     )).eval()
     randomise(model, seed)
-    model.generation_config.eos_token_id = 2
+    model.generation_config.eos_token_id = end_id
     model.to(torch.bfloat16).save_pretrained(directory)
     side = {"height": vision["image_size"], "width": vision["image_size"]}
     settings = {
@@ -220,7 +258,7 @@ def make_tiny_llava(directory, *, kind, vision, text, template, processor, seed)
     with open(os.path.join(directory, "chat_template.json"), "w") as file:
         json.dump({"chat_template": template}, file)
     with open(os.path.join(directory, "tokenizer_config.json"), "w") as file:
-        json.dump({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, file)
+        json.dump(tokens, file)
 
 
 def make_frames(count, width, height, seed):
@@ -279,6 +317,11 @@ class Family:
             return f"<|im_start|>user <video>\n{question}<|im_end|><|im_start|>assistant\n"
         if self.config.text_config.model_type == "mistral":
             return f"[INST] {self.placeholder}\n{question} [/INST]"
+        if self.config.text_config.model_type == "qwen2":
+            return f"<|im_start|>user\n{self.placeholder}\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        if isinstance(self.config.text_config.eos_token_id, list):  # Llama 3
+            header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+            return header.format("user") + f"{self.placeholder}\n{question}<|eot_id|>" + header.format("assistant")
         return f"USER: {self.placeholder}\n{question} ASSISTANT:"
 
     def inputs(self, input_ids, pixels):
@@ -399,7 +442,7 @@ def make_tiny_llavas(out):
         os.path.join(out, "tiny_next_mistral"), kind="llava_next", seed=4, vision=dict(image_size=60, **vision),
         template=MISTRAL_TEMPLATE, processor={"image_processor_type": "LlavaNextImageProcessor", "do_pad": True},
         text=dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3, head_dim=24,
-                  num_key_value_heads=1, max_position_embeddings=4096, sliding_window=None,
+                  num_key_value_heads=1, max_position_embeddings=4096, sliding_window=None, **{"class": MistralConfig},
                   rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     )
     # Llama 3's scaling of the rotation with wavelengths of all three kinds.
@@ -414,6 +457,72 @@ def make_tiny_llavas(out):
     for name, frames in [("tiny_next_video", make_frames(4, 97, 61, 6)), ("tiny_next_mistral", make_frames(3, 70, 48, 7)),
                          ("tiny_llava15", make_frames(3, 41, 80, 8))]:
         make_golden(os.path.join(out, name), os.path.join(out, name + ".golden.safetensors"), frames, QUESTION)
+
+
+def make_tiny_next_others(out):
+    """LLaVA-NeXT with the decoders of llama3-llava-next-8b-hf (no scaling) and llava-next-72b-hf (biases)."""
+    vision = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=3, patch_size=12,
+                  projection_dim=16, image_size=60)
+    processor = {"image_processor_type": "LlavaNextImageProcessor", "do_pad": True, "aspect_ratio_setting": "anyres"}
+    for name, template, seed, text in [
+        ("tiny_next_llama3", LLAMA3_TEMPLATE, 9, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        ("tiny_next_qwen", CHATML_TEMPLATE, 10,
+         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "class": Qwen2Config}),
+    ]:
+        directory = os.path.join(out, name)
+        make_tiny_llava(directory, kind="llava_next", seed=seed, vision=vision, template=template, processor=processor,
+                        text=dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                                  num_key_value_heads=2, max_position_embeddings=4096, **text))
+        make_golden(directory, directory + ".golden.safetensors", make_frames(3, 70, 48, seed), QUESTION)
+
+
+def make_rules(directory, golden, out_file):
+    """What fields of generation_config.json make of the answer in `golden`, and of logits that are drawn from."""
+    family = load(directory, dtype=torch.float32, attn_implementation="eager")
+    tokenizer = Tokenizer.from_file(os.path.join(directory, "tokenizer.json"))
+    tensors = load_file(golden)
+    input_ids = tensors["input_ids"].long()[None]
+    pixels = family.pixels(tensors["frames"].numpy())
+    tokenless = list(range(tokenizer.get_vocab_size(), family.config.text_config.vocab_size))
+    inputs = family.inputs(input_ids, pixels)
+    stop = family.model.generation_config.eos_token_id
+
+    def answer(fields):
+        fields = {"max_new_tokens": 24, **fields, "suppress_tokens": fields.get("suppress_tokens", []) + tokenless}
+        with torch.no_grad():
+            out = family.model.generate(**inputs, do_sample=False, eos_token_id=stop, **fields)
+        return out[0, input_ids.shape[1]:].tolist()
+
+    plain = answer({})
+    first, second, third = plain[:3]
+    fields = [
+        {}, {"suppress_tokens": [first, third]}, {"begin_suppress_tokens": [first]},
+        {"bad_words_ids": [[second]]}, {"bad_words_ids": [[first, second], [stop]]}, {"no_repeat_ngram_size": 1},
+        {"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 3}, {"repetition_penalty": 1.5},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "bad_words_ids": [[second, third]]},
+        {"max_new_tokens": 5},
+    ]
+    # Answers that end early, and what keeps them from it: an id that comes is made the stop id.
+    stop = plain[4]
+    ends = [{}, {"min_new_tokens": 9}, {"min_length": input_ids.shape[1] + 7}, {"min_new_tokens": 2, "min_length": 10000}]
+    early = [{"fields": f, "stop": stop, "ids": answer(f)} for f in ends]
+    stop = family.model.generation_config.eos_token_id
+    rows = [{"fields": f, "stop": stop, "ids": answer(f)} for f in fields] + early
+
+    draws, generator = [], torch.Generator().manual_seed(11)
+    for limits in [dict(min_p=0.1), dict(min_p=0.7), dict(typical_p=0.3), dict(typical_p=0.8), dict(epsilon_cutoff=0.05),
+                   dict(eta_cutoff=0.1), dict(eta_cutoff=0.6), dict(top_k=9, min_p=0.2), dict(top_p=0.8, typical_p=0.6),
+                   dict(top_k=12, top_p=0.9, min_p=0.05, typical_p=0.7, epsilon_cutoff=0.02, eta_cutoff=0.02)]:
+        logits = (3 * torch.randn(24, generator=generator)).round(decimals=2)
+        config = GenerationConfig(do_sample=True, temperature=1.7, **{"top_k": 0, **limits})
+        config._eos_token_tensor = None
+        processors = family.model._get_logits_processor(config, input_ids_seq_length=3)
+        kept = processors(torch.tensor([[1, 2, 3]]), logits[None].clone())[0]
+        draws.append({"limits": limits, "logits": [round(x, 2) for x in logits.tolist()],
+                      "kept": kept.isfinite().nonzero()[:, 0].tolist()})
+    with open(out_file, "w") as file:
+        json.dump({"answers": rows, "temperature": 1.7, "draws": draws}, file, separators=(",", ":"))
+    print(json.dumps(rows)[:1500], len(draws))
 
 
 def main():
@@ -438,6 +547,11 @@ def main():
         make_golden(os.path.join(out, "tiny_untied"), os.path.join(out, "tiny_untied.golden.safetensors"),
                     make_frames(3, 64, 120, 4), QUESTION)
         make_tiny_llavas(out)
+        make_tiny_next_others(out)
+    elif sys.argv[1:2] == ["llama3"] and len(sys.argv) == 3:
+        make_tiny_next_others(sys.argv[2])
+    elif sys.argv[1:2] == ["rules"] and len(sys.argv) == 5:
+        make_rules(*sys.argv[2:])
     elif sys.argv[1:2] == ["model"] and len(sys.argv) == 4:
         make_golden(sys.argv[2], sys.argv[3], make_frames(4, 120, 68, 5), "What is visible?")
     else:

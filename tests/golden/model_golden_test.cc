@@ -218,8 +218,8 @@ std::vector<GoldenCase> Cases() {
   for (const auto& [dtype, device] :
        {std::pair(DType::kF32, Device::kCpu), std::pair(DType::kBF16, Device::kCpu),
         std::pair(DType::kF32, Device::kCuda), std::pair(DType::kBF16, Device::kCuda)}) {
-    for (const char* name :
-         {"tiny_tied", "tiny_untied", "tiny_next_video", "tiny_next_mistral", "tiny_llava15"}) {
+    for (const char* name : {"tiny_tied", "tiny_untied", "tiny_next_video", "tiny_next_mistral",
+                             "tiny_next_llama3", "tiny_next_qwen", "tiny_llava15"}) {
       cases.push_back({name, kSource / "tests/golden" / name,
                        kSource / "tests/golden" / (std::string(name) + ".golden.safetensors"),
                        dtype, device});

@@ -165,7 +165,7 @@ TEST(LlavaNextTest, ConfigurationErrorsNameFieldExpectedAndFound) {
       {kVideo, config, {"/vision_config/model_type", "siglip_vision_model", {"clip_vision_model"}}},
       {kVideo, config, {"/vision_config/image_size", 4096, {"image_size", "2000", "4096"}}},
       {kVideo, config, {"/video_token_index", 336, {"video_token_index", "335"}}},
-      {kVideo, config, {"/text_config/model_type", "qwen2", {"llama", "mistral", "qwen2"}}},
+      {kVideo, config, {"/text_config/model_type", "gemma", {"llama", "mistral", "qwen2"}}},
       {kVideo, config, {"/text_config/attention_bias", true, {"attention_bias", "false"}}},
       {kVideo, config, {"/text_config/mlp_bias", true, {"mlp_bias", "false"}}},
       {kVideo, config, {"/text_config/rope_parameters/rope_type", "yarn", {"rope_type", "linear"}}},

@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "sluice/v1/service.grpc.pb.h"
@@ -18,11 +19,17 @@ struct Target {
   std::string ca;      // PEM text of who signed the server's certificate; empty: no TLS
 };
 
+// Why the server turned a session away or ended it, in one line: its status and its message.
+class Refused : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 // One thread may send while another reads.
 class Session {
  public:
-  // Opens a stream, or goes on with open.resume_stream_id. Throws std::runtime_error with one line
-  // when the server cannot be reached or refuses.
+  // Opens a stream, or goes on with open.resume_stream_id. Throws Refused when the server
+  // cannot be reached or refuses.
   Session(const Target& target, const v1::Open& open);
   // Ends the call; without a Close before, the stream can be resumed for a while.
   ~Session();
@@ -32,10 +39,11 @@ class Session {
   bool Send(const v1::SessionRequest& request) { return call_->Write(request); }
   // The next message; none at the end of the call.
   std::optional<v1::SessionResponse> Read();
-  // Waits for the end of the call. Throws std::runtime_error unless it ended well.
+  // Waits for the end of the call. Throws Refused unless it ended well.
   void Finish();
 
  private:
+  std::string server_;
   grpc::ClientContext context_;
   std::unique_ptr<v1::Sluice::Stub> stub_;
   std::unique_ptr<grpc::ClientReaderWriter<v1::SessionRequest, v1::SessionResponse>> call_;
