@@ -148,8 +148,8 @@ void CaptionCall::Run() {
     const SessionOptions options =
         FromProto(request_.options(), hub_.vlm->generation_defaults(), hub_.options.memory);
     const auto lease = Account::Open(account_);
-    const std::shared_ptr<Source> source = Source::Open(
-        CheckSource(request_.url(), hub_.options.sources), SourceOptionsOf(request_.fps()));
+    const std::shared_ptr<Source> source =
+        hub_.sources.Open(request_.url(), SourceOptionsOf(request_.fps()));
     bool wanted = false;
     {
       const std::lock_guard lock(mutex_);

@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "proto/source_opener.h"
 #include "runtime/error.h"
 
 namespace sluice {
@@ -129,6 +130,22 @@ std::vector<Setting> SettingsOf(ServerConfig& c) {
        &c.source_directories},
       {"source_private", "Sources may have loopback, private and link-local addresses",
        &c.service.sources.private_addresses},
+      {"source_playlists",
+       "Sources may be HLS and DASH, what they name read where source_urls has the whole host",
+       &c.service.sources.playlists},
+      {"source_elements",
+       "The only demuxers, parsers and decoders of GStreamer for sources (default: "
+       "docs/service.md)",
+       &c.service.decoder.elements},
+      {"source_isolation",
+       "required: sources are decoded under a filter of system calls; off: in a process of their "
+       "own without it",
+       &c.source_isolation},
+      {"source_decoder", "The program that decodes sources; empty: sluice-decode beside this one",
+       &c.source_decoder},
+      {"source_memory_mb", "MiB of memory of one source's decoder", &c.source_memory_mb},
+      {"source_cpu_seconds", "CPU time that a decoder may take for one picture",
+       &c.service.decoder.frame_cpu_seconds},
       {"max_sources", "Sources open at a time", &c.service.max_sources},
       {"max_streams", "Streams at a time", &c.scheduler.max_streams},
       {"frames_per_round", "Frames encoded together, at most", &c.scheduler.frames_per_round},
@@ -232,7 +249,18 @@ ServiceOptions Finished(const ServerConfig& c) {
   Range("state_days", c.service.state_days, 0.001, 1e6);
   Range("max_message_mb", static_cast<double>(c.max_message_mb), 1, 1024);
   Range("outgoing_kb", static_cast<double>(c.outgoing_kb), 1, kMany);
+  Range("source_memory_mb", static_cast<double>(c.source_memory_mb), 64, 1 << 20);
+  Range("source_cpu_seconds", c.service.decoder.frame_cpu_seconds, 0.1, kMany);
+  if (c.source_isolation != "required" && c.source_isolation != "off") {
+    throw InputError("[serve] source_isolation: expected required or off, got '" +
+                     c.source_isolation + "'");
+  }
   ServiceOptions options = c.service;
+  options.decoder.program = c.source_decoder;
+  options.decoder.filtered = c.source_isolation == "required";
+  options.decoder.memory_bytes = c.source_memory_mb << 20;
+  options.decoder.frame_pixels = c.service.frame_pixels;
+  options.decoder.playlists = c.service.sources.playlists;
   options.budget.kv_bytes = c.stream_kv_mb << 20;
   options.memory.host_bytes = c.stream_host_mb << 20;
   options.memory.disk_bytes = c.stream_disk_mb << 20;
@@ -244,6 +272,7 @@ ServiceOptions Finished(const ServerConfig& c) {
   options.key = c.key;
   options.client_ca = c.client_ca;
   options.sources.directories.assign(c.source_directories.begin(), c.source_directories.end());
+  SourceOpener::Check(options.sources, options.decoder);
   return options;
 }
 

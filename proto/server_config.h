@@ -29,6 +29,9 @@ struct ServerConfig {
   int64_t outgoing_kb = 1024;
   std::string certificate, key, client_ca;
   std::vector<std::string> source_directories;
+  std::string source_decoder;                 // empty: beside the program
+  std::string source_isolation = "required";  // or "off"
+  int64_t source_memory_mb = 1024;
   SchedulerOptions scheduler;
   ServiceOptions service;  // its paths and sizes are set by Finish
 };

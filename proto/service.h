@@ -30,6 +30,7 @@ struct ServiceOptions {
   std::filesystem::path certificate, key, client_ca;
   std::vector<AccessToken> tokens;  // none: everybody may connect
   SourceRules sources;
+  ApartOptions decoder;                // of each source
   StreamBudget budget;                 // of each stream, at most
   BlockStoreOptions memory;            // of each stream that has one, at most; when_full is its own
   int64_t message_bytes = 8 << 20;     // larger messages end the call

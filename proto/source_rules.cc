@@ -1,63 +1,25 @@
 #include "proto/source_rules.h"
 
 #include <arpa/inet.h>
+#include <fcntl.h>
 #include <netdb.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <array>
-#include <cctype>
-#include <optional>
+#include <charconv>
 #include <string_view>
 #include <system_error>
+#include <utility>
 
+#include "proto/source_url.h"
 #include "runtime/error.h"
 
 namespace sluice {
 namespace {
 
 namespace fs = std::filesystem;
-
-struct Url {
-  std::string scheme, host, port, path;  // the path with its query
-};
-
-std::string Lower(std::string_view text) {
-  std::string out(text);
-  std::transform(out.begin(), out.end(), out.begin(),
-                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
-  return out;
-}
-
-// A name and password before the host belong to neither rule nor message.
-std::optional<Url> ParseUrl(std::string_view text) {
-  const size_t scheme = text.find("://");
-  if (scheme == std::string_view::npos || scheme == 0) return std::nullopt;
-  for (const char c : text) {  // what other parsers could read otherwise
-    if (static_cast<unsigned char>(c) <= ' ' || c == '\x7F' || c == '\\') return std::nullopt;
-  }
-  Url url{.scheme = Lower(text.substr(0, scheme)), .host = {}, .port = {}, .path = {}};
-  text.remove_prefix(scheme + 3);
-  const size_t end = std::min(text.find_first_of("/?#"), text.size());
-  url.path = text.substr(end);
-  std::string_view place = text.substr(0, end);
-  if (const size_t at = place.rfind('@'); at != std::string_view::npos) place.remove_prefix(at + 1);
-  size_t host_end = place.find(':');
-  if (place.starts_with('[')) {
-    const size_t bracket = place.find(']');
-    if (bracket == std::string_view::npos) return std::nullopt;
-    url.host = Lower(place.substr(1, bracket - 1));
-    place.remove_prefix(bracket + 1);
-    if (!place.empty() && place[0] != ':') return std::nullopt;
-    host_end = 0;
-  } else {
-    url.host = Lower(place.substr(0, host_end));
-    place = host_end == std::string_view::npos ? "" : place.substr(host_end);
-  }
-  if (!place.empty()) url.port = place.substr(1);
-  if (url.path.empty()) url.path = "/";
-  return url;
-}
 
 // '*' stands for any number of characters, `barrier` (if not 0) excepted.
 bool Matches(std::string_view pattern, std::string_view text, char barrier) {
@@ -80,88 +42,132 @@ bool Matches(std::string_view pattern, std::string_view text, char barrier) {
   return p == pattern.size();
 }
 
-bool HasDotSegment(std::string_view path) {
-  const std::string lower = Lower(path);
-  return lower.find("/..") != std::string::npos || lower.find("%2e") != std::string::npos;
+bool IsTest(std::string_view url) { return url == "test" || url.starts_with("test:"); }
+
+bool Allows(const std::string& pattern, const SourceUrl& url) {
+  if (IsTest(pattern)) return false;
+  const SourceUrl rule = ParseSourcePattern(pattern);
+  return rule.scheme == url.scheme && rule.port == url.port && Matches(rule.host, url.host, '.') &&
+         Matches(rule.path, url.path, 0);
 }
 
-bool Allows(const std::string& pattern, const Url& url) {
-  const auto rule = ParseUrl(pattern);
-  return rule && rule->scheme == url.scheme && rule->port == url.port &&
-         Matches(rule->host, url.host, '.') && Matches(rule->path, url.path, 0);
-}
+struct Network4 {
+  std::array<uint8_t, 4> base;
+  int bits;
+};
+// The special-purpose addresses of RFC 6890 and its registry.
+constexpr Network4 kSpecial4[] = {
+    {{0, 0, 0, 0}, 8},       {{10, 0, 0, 0}, 8},     {{100, 64, 0, 0}, 10},
+    {{127, 0, 0, 0}, 8},     {{169, 254, 0, 0}, 16}, {{172, 16, 0, 0}, 12},
+    {{192, 0, 0, 0}, 24},    {{192, 0, 2, 0}, 24},   {{192, 31, 196, 0}, 24},
+    {{192, 52, 193, 0}, 24}, {{192, 88, 99, 0}, 24}, {{192, 168, 0, 0}, 16},
+    {{192, 175, 48, 0}, 24}, {{198, 18, 0, 0}, 15},  {{198, 51, 100, 0}, 24},
+    {{203, 0, 113, 0}, 24},  {{224, 0, 0, 0}, 3},
+};
 
-bool Within(uint32_t address, std::array<uint8_t, 4> network, int bits) {
-  const uint32_t base =
-      uint32_t{network[0]} << 24 | network[1] << 16 | network[2] << 8 | network[3];
-  return (address ^ base) >> (32 - bits) == 0;
-}
-
-bool IsPublic4(uint32_t a) {
-  return !Within(a, {0, 0, 0, 0}, 8) && !Within(a, {10, 0, 0, 0}, 8) &&
-         !Within(a, {100, 64, 0, 0}, 10) && !Within(a, {127, 0, 0, 0}, 8) &&
-         !Within(a, {169, 254, 0, 0}, 16) && !Within(a, {172, 16, 0, 0}, 12) &&
-         !Within(a, {192, 0, 0, 0}, 24) && !Within(a, {192, 168, 0, 0}, 16) &&
-         !Within(a, {198, 18, 0, 0}, 15) && !Within(a, {224, 0, 0, 0}, 3);
-}
-
-bool IsPublic(const std::string& address) {
-  in_addr four;
-  if (inet_pton(AF_INET, address.c_str(), &four) == 1) return IsPublic4(ntohl(four.s_addr));
-  in6_addr six;
-  if (inet_pton(AF_INET6, address.c_str(), &six) != 1) return false;
-  const uint8_t* b = six.s6_addr;
-  const auto embedded = [&](int at) {
-    return IsPublic4(uint32_t{b[at]} << 24 | b[at + 1] << 16 | b[at + 2] << 8 | b[at + 3]);
+bool IsPublic4(const uint8_t* a) {
+  const auto number = [](const uint8_t* b) {
+    return uint32_t{b[0]} << 24 | uint32_t{b[1]} << 16 | uint32_t{b[2]} << 8 | b[3];
   };
-  if (IN6_IS_ADDR_V4MAPPED(&six)) return embedded(12);
-  if (b[0] == 0 && b[1] == 0x64 && b[2] == 0xFF && b[3] == 0x9B) return embedded(12);  // NAT64
-  if (b[0] == 0x20 && b[1] == 0x02) return embedded(2);                                // 6to4
-  return (b[0] & 0xE0) == 0x20;  // global unicast is 2000::/3 and nothing else
+  return std::none_of(std::begin(kSpecial4), std::end(kSpecial4), [&](const Network4& network) {
+    return (number(a) ^ number(network.base.data())) >> (32 - network.bits) == 0;
+  });
 }
 
-int HexDigit(char c) {
-  if (c >= '0' && c <= '9') return c - '0';
-  const char lower = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-  return lower >= 'a' && lower <= 'f' ? lower - 'a' + 10 : -1;
+bool IsPublic6(const uint8_t* a) {
+  // NAT64 (64:ff9b::/96) is the IPv4 address in its last part; its local kind (64:ff9b:1::/48) and
+  // the old ways of IPv4 within IPv6 (mapped, compatible, 6to4, Teredo) lead nowhere public.
+  constexpr uint8_t kNat64[12] = {0, 0x64, 0xFF, 0x9B};
+  if (std::equal(kNat64, kNat64 + 12, a)) return IsPublic4(a + 12);
+  const unsigned first = a[0] << 8 | a[1], second = a[2] << 8 | a[3];
+  if ((first & 0xE000) != 0x2000) return false;           // global unicast is 2000::/3
+  if (first == 0x2001 && second < 0x0200) return false;   // protocols: Teredo, ORCHID, benchmarks
+  if (first == 0x2001 && second == 0x0DB8) return false;  // documentation
+  if (first == 0x3FFF && second < 0x1000) return false;   // documentation
+  return first != 0x2002;                                 // 6to4
 }
 
-std::string PercentDecoded(const std::string& text, const std::string& url) {
+int HexDigit(char c) { return c <= '9' ? c - '0' : (c | 0x20) - 'a' + 10; }
+
+std::string PercentDecoded(const std::string& text) {  // well made, as ParseSourceUrl sees to
   std::string out;
   for (size_t i = 0; i < text.size(); ++i) {
     if (text[i] != '%') {
       out += text[i];
       continue;
     }
-    const int high = i + 2 < text.size() ? HexDigit(text[i + 1]) : -1;
-    const int low = i + 2 < text.size() ? HexDigit(text[i + 2]) : -1;
-    const int value = high < 0 || low < 0 ? 0 : high * 16 + low;
-    if (value == 0) throw InputError("[source] '" + url + "': the path is badly escaped");
-    out += static_cast<char>(value);
+    out += static_cast<char>(HexDigit(text[i + 1]) * 16 + HexDigit(text[i + 2]));
     i += 2;
   }
   return out;
 }
 
-std::string CheckFile(const std::string& url, const Url& parts, const SourceRules& rules) {
-  // The same words whether the file is missing or forbidden: nobody can look around.
-  const std::string refusal =
-      "[source] '" + url + "': expected a file in a directory that this server reads from";
-  if (!parts.host.empty() && parts.host != "localhost") throw InputError(refusal);
-  std::error_code error;
-  const fs::path file = fs::canonical(PercentDecoded(parts.path, url), error);
-  if (error || !fs::is_regular_file(file, error)) throw InputError(refusal);
-  for (const fs::path& directory : rules.directories) {
+bool IsBelow(const fs::path& file, const std::vector<fs::path>& directories) {
+  return std::any_of(directories.begin(), directories.end(), [&](const fs::path& directory) {
+    std::error_code error;
     const fs::path root = fs::canonical(directory, error);
-    if (error) continue;
-    if (std::mismatch(root.begin(), root.end(), file.begin(), file.end()).first == root.end()) {
-      return file.string();
-    }
+    return !error &&
+           std::mismatch(root.begin(), root.end(), file.begin(), file.end()).first == root.end();
+  });
+}
+
+// Opens first and then looks where it came out, so that nothing can be put in between.
+ApartInput CheckFile(const SourceUrl& url, const SourceRules& rules) {
+  // The same words whether the file is missing or forbidden: nobody can look around.
+  const auto refuse = [&] {
+    throw InputError("[source] '" + url.Label() +
+                     "': expected a file in a directory that this server reads from");
+  };
+  std::error_code error;
+  const fs::path path = fs::canonical(PercentDecoded(url.path), error);
+  if (error || !IsBelow(path, rules.directories)) refuse();
+  ApartInput input;
+  input.label = url.Label();
+  input.file = apart::UniqueFd(
+      open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY));
+  struct stat status = {};
+  if (!input.file || fstat(input.file.get(), &status) != 0 || !S_ISREG(status.st_mode)) refuse();
+  const fs::path opened =
+      fs::read_symlink("/proc/self/fd/" + std::to_string(input.file.get()), error);
+  if (error || !IsBelow(opened, rules.directories)) refuse();
+  return input;
+}
+
+std::vector<std::string> CheckedAddresses(const SourceUrl& url, const SourceRules& rules,
+                                          const Resolver& resolve) {
+  std::vector<std::string> addresses = resolve(url.host);
+  const bool all =
+      !addresses.empty() &&
+      (rules.private_addresses || std::all_of(addresses.begin(), addresses.end(), IsPublicAddress));
+  if (!all) {
+    throw InputError("[source] '" + url.Label() +
+                     "': has a private, local or reserved address, which this server's rules do "
+                     "not allow");
   }
-  throw InputError(refusal);
+  return addresses;
 }
 
 }  // namespace
+
+bool IsPublicAddress(const std::string& address) {
+  std::array<uint8_t, 16> bytes;
+  if (inet_pton(AF_INET, address.c_str(), bytes.data()) == 1) return IsPublic4(bytes.data());
+  if (inet_pton(AF_INET6, address.c_str(), bytes.data()) == 1) return IsPublic6(bytes.data());
+  return false;
+}
+
+void CheckRules(const SourceRules& rules) {
+  for (const std::string& pattern : rules.urls) {
+    if (IsTest(pattern)) continue;
+    try {
+      if (!ParseSourcePattern(pattern).is_file()) continue;
+    } catch (const InputError& error) {
+      throw InputError("[serve] source_urls: '" + pattern + "': " + error.what());
+    }
+    throw InputError("[serve] source_urls: '" + pattern +
+                     "': files are allowed by source_directories");
+  }
+}
 
 std::vector<std::string> ResolveHost(const std::string& host) {
   addrinfo hints = {};
@@ -182,36 +188,50 @@ std::vector<std::string> ResolveHost(const std::string& host) {
   return addresses;
 }
 
-std::string CheckSource(const std::string& url, const SourceRules& rules, const Resolver& resolve) {
-  if (url.starts_with("test:")) {
+ApartInput CheckSource(const std::string& text, const SourceRules& rules, const Resolver& resolve) {
+  ApartInput input;
+  if (IsTest(text)) {
     for (const std::string& pattern : rules.urls) {
-      if (pattern.starts_with("test:") && Matches(pattern, url, 0)) return url;
+      if (!IsTest(pattern) || !Matches(pattern, text, 0)) continue;
+      input.uri = input.label = text;
+      return input;
     }
   }
-  const auto parts = ParseUrl(url);
-  if (!parts) {
-    throw InputError(
-        "[source] expected http(s)://, rtsp(s):// or file:///PATH that this server "
-        "allows, got something else");
+  const SourceUrl url = ParseSourceUrl(text);
+  if (url.is_file()) return CheckFile(url, rules);
+  if (std::none_of(rules.urls.begin(), rules.urls.end(),
+                   [&](const std::string& pattern) { return Allows(pattern, url); })) {
+    throw InputError("[source] '" + url.Label() + "': this server's rules do not allow it");
   }
-  if (parts->scheme == "file") return CheckFile(url, *parts, rules);
+  input.uri = url.Text();
+  input.label = url.Label();
+  input.host = url.host;
+  for (std::string& address : CheckedAddresses(url, rules, resolve)) {
+    input.endpoints.push_back({.address = std::move(address), .port = url.port});
+  }
+  if (rules.playlists) {
+    input.further = [rules, resolve](const std::string& host) {
+      return CheckFurtherHost(host, rules, resolve);
+    };
+  }
+  return input;
+}
 
-  const std::string name = parts->scheme + "://" + parts->host;
-  const bool network = parts->scheme == "http" || parts->scheme == "https" ||
-                       parts->scheme == "rtsp" || parts->scheme == "rtsps";
-  const bool listed =
-      network && !parts->host.empty() && !HasDotSegment(parts->path) &&
-      std::any_of(rules.urls.begin(), rules.urls.end(),
-                  [&](const std::string& pattern) { return Allows(pattern, *parts); });
-  if (!listed) throw InputError("[source] '" + name + "': this server's rules do not allow it");
-  if (rules.private_addresses) return url;
-  const std::vector<std::string> addresses = resolve(parts->host);
-  if (addresses.empty() || !std::all_of(addresses.begin(), addresses.end(), IsPublic)) {
-    throw InputError("[source] '" + name +
-                     "': has a private, local or reserved address, which this server's rules do "
-                     "not allow");
+std::vector<Endpoint> CheckFurtherHost(const std::string& host, const SourceRules& rules,
+                                       const Resolver& resolve) {
+  std::vector<Endpoint> endpoints;
+  for (const std::string& pattern : rules.urls) {
+    if (IsTest(pattern)) continue;
+    SourceUrl rule = ParseSourcePattern(pattern);
+    if (!rule.scheme.starts_with("http") || rule.path != "/*") continue;
+    // Read as a URL's host is, whatever the playlist had.
+    const SourceUrl url = ParseSourceUrl(rule.scheme + "://" + host + "/");
+    if (!Matches(rule.host, url.host, '.')) continue;
+    for (std::string& address : CheckedAddresses(url, rules, resolve)) {
+      endpoints.push_back({.address = std::move(address), .port = rule.port});
+    }
   }
-  return url;
+  return endpoints;
 }
 
 }  // namespace sluice

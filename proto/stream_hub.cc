@@ -51,6 +51,7 @@ StreamHub::StreamHub(std::shared_ptr<const Vlm> model, Scheduler& streams, Metri
       scheduler(streams),
       clock(wall),
       calls(metrics.gauge("sluice_calls_open", "Session and Caption calls in progress.")),
+      sources(options.sources, options.decoder, metrics),
       metrics_(metrics),
       access_(service_options.tokens),
       pool_(std::make_unique<WorkerPool>(service_options.workers)),
@@ -354,8 +355,7 @@ void StreamHub::PlaySource(LiveStream& stream, const v1::OpenSource& request) {
   v1::SourceEnded& ended = *end.mutable_source_ended();
   try {
     const SourceOptions source_options = SourceOptionsOf(request.fps());
-    const std::shared_ptr<Source> source =
-        Source::Open(CheckSource(request.url(), options.sources), source_options);
+    const std::shared_ptr<Source> source = sources.Open(request.url(), source_options);
     const SourceInfo& info = source->info();
     if (stream.SourceIsOpen(source)) {
       v1::SessionResponse message;

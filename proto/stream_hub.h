@@ -14,6 +14,7 @@
 
 #include "proto/live_stream.h"
 #include "proto/service.h"
+#include "proto/source_opener.h"
 #include "proto/worker_pool.h"
 
 namespace sluice {
@@ -29,6 +30,7 @@ class StreamHub {
   Scheduler& scheduler;
   const Clock& clock;
   Gauge& calls;
+  SourceOpener sources;
   WorkerPool& pool() { return *pool_; }
 
   // The account behind a call's "authorization" metadata, or null.

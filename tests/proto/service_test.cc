@@ -921,7 +921,7 @@ TEST_F(ServiceTest, FramesBeyondTheTokensRateAreDropped) {
 }
 
 TEST_F(ServiceTest, SourcesThatTheRulesDoNotAllowAreNotOpened) {
-  options_.sources.urls = {"http://169.254.169.254/*", "http://localhost:*/*"};
+  options_.sources.urls = {"http://169.254.169.254/*", "http://localhost/*"};
   Start();
   OthersGoOnAfter([&] {
     Client client(port());
