@@ -3,21 +3,62 @@
 #include <gst/video/video.h>
 
 #include <algorithm>
+#include <array>
+#include <string_view>
 #include <utility>
 
 #include "runtime/error.h"
 #include "streaming/gst_source.h"
+#include "streaming/logging.h"
 
 namespace sluice {
 
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
+namespace {
+
+// Codecs whose pictures may need earlier ones. Of others a container's marks are not looked at.
+constexpr std::array<std::string_view, 7> kDeltaCodecs = {
+    "video/x-h264", "video/x-h265", "video/mpeg",  "video/x-vp8",
+    "video/x-vp9",  "video/x-av1",  "video/x-h263"};
+
+Orientation ToOrientation(GstVideoOrientationMethod method) {
+  switch (method) {
+    case GST_VIDEO_ORIENTATION_90R:
+      return Orientation::kTurnClockwise;
+    case GST_VIDEO_ORIENTATION_180:
+      return Orientation::kUpsideDown;
+    case GST_VIDEO_ORIENTATION_90L:
+      return Orientation::kTurnAnticlockwise;
+    case GST_VIDEO_ORIENTATION_HORIZ:
+      return Orientation::kMirrored;
+    case GST_VIDEO_ORIENTATION_VERT:
+      return Orientation::kFlipped;
+    case GST_VIDEO_ORIENTATION_UL_LR:
+      return Orientation::kTransposed;
+    case GST_VIDEO_ORIENTATION_UR_LL:
+      return Orientation::kTransversed;
+    default:
+      return Orientation::kUpright;
+  }
+}
+
+// As OnPicture wrote it.
+Orientation OrientationOf(GstBuffer* buffer) {
+  return static_cast<Orientation>(GST_BUFFER_OFFSET_END(buffer));
+}
+
+bool IsLying(Orientation how) { return how >= Orientation::kTransposed; }
+
+}  // namespace
+
 void GstSource::ReadFormat(GstSample* sample) {
   GstVideoInfo video;
   gst_video_info_from_caps(&video, gst_sample_get_caps(sample));
   info_.width = GST_VIDEO_INFO_WIDTH(&video);
   info_.height = GST_VIDEO_INFO_HEIGHT(&video);
+  if (IsLying(OrientationOf(gst_sample_get_buffer(sample)))) std::swap(info_.width, info_.height);
   if (info_.live || info_.duration) return;
 
   gint64 duration = 0;
@@ -36,25 +77,61 @@ void GstSource::ReadFormat(GstSample* sample) {
   }
 }
 
-// Only an acceleration: what comes before `begin` is passed over wherever it cannot be sought.
+bool GstSource::Seek(MediaTime target) {
+  Notify([](State& s) { s.first_after_seek.reset(); });
+  sought_ = true;
+  return gst_element_seek(pipeline_, 1.0, GST_FORMAT_TIME,
+                          static_cast<GstSeekFlags>(GST_SEEK_FLAG_FLUSH | GST_SEEK_FLAG_KEY_UNIT |
+                                                    GST_SEEK_FLAG_SNAP_BEFORE),
+                          GST_SEEK_TYPE_SET, origin_ns_ + target.nanoseconds(), GST_SEEK_TYPE_NONE,
+                          -1);
+}
+
+// The time of the first picture after a seek; none when the stream ends or breaks before one.
+std::optional<MediaTime> GstSource::FirstAfterSeek() {
+  const SteadyTime asked = steady_clock::now();
+  for (;;) {
+    const uint64_t seen = Events();
+    const bool ended = gst_app_sink_is_eos(sink_);
+    {
+      const std::lock_guard lock(state_.mutex);
+      if (state_.first_after_seek) return state_.first_after_seek;
+      if (ended || state_.past_end || state_.cancelled) return std::nullopt;
+    }
+    if (!WaitForChange(seen, asked, milliseconds(100))) return std::nullopt;
+  }
+}
+
+// Only an acceleration: what comes before `begin` is passed over wherever it cannot be sought. A
+// container's duration and its way from times to bytes may be guesses, so the first picture that
+// comes decides whether a seek went far enough back; the last resort is the stream's beginning.
 void GstSource::SeekToBegin() {
   if (!options_.begin || *options_.begin <= MediaTime()) return;
-  if (info_.duration && *options_.begin >= *info_.duration) {
-    Throw("begin is " + options_.begin->ToString() + ", but the stream ends at " +
-          info_.duration->ToString());
+  const MediaTime begin = *options_.begin;
+  // Where a seek does not land on a key frame, decoders cut the frame under the target short and
+  // move its time there; a little earlier, so that it is not taken for one that begins in range.
+  const MediaTime near = (info_.duration ? std::min(begin, *info_.duration) : begin) -
+                         MediaTime::FromNanoseconds(GST_MSECOND);
+  for (const double back_seconds : {0.0, 2.0, 10.0, 60.0}) {
+    const MediaTime target = std::max(near - MediaTime::FromSeconds(back_seconds), MediaTime());
+    if (target == MediaTime()) break;
+    if (!Seek(target)) {
+      if (back_seconds == 0) sought_ = false;  // nothing happened
+      if (back_seconds == 0) return;
+      break;
+    }
+    const std::optional<MediaTime> first = FirstAfterSeek();
+    if (first && *first <= begin) {
+      withheld_ = 0;  // between two key frames, where no seek can begin
+      return;
+    }
   }
-  // Decoders cut the frame under the target short and move its time there; a little earlier, so
-  // that it is not taken for one that begins in range.
-  const gint64 target =
-      origin_ns_ + std::max<int64_t>(options_.begin->nanoseconds() - GST_MSECOND, 0);
-  gst_element_seek(pipeline_, 1.0, GST_FORMAT_TIME,
-                   static_cast<GstSeekFlags>(GST_SEEK_FLAG_FLUSH | GST_SEEK_FLAG_ACCURATE),
-                   GST_SEEK_TYPE_SET, target, GST_SEEK_TYPE_NONE, -1);
+  if (sought_) Seek(MediaTime());
 }
 
 FramePtr GstSource::ToFrame(GstSample* sample) {
   GstBuffer* buffer = gst_sample_get_buffer(sample);
-  const MediaTime time = StreamTime(*gst_sample_get_segment(sample), GST_BUFFER_PTS(buffer));
+  const auto time = MediaTime::FromNanoseconds(static_cast<int64_t>(GST_BUFFER_OFFSET(buffer)));
   // The picture that a paused pipeline waits with is let through whatever the sampler says.
   if (options_.begin && time < *options_.begin) return nullptr;
 
@@ -65,14 +142,10 @@ FramePtr GstSource::ToFrame(GstSample* sample) {
     throw Error("[source] '" + request_.label + "': a picture cannot be read from memory");
   }
   auto frame = std::make_shared<Frame>();
-  frame->width = GST_VIDEO_FRAME_WIDTH(&mapped);
-  frame->height = GST_VIDEO_FRAME_HEIGHT(&mapped);
-  const size_t row_bytes = size_t{3} * frame->width;
-  frame->rgb.reserve(row_bytes * frame->height);
-  const auto* row = static_cast<const uint8_t*>(GST_VIDEO_FRAME_PLANE_DATA(&mapped, 0));
-  for (int y = 0; y < frame->height; ++y, row += GST_VIDEO_FRAME_PLANE_STRIDE(&mapped, 0)) {
-    frame->rgb.insert(frame->rgb.end(), row, row + row_bytes);
-  }
+  CopyUpright(static_cast<const uint8_t*>(GST_VIDEO_FRAME_PLANE_DATA(&mapped, 0)),
+              static_cast<size_t>(GST_VIDEO_FRAME_PLANE_STRIDE(&mapped, 0)),
+              GST_VIDEO_FRAME_WIDTH(&mapped), GST_VIDEO_FRAME_HEIGHT(&mapped),
+              OrientationOf(buffer), *frame);
   gst_video_frame_unmap(&mapped);
   frame->time = time;
   frame->index = delivered_++;
@@ -81,11 +154,85 @@ FramePtr GstSource::ToFrame(GstSample* sample) {
 
 // ---- On GStreamer's threads -----------------------------------------------------------------
 
-GstPadProbeReturn GstSource::OnDecoderInput(GstPad*, GstPadProbeInfo*, gpointer data) {
-  State& state = static_cast<GstSource*>(data)->state_;
-  const std::lock_guard lock(state.mutex);
-  state.last_data = steady_clock::now();
+GstPadProbeReturn GstSource::OnDecoderInput(GstPad* pad, GstPadProbeInfo* info, gpointer data) {
+  auto* input = static_cast<DecoderInput*>(data);
+  GstSource* self = input->source;
+  if (!(GST_PAD_PROBE_INFO_TYPE(info) & GST_PAD_PROBE_TYPE_BUFFER)) {
+    GstEvent* event = GST_PAD_PROBE_INFO_EVENT(info);
+    if (GST_EVENT_TYPE(event) == GST_EVENT_CAPS) {
+      GstCaps* caps = nullptr;
+      gst_event_parse_caps(event, &caps);
+      const std::string type = MediaType(caps);
+      input->has_delta_pictures =
+          std::find(kDeltaCodecs.begin(), kDeltaCodecs.end(), type) != kDeltaCodecs.end();
+      input->stream_id = StreamId(pad);
+      input->counted = type == "video/x-h264" || type == "video/x-h265";
+    } else if (GST_EVENT_TYPE(event) == GST_EVENT_SEGMENT) {
+      gst_event_copy_segment(event, &input->segment);
+    } else if (GST_EVENT_TYPE(event) == GST_EVENT_FLUSH_STOP) {
+      input->started = false;
+    }
+    return GST_PAD_PROBE_OK;
+  }
+  {
+    const std::lock_guard lock(self->state_.mutex);
+    self->state_.last_data = steady_clock::now();
+    if (!self->state_.IsChosen(input->stream_id)) return GST_PAD_PROBE_OK;
+  }
+  GstBuffer* buffer = GST_PAD_PROBE_INFO_BUFFER(info);
+  const bool delta =
+      input->has_delta_pictures && GST_BUFFER_FLAG_IS_SET(buffer, GST_BUFFER_FLAG_DELTA_UNIT);
+  if (delta && !input->started) {
+    // A decoder would show what it lacks in grey.
+    self->NoteWithheld();
+    return GST_PAD_PROBE_DROP;
+  }
+  input->started = true;
+  const GstClockTime pts = GST_BUFFER_PTS(buffer);
+  const bool shown = !GST_CLOCK_TIME_IS_VALID(pts) || input->segment.format != GST_FORMAT_TIME ||
+                     gst_segment_clip(&input->segment, GST_FORMAT_TIME, pts, pts, nullptr, nullptr);
+  if (input->counted && shown) ++self->fed_;
   return GST_PAD_PROBE_OK;
+}
+
+// A picture that cannot be shown, since those it needs came before the start. It is a sign of life.
+void GstSource::NoteWithheld() {
+  const bool first = withheld_++ == 0;
+  {
+    const std::lock_guard lock(state_.mutex);
+    state_.last_picture = steady_clock::now();
+  }
+  if (first && !sought_) {
+    Logger()->warn(
+        "[source] '{}' does not begin with a key frame; nothing is shown until one comes",
+        request_.label);
+  }
+}
+
+std::vector<std::string> GstSource::LeftOut() const {
+  std::vector<std::string> parts;
+  if (withheld_ > 0) {
+    parts.push_back(std::to_string(withheld_) +
+                    " pictures before the first key frame could not be shown");
+  }
+  if (corrupted_ > 0) parts.push_back(std::to_string(corrupted_) + " pictures are damaged");
+  return parts;
+}
+
+// GStreamer's reader of MP4 passes over the range that a file's header states.
+void GstSource::ReplaceRange(GstPadProbeInfo* info, GstVideoInfo video) const {
+  if (!request_.container.full_range || !GST_VIDEO_INFO_IS_YUV(&video)) return;
+  if (video.colorimetry.range == GST_VIDEO_COLOR_RANGE_0_255) return;
+  video.colorimetry.range = GST_VIDEO_COLOR_RANGE_0_255;
+  const GChars colorimetry(gst_video_colorimetry_to_string(&video.colorimetry));
+  GstCaps* before = nullptr;
+  gst_event_parse_caps(GST_PAD_PROBE_INFO_EVENT(info), &before);
+  const CapsPtr caps(gst_caps_copy(before));
+  gst_caps_set_simple(caps.get(), "colorimetry", G_TYPE_STRING, colorimetry.get(), nullptr);
+  GstEvent* event = gst_event_new_caps(caps.get());
+  gst_event_set_seqnum(event, gst_event_get_seqnum(GST_PAD_PROBE_INFO_EVENT(info)));
+  gst_event_unref(GST_PAD_PROBE_INFO_EVENT(info));
+  GST_PAD_PROBE_INFO_DATA(info) = event;
 }
 
 bool GstSource::RefuseIfTooLarge(int width, int height) {
@@ -100,7 +247,7 @@ bool GstSource::RefuseIfTooLarge(int width, int height) {
 MediaTime GstSource::StreamTime(const GstSegment& segment, GstClockTime pts) const {
   guint64 position = 0;
   const int sign = gst_segment_to_stream_time_full(&segment, GST_FORMAT_TIME, pts, &position);
-  const int64_t origin = origin_ns_ == kNoOrigin ? 0 : origin_ns_.load();
+  const int64_t origin = origin_ns_ == kNoOrigin ? joined_at_ns_ : origin_ns_ - joined_at_ns_;
   return MediaTime::FromNanoseconds((sign < 0 ? -1 : 1) * static_cast<int64_t>(position) - origin);
 }
 
@@ -113,9 +260,28 @@ GstPadProbeReturn GstSource::OnDecoded(GstPad*, GstPadProbeInfo* info, gpointer 
       gst_event_copy_segment(event, &self->segment_);
       self->previous_pts_ = GST_CLOCK_TIME_NONE;
       break;
+    case GST_EVENT_GAP:
+      // A paused sink would take it for its first picture and wait with nothing to show.
+      return GST_PAD_PROBE_DROP;
+    case GST_EVENT_STREAM_START:
+      self->orientation_ = Orientation::kUpright;
+      self->new_part_ = self->origin_ns_ != kNoOrigin;
+      break;
+    case GST_EVENT_TAG: {
+      GstTagList* tags = nullptr;
+      gst_event_parse_tag(event, &tags);
+      GstVideoOrientationMethod method = GST_VIDEO_ORIENTATION_IDENTITY;
+      if (gst_video_orientation_from_tag(tags, &method)) self->orientation_ = ToOrientation(method);
+      break;
+    }
     case GST_EVENT_FLUSH_STOP:
       self->sampler_.Reset();
-      self->Notify([](State& s) { s.past_end = false; });
+      self->clean_ = self->new_part_ = false;
+      self->withheld_ = self->corrupted_ = self->joined_at_ns_ = 0;
+      self->Notify([](State& s) {
+        s.past_end = false;
+        s.first_after_seek.reset();
+      });
       break;
     case GST_EVENT_CAPS: {
       GstCaps* caps = nullptr;
@@ -123,6 +289,7 @@ GstPadProbeReturn GstSource::OnDecoded(GstPad*, GstPadProbeInfo* info, gpointer 
       GstVideoInfo video;
       if (!gst_video_info_from_caps(&video, caps)) break;
       self->RefuseIfTooLarge(video.width, video.height);
+      self->ReplaceRange(info, video);
       self->frame_duration_ = video.fps_n > 0
                                   ? gst_util_uint64_scale(GST_SECOND, video.fps_d, video.fps_n)
                                   : GST_CLOCK_TIME_NONE;
@@ -148,6 +315,15 @@ GstClockTime GstSource::MissingPts(SteadyTime now) const {
 GstPadProbeReturn GstSource::OnPicture(GstPadProbeInfo* info) {
   GstBuffer* buffer = GST_PAD_PROBE_INFO_BUFFER(info);
   const SteadyTime now = steady_clock::now();
+  ++decoded_;
+  if (GST_BUFFER_FLAG_IS_SET(buffer, GST_BUFFER_FLAG_CORRUPTED)) {
+    if (!clean_) {  // it needs pictures that came before the start
+      NoteWithheld();
+      return GST_PAD_PROBE_DROP;
+    }
+    ++corrupted_;
+  }
+  clean_ = true;
   if (!GST_BUFFER_PTS_IS_VALID(buffer)) {
     buffer = gst_buffer_make_writable(buffer);
     GST_BUFFER_PTS(buffer) = MissingPts(now);
@@ -159,22 +335,40 @@ GstPadProbeReturn GstSource::OnPicture(GstPadProbeInfo* info) {
 
   const bool first = origin_ns_ == kNoOrigin;
   if (first) origin_ns_ = StreamTime(segment_, pts).nanoseconds();
-  const MediaTime time = StreamTime(segment_, pts);
+  MediaTime time = StreamTime(segment_, pts);
+  if (std::exchange(new_part_, false) && time.nanoseconds() <= newest_ns_) {
+    // Its clock begins again; it goes on where the part before ended.
+    const int64_t step = GST_CLOCK_TIME_IS_VALID(frame_duration_)
+                             ? static_cast<int64_t>(frame_duration_)
+                             : 40 * GST_MSECOND;
+    joined_at_ns_ += newest_ns_ + step - time.nanoseconds();
+    time = StreamTime(segment_, pts);
+  }
   newest_ns_ = time.nanoseconds();
   FrameSampler::Verdict verdict = sampler_.Decide(time);
   bool refused = false;
   {
     const std::lock_guard lock(state_.mutex);
     state_.last_picture = now;
+    if (!state_.first_after_seek) {
+      state_.first_after_seek = time;
+      ++state_.events;
+    }
     refused = !state_.refusal.empty();
   }
   if (refused) verdict = FrameSampler::Verdict::kEnd;
   switch (verdict) {
-    case FrameSampler::Verdict::kTake:
-      return GST_PAD_PROBE_OK;
     case FrameSampler::Verdict::kSkip:
       // A paused pipeline needs a picture to show its format.
-      return first ? GST_PAD_PROBE_OK : GST_PAD_PROBE_DROP;
+      if (!first) return GST_PAD_PROBE_DROP;
+      [[fallthrough]];
+    case FrameSampler::Verdict::kTake:
+      // These two travel with the picture in fields that no element after this one reads.
+      buffer = gst_buffer_make_writable(buffer);
+      GST_BUFFER_OFFSET(buffer) = static_cast<guint64>(time.nanoseconds());
+      GST_BUFFER_OFFSET_END(buffer) = static_cast<guint64>(orientation_);
+      GST_PAD_PROBE_INFO_DATA(info) = buffer;
+      return GST_PAD_PROBE_OK;
     case FrameSampler::Verdict::kEnd:
       break;
   }

@@ -17,8 +17,20 @@ namespace {
 constexpr int kTestWidth = 640, kTestHeight = 480, kTestFps = 30;
 
 const char* PackageOf(std::string_view factory) {
-  if (factory == "videoflip" || factory == "v4l2src") return "gstreamer1.0-plugins-good";
+  if (factory == "v4l2src") return "gstreamer1.0-plugins-good";
   return "gstreamer1.0-plugins-base";
+}
+
+using FactoryListPtr = std::unique_ptr<GList, GDeleter<gst_plugin_feature_list_free>>;
+
+bool IsDemuxer(GstElementFactory* factory) {
+  return factory && gst_element_factory_list_is_type(factory, GST_ELEMENT_FACTORY_TYPE_DEMUXER);
+}
+
+bool IsDemuxerPad(GstPad* pad) {
+  const PadPtr inner = InnermostPad(pad);
+  const ElementPtr parent(inner ? gst_pad_get_parent_element(inner.get()) : nullptr);
+  return parent && IsDemuxer(gst_element_get_factory(parent.get()));
 }
 
 }  // namespace
@@ -34,15 +46,13 @@ GstElement* GstSource::Add(const char* factory) {
 }
 
 void GstSource::BuildOutput() {
-  flip_ = Add("videoflip");
-  gst_util_set_object_arg(G_OBJECT(flip_), "video-direction", "auto");
-  GstElement* convert = Add("videoconvert");
+  convert_ = Add("videoconvert");
   GstElement* sink = Add("appsink");
   sink_ = GST_APP_SINK(sink);
   const CapsPtr rgb(gst_caps_new_simple("video/x-raw", "format", G_TYPE_STRING, "RGB", nullptr));
   g_object_set(sink, "caps", rgb.get(), "sync", FALSE, "max-buffers", 1u, "enable-last-sample",
                FALSE, nullptr);
-  gst_element_link_many(flip_, convert, sink, nullptr);
+  gst_element_link(convert_, sink);
 
   GstAppSinkCallbacks callbacks = {};
   callbacks.new_preroll = [](GstAppSink*, gpointer self) {
@@ -58,7 +68,7 @@ void GstSource::BuildOutput() {
   };
   gst_app_sink_set_callbacks(sink_, &callbacks, this, nullptr);
 
-  const PadPtr pad(gst_element_get_static_pad(flip_, "sink"));
+  const PadPtr pad(gst_element_get_static_pad(convert_, "sink"));
   gst_pad_add_probe(
       pad.get(),
       static_cast<GstPadProbeType>(GST_PAD_PROBE_TYPE_BUFFER | GST_PAD_PROBE_TYPE_EVENT_DOWNSTREAM |
@@ -68,6 +78,7 @@ void GstSource::BuildOutput() {
 
 void GstSource::WatchDecodebin(GstElement* bin) {
   g_signal_connect(bin, "autoplug-continue", G_CALLBACK(&GstSource::OnAutoplugContinue), this);
+  g_signal_connect(bin, "autoplug-factories", G_CALLBACK(&GstSource::OnAutoplugFactories), this);
   g_signal_connect(bin, "unknown-type", G_CALLBACK(&GstSource::OnUnknownType), this);
   g_signal_connect(bin, "pad-added", G_CALLBACK(&GstSource::OnPadAdded), this);
   g_signal_connect(bin, "no-more-pads", G_CALLBACK(&GstSource::OnNoMorePads), this);
@@ -113,7 +124,7 @@ void GstSource::BuildInput() {
       const CapsPtr caps(gst_caps_new_simple("video/x-raw", "width", G_TYPE_INT, kTestWidth,
                                              "height", G_TYPE_INT, kTestHeight, "framerate",
                                              GST_TYPE_FRACTION, kTestFps, 1, nullptr));
-      gst_element_link_filtered(test, flip_, caps.get());
+      gst_element_link_filtered(test, convert_, caps.get());
       info_.codec = "test pattern";
       state_.video_linked = true;
       return;
@@ -123,23 +134,87 @@ void GstSource::BuildInput() {
 
 // ---- On GStreamer's threads -----------------------------------------------------------------
 
-// Only what may lead to pictures is taken apart further; sound and text are left as they are.
-gboolean GstSource::OnAutoplugContinue(GstElement*, GstPad*, GstCaps* caps, gpointer data) {
+// Sound and text outside containers, as from RTSP, are left as they are.
+gboolean GstSource::OnAutoplugContinue(GstElement*, GstPad* pad, GstCaps* caps, gpointer data) {
   if (gst_caps_is_empty(caps) || gst_caps_is_any(caps)) return TRUE;
   auto* self = static_cast<GstSource*>(data);
   const GstStructure* format = gst_caps_get_structure(caps, 0);
-  const std::string_view name = gst_structure_get_name(format);
   int width = 0, height = 0;
   if (gst_structure_get_int(format, "width", &width) &&
       gst_structure_get_int(format, "height", &height) && self->RefuseIfTooLarge(width, height)) {
     return FALSE;
   }
-  if (name == "application/x-rtp") {
+  if (gst_structure_has_name(format, "application/x-rtp")) {
     const gchar* media = gst_structure_get_string(format, "media");
     return !media || std::string_view(media) == "video";
   }
-  return !name.starts_with("audio/") && !name.starts_with("text/") &&
-         !name.starts_with("subpicture/");
+  const std::string type = MediaType(caps);
+  return IsDemuxerPad(pad) || !(type.starts_with("audio/") || type.starts_with("text/") ||
+                                type.starts_with("subpicture/"));
+}
+
+// Of a container only the stream that is shown is taken apart further. The others get no queue and
+// no thread, however many there are, and nobody waits for them.
+GValueArray* GstSource::OnAutoplugFactories(GstElement*, GstPad* pad, GstCaps* caps,
+                                            gpointer data) {
+  G_GNUC_BEGIN_IGNORE_DEPRECATIONS  // the signal's type is older than what replaced it
+      const FactoryListPtr all(gst_element_factory_list_get_elements(
+          GST_ELEMENT_FACTORY_TYPE_DECODABLE, GST_RANK_MARGINAL));
+  const FactoryListPtr able(
+      gst_element_factory_list_filter(all.get(), caps, GST_PAD_SINK, gst_caps_is_fixed(caps)));
+  const bool wanted = static_cast<GstSource*>(data)->IsWanted(pad, caps, able.get());
+  GValueArray* plugged = g_value_array_new(0);
+  const FactoryListPtr sorted(
+      g_list_sort(gst_plugin_feature_list_copy(wanted ? able.get() : nullptr),
+                  gst_plugin_feature_rank_compare_func));
+  for (const GList* at = sorted.get(); at; at = at->next) {
+    GValue value = G_VALUE_INIT;
+    g_value_init(&value, G_TYPE_OBJECT);
+    g_value_set_object(&value, at->data);
+    g_value_array_append(plugged, &value);
+    g_value_unset(&value);
+  }
+  G_GNUC_END_IGNORE_DEPRECATIONS
+  return plugged;
+}
+
+// Whether what comes out of `pad` is taken apart further by one of `able`. Of several video streams
+// the one that the container marks as its default, else the first.
+bool GstSource::IsWanted(GstPad* pad, GstCaps* caps, const GList* able) {
+  const PadPtr inner = InnermostPad(pad);
+  if (!IsDemuxerPad(pad)) return true;
+  const ElementPtr parent(gst_pad_get_parent_element(inner.get()));
+  const std::string type = MediaType(caps);
+  for (const GList* at = able; at; at = at->next) {
+    if (IsDemuxer(GST_ELEMENT_FACTORY(at->data))) return true;  // one container inside another
+  }
+  if (!type.starts_with("video/") && !type.starts_with("image/")) {
+    Notify([&](State& s) { s.other_streams.insert(type); });
+    return false;
+  }
+  if (!able) return true;  // named as a codec without a decoder
+  const std::string id = StreamId(inner.get());
+  GstStreamFlags flags = GST_STREAM_FLAG_NONE;
+  const EventPtr start(gst_pad_get_sticky_event(inner.get(), GST_EVENT_STREAM_START, 0));
+  if (start) gst_event_parse_stream_flags(start.get(), &flags);
+  const int rank = flags & GST_STREAM_FLAG_SELECT ? 2 : flags & GST_STREAM_FLAG_UNSELECT ? 0 : 1;
+  const std::lock_guard lock(state_.mutex);
+  if (state_.choosing == parent.get()) {
+    if (rank <= state_.chosen_rank) return false;
+    state_.chosen.back() = id;
+  } else {
+    state_.choosing = parent.get();
+    state_.chosen.push_back(id);
+  }
+  state_.chosen_rank = rank;
+  return true;
+}
+
+// A demuxer that finds more streams later has come to another part of a joined recording.
+void GstSource::OnDemuxerNoMorePads(GstElement*, gpointer data) {
+  State& state = static_cast<GstSource*>(data)->state_;
+  const std::lock_guard lock(state.mutex);
+  state.choosing = nullptr;
 }
 
 void GstSource::OnUnknownType(GstElement*, GstPad*, GstCaps* caps, gpointer data) {
@@ -155,19 +230,29 @@ void GstSource::OnPadAdded(GstElement*, GstPad* pad, gpointer data) {
   auto* self = static_cast<GstSource*>(data);
   const CapsPtr caps(gst_pad_query_caps(pad, nullptr));
   const std::string type = MediaType(caps.get());
-  bool is_first_video = false;
+  bool shown = false, first = false;
   if (type == "video/x-raw") {
-    self->Notify([&](State& s) { is_first_video = !std::exchange(s.video_linked, true); });
+    const PadPtr inner = InnermostPad(pad);
+    const std::string id = inner ? StreamId(inner.get()) : "";
+    self->Notify([&](State& s) {
+      first = !s.video_linked;
+      shown = first || s.IsChosen(id);
+      s.video_linked = true;
+    });
   } else if (!type.starts_with("video/") && !type.starts_with("image/")) {
     self->Notify([&](State& s) { s.other_streams.insert(type); });
   }
-  if (is_first_video) {
-    self->info_.codec = CodecBehind(pad);
-    const PadPtr flip_sink(gst_element_get_static_pad(self->flip_, "sink"));
-    if (gst_pad_link(pad, flip_sink.get()) != GST_PAD_LINK_OK) {
+  if (shown) {
+    if (first) self->info_.codec = CodecBehind(pad);
+    const PadPtr sink(gst_element_get_static_pad(self->convert_, "sink"));
+    // Where recordings are joined, the next part's stream takes the place of the one that ended.
+    const PadPtr before(gst_pad_get_peer(sink.get()));
+    if (before && GST_PAD_IS_EOS(before.get())) gst_pad_unlink(before.get(), sink.get());
+    if (gst_pad_link(pad, sink.get()) == GST_PAD_LINK_OK) return;
+    if (first) {
       self->Notify([](State& s) { s.refusal = "decoded pictures are in no format we can read"; });
+      return;
     }
-    return;
   }
   // Streams nobody reads run into a sink, so that demuxers never trip over them.
   GstElement* drain = gst_element_factory_make("fakesink", nullptr);
@@ -178,16 +263,20 @@ void GstSource::OnPadAdded(GstElement*, GstPad* pad, gpointer data) {
   gst_pad_link(pad, drain_pad.get());
 }
 
+bool GstSource::State::IsChosen(const std::string& id) const {
+  return chosen.empty() || std::find(chosen.begin(), chosen.end(), id) != chosen.end();
+}
+
+std::string GstSource::State::NoVideo() const {
+  if (!missing.empty()) return missing;
+  std::string found;
+  for (const std::string& type : other_streams) found += (found.empty() ? "" : ", ") + type;
+  return "no video stream; found " + (found.empty() ? "nothing" : found);
+}
+
 void GstSource::OnNoMorePads(GstElement*, gpointer data) {
   static_cast<GstSource*>(data)->Notify([](State& s) {
-    if (s.video_linked || !s.refusal.empty()) return;
-    if (!s.missing.empty()) {
-      s.refusal = s.missing;
-      return;
-    }
-    std::string found;
-    for (const std::string& type : s.other_streams) found += (found.empty() ? "" : ", ") + type;
-    s.refusal = "no video stream; found " + (found.empty() ? "nothing" : found);
+    if (!s.video_linked && s.refusal.empty()) s.refusal = s.NoVideo();
   });
 }
 
@@ -213,14 +302,23 @@ void GstSource::OnElementAdded(GstBin*, GstBin*, GstElement* element, gpointer d
   }
   const gchar* klass = gst_element_get_metadata(element, GST_ELEMENT_METADATA_KLASS);
   const std::string_view role = klass ? klass : "";
+  if (IsDemuxer(gst_element_get_factory(element))) {
+    g_signal_connect(element, "no-more-pads", G_CALLBACK(&GstSource::OnDemuxerNoMorePads), self);
+  }
   if (role.find("Demuxer") != role.npos || role.find("Parser") != role.npos) {
     const std::lock_guard lock(self->state_.mutex);
     self->state_.demuxers.emplace_back(GST_ELEMENT(gst_object_ref(element)));
-  } else if (role.find("Decoder/Video") != role.npos) {
+  } else if (role.find("Decoder/Video") != role.npos || role.find("Decoder/Image") != role.npos) {
     const PadPtr pad(gst_element_get_static_pad(element, "sink"));
     if (!pad) return;
-    gst_pad_add_probe(pad.get(), GST_PAD_PROBE_TYPE_BUFFER, &GstSource::OnDecoderInput, self,
-                      nullptr);
+    auto* input = new DecoderInput;
+    input->source = self;
+    gst_pad_add_probe(pad.get(),
+                      static_cast<GstPadProbeType>(GST_PAD_PROBE_TYPE_BUFFER |
+                                                   GST_PAD_PROBE_TYPE_EVENT_DOWNSTREAM |
+                                                   GST_PAD_PROBE_TYPE_EVENT_FLUSH),
+                      &GstSource::OnDecoderInput, input,
+                      [](gpointer input) { delete static_cast<DecoderInput*>(input); });
   }
 }
 

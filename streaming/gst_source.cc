@@ -21,6 +21,12 @@ constexpr milliseconds kAfterError{300};
 // How often a source that has shown nothing yet is looked after.
 constexpr milliseconds kBetweenLooks{100};
 
+// Decoders that are missed are named where a video stream finds none; others nobody misses.
+bool IsMissingDecoder(GstMessage* message) {
+  const gchar* type = gst_structure_get_string(gst_message_get_structure(message), "type");
+  return type && std::string_view(type) == "decoder";
+}
+
 }  // namespace
 
 GstSource::GstSource(SourceRequest request, const SourceOptions& options)
@@ -151,8 +157,13 @@ void GstSource::WaitForFormat() {
     if (hopeless || !WaitForChange(seen, asked, kBetweenLooks)) {
       const std::lock_guard lock(state_.mutex);
       if (!state_.missing.empty()) Throw(state_.missing);
+      if (!state_.video_linked && !state_.other_streams.empty()) Throw(state_.NoVideo());
       if (!state_.error.empty()) Throw(state_.error);
       if (!gave_up.empty()) Throw(gave_up);
+      if (withheld_ > 0) {
+        Throw("none of its " + std::to_string(withheld_) +
+              " pictures is a key frame, so none can be shown");
+      }
       Throw("the stream holds no picture; expected at least one video frame");
     }
   }
@@ -184,6 +195,13 @@ FramePtr GstSource::Next() {
   return nullptr;
 }
 
+// Adds what a reader did not get to the warning.
+void GstSource::Warn(const std::vector<std::string>& left_out) {
+  for (const std::string& part : left_out) {
+    warning_ = warning_ ? *warning_ + "; " + part : "[source] '" + request_.label + "': " + part;
+  }
+}
+
 FramePtr GstSource::Finish() {
   ended_ = true;
   std::string refusal, error;
@@ -196,7 +214,10 @@ FramePtr GstSource::Finish() {
   }
   gst_element_set_state(pipeline_, GST_STATE_NULL);  // stops decoding what nobody will look at
   if (!refusal.empty()) Throw(refusal);
-  if (past_end) return nullptr;
+  if (past_end) {
+    Warn(LeftOut());
+    return nullptr;
+  }
 
   const MediaTime newest = MediaTime::FromNanoseconds(newest_ns_);
   const std::string so_far = std::to_string(delivered_) + " frames";
@@ -205,19 +226,21 @@ FramePtr GstSource::Finish() {
     if (info_.live) Throw("the stream broke after " + so_far + ": " + error);
     warning_ = "[source] '" + request_.label + "' is damaged and ended at " + newest.ToString() +
                " after " + so_far + ": " + error;
-  } else if (!request_.cut_off.empty()) {
+  } else if (!request_.container.cut_off.empty()) {
     warning_ = "[source] '" + request_.label + "' ended at " + newest.ToString() + " after " +
-               so_far + ": " + request_.cut_off;
-  } else if (info_.duration && !info_.live) {
-    // Many containers end without complaint where their bytes end. Sound that outlasts the picture
-    // a little is no damage.
-    const double missing = (*info_.duration - newest).seconds();
-    if (missing > std::max(1.0, 0.05 * info_.duration->seconds())) {
-      warning_ = "[source] '" + request_.label + "' ended at " + newest.ToString() +
-                 ", but promised to last until " + info_.duration->ToString() +
-                 "; it may be cut off";
-    }
+               so_far + ": " + request_.container.cut_off;
   }
+  if (error.empty() && delivered_ == 0 && options_.begin && newest < *options_.begin) {
+    Throw("begin is " + options_.begin->ToString() + ", but the stream ends at " +
+          newest.ToString());
+  }
+  std::vector<std::string> left_out = LeftOut();
+  if (!request_.container.joined.empty()) left_out.push_back(request_.container.joined);
+  if (!sought_ && fed_ > decoded_) {
+    left_out.push_back(std::to_string(fed_ - decoded_) + " of " + std::to_string(fed_) +
+                       " pictures could not be decoded");
+  }
+  Warn(left_out);
   return nullptr;
 }
 
@@ -238,7 +261,7 @@ GstBusSyncReply GstSource::OnMessage(GstBus*, GstMessage* message, gpointer data
     Logger()->debug("'{}': {}", self->request_.label, line);
   } else if (GST_MESSAGE_TYPE(message) == GST_MESSAGE_WARNING) {
     Logger()->debug("'{}': {}", self->request_.label, Describe(message));
-  } else if (gst_is_missing_plugin_message(message)) {
+  } else if (gst_is_missing_plugin_message(message) && !IsMissingDecoder(message)) {
     const GChars what(gst_missing_plugin_message_get_description(message));
     self->Notify([&](State& s) {
       if (s.missing.empty()) s.missing = std::string("no plugin for ") + what.get();

@@ -2,9 +2,9 @@
 //
 //   uridecodebin | v4l2src ! decodebin | videotestsrc      everything up to decoded pictures
 //     -> probe      picks frames by time stamp and drops the others before they cost anything more
-//     -> videoflip  turns pictures upright as the file's orientation tag says
 //     -> videoconvert ! RGB     the stream's own colour matrix and range; never scales
-//     -> appsink    one picture waits; when it is taken, one row-wise copy makes the Frame
+//     -> appsink    one picture waits; when it is taken, one copy, which turns it upright, makes
+//                   the Frame
 //
 // GStreamer's threads run the pipeline; they hand over through `State` and never call out.
 // gst_pipeline.cc builds it, gst_picture.cc sees the pictures, gst_source.cc waits and ends.
@@ -13,6 +13,7 @@
 
 #include <gst/app/gstappsink.h>
 #include <gst/gst.h>
+#include <gst/video/video.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -22,9 +23,11 @@
 #include <string>
 #include <vector>
 
+#include "streaming/container_file.h"
 #include "streaming/frame_sampler.h"
 #include "streaming/gst_types.h"
 #include "streaming/source.h"
+#include "vision/orientation.h"
 
 namespace sluice {
 
@@ -32,10 +35,10 @@ namespace sluice {
 struct SourceRequest {
   enum class Kind { kUri, kCamera, kTest };
   Kind kind = Kind::kUri;
-  std::string label;         // as given, without passwords: for messages
-  std::string location;      // URI, device or videotestsrc pattern
-  double test_seconds = 0;   // of a test source; 0: live and endless
-  std::string cut_off = {};  // of a file that is shorter than its header says: both sizes
+  std::string label;        // as given, without passwords: for messages
+  std::string location;     // URI, device or videotestsrc pattern
+  double test_seconds = 0;  // of a test source; 0: live and endless
+  ContainerFacts container = {};
   // No redirect is followed, RTSP keeps to its one TCP connection: for URIs that were checked.
   bool one_place = false;
 };
@@ -72,9 +75,29 @@ class GstSource final : public Source {
     std::string error;                    // the first thing GStreamer reported
     std::string missing;                  // a decoder or demuxer that is not installed
     std::set<std::string> other_streams;  // media types that are not video
-    std::vector<ElementPtr> demuxers;     // elements that read containers by themselves
-    SteadyTime last_picture;              // when a decoded picture last came by
-    SteadyTime last_data;                 // when a video decoder was last fed
+    // Of the video streams that demuxers found, those to show, one after the other. While a demuxer
+    // still finds streams, the last of them may give way to one that ranks higher.
+    std::vector<std::string> chosen;
+    const GstElement* choosing = nullptr;  // compared only
+    int chosen_rank = 0;
+    std::vector<ElementPtr> demuxers;           // elements that read containers by themselves
+    std::optional<MediaTime> first_after_seek;  // the first picture since the last seek
+    SteadyTime last_picture;                    // when a decoded picture last came by
+    SteadyTime last_data;                       // when a video decoder was last fed
+
+    bool IsChosen(const std::string& id) const;  // also before there was a choice
+    // What is wrong with a source without a video stream.
+    std::string NoVideo() const;
+  };
+
+  // What is known of a stream where it enters its decoder.
+  struct DecoderInput {
+    GstSource* source;
+    bool has_delta_pictures = false;  // pictures that are decoded from others
+    bool counted = false;             // each buffer is one picture
+    std::string stream_id;
+    bool started = false;  // a key frame came since the start or the last seek
+    GstSegment segment = {};
   };
 
   // Building.
@@ -91,7 +114,11 @@ class GstSource final : public Source {
   void WaitForFormat();
   std::string DemuxerGaveUp();
   void SeekToBegin();
+  bool Seek(MediaTime target);
+  std::optional<MediaTime> FirstAfterSeek();
+  std::vector<std::string> LeftOut() const;
   FramePtr Finish();
+  void Warn(const std::vector<std::string>& left_out);
   FramePtr ToFrame(GstSample* sample);
   void ReadFormat(GstSample* sample);
   [[noreturn]] void Throw(const std::string& what) const;
@@ -99,14 +126,19 @@ class GstSource final : public Source {
   // On GStreamer's threads.
   static GstBusSyncReply OnMessage(GstBus*, GstMessage* message, gpointer self);
   static gboolean OnAutoplugContinue(GstElement*, GstPad*, GstCaps* caps, gpointer self);
+  static GValueArray* OnAutoplugFactories(GstElement*, GstPad* pad, GstCaps* caps, gpointer self);
+  static void OnDemuxerNoMorePads(GstElement*, gpointer self);
   static void OnUnknownType(GstElement*, GstPad*, GstCaps* caps, gpointer self);
   static void OnPadAdded(GstElement*, GstPad* pad, gpointer self);
   static void OnNoMorePads(GstElement*, gpointer self);
   static void OnSourceSetup(GstElement*, GstElement* source, gpointer self);
   static void OnElementAdded(GstBin*, GstBin*, GstElement* element, gpointer self);
-  static GstPadProbeReturn OnDecoderInput(GstPad*, GstPadProbeInfo*, gpointer self);
+  static GstPadProbeReturn OnDecoderInput(GstPad*, GstPadProbeInfo* info, gpointer input);
   static GstPadProbeReturn OnDecoded(GstPad*, GstPadProbeInfo* info, gpointer self);
   GstPadProbeReturn OnPicture(GstPadProbeInfo* info);
+  bool IsWanted(GstPad* pad, GstCaps* caps, const GList* able);
+  void NoteWithheld();
+  void ReplaceRange(GstPadProbeInfo* info, GstVideoInfo video) const;
   bool RefuseIfTooLarge(int width, int height);
   GstClockTime MissingPts(SteadyTime now) const;
   MediaTime StreamTime(const GstSegment& segment, GstClockTime pts) const;
@@ -119,11 +151,13 @@ class GstSource final : public Source {
   bool ended_ = false;
 
   GstElement* pipeline_ = nullptr;  // owned
-  GstElement* flip_ = nullptr;      // owned by the pipeline, as all elements
+  GstElement* convert_ = nullptr;   // owned by the pipeline, as all elements
   GstAppSink* sink_ = nullptr;
   GstSample* stashed_ = nullptr;  // owned: a live source's first picture, read for its format
 
   State state_;
+
+  bool sought_ = false;
 
   // Used by the streaming thread that carries decoded pictures.
   FrameSampler sampler_;
@@ -131,7 +165,15 @@ class GstSource final : public Source {
   GstClockTime frame_duration_ = GST_CLOCK_TIME_NONE;  // by the caps' frame rate
   GstClockTime previous_pts_ = GST_CLOCK_TIME_NONE;    // of the picture before
   SteadyTime previous_arrival_;
+  Orientation orientation_ = Orientation::kUpright;  // as the stream's tags say
+  bool clean_ = false;        // a whole picture came since the start or the last seek
+  bool new_part_ = false;     // a stream began, but no picture of it came yet
+  int64_t joined_at_ns_ = 0;  // added to stream times that begin again where parts are joined
   // Read by both sides.
+  std::atomic<int64_t> withheld_ = 0;  // pictures that need others which came before the start
+  std::atomic<int64_t> fed_ = 0;       // pictures given to a decoder that can be counted
+  std::atomic<int64_t> decoded_ = 0;
+  std::atomic<int64_t> corrupted_ = 0;          // pictures that the decoder marked as damaged
   std::atomic<int64_t> origin_ns_ = kNoOrigin;  // stream time of the first picture
   std::atomic<int64_t> newest_ns_ = 0;          // media time of the newest decoded picture
 };

@@ -26,11 +26,21 @@ std::string CodecName(const GstCaps* caps) {
   return name ? name.get() : MediaType(caps);
 }
 
-std::string CodecBehind(GstPad* pad) {
+std::string StreamId(GstPad* pad) {
+  const GChars id(gst_pad_get_stream_id(pad));
+  return id ? id.get() : "";
+}
+
+PadPtr InnermostPad(GstPad* pad) {
   PadPtr inner(GST_PAD(gst_object_ref(pad)));
   while (inner && GST_IS_GHOST_PAD(inner.get())) {
     inner.reset(gst_ghost_pad_get_target(GST_GHOST_PAD(inner.get())));
   }
+  return inner;
+}
+
+std::string CodecBehind(GstPad* pad) {
+  const PadPtr inner = InnermostPad(pad);
   if (!inner) return "unknown";
   const ElementPtr decoder(gst_pad_get_parent_element(inner.get()));
   const PadPtr input(decoder ? gst_element_get_static_pad(decoder.get(), "sink") : nullptr);

@@ -21,6 +21,7 @@ using CapsPtr = std::unique_ptr<GstCaps, GDeleter<gst_caps_unref>>;
 using SamplePtr = std::unique_ptr<GstSample, GDeleter<gst_sample_unref>>;
 using PadPtr = std::unique_ptr<GstPad, GDeleter<gst_object_unref>>;
 using ElementPtr = std::unique_ptr<GstElement, GDeleter<gst_object_unref>>;
+using EventPtr = std::unique_ptr<GstEvent, GDeleter<gst_event_unref>>;
 using BusPtr = std::unique_ptr<GstBus, GDeleter<gst_object_unref>>;
 
 // "video/x-h264", or "unknown" of empty or unlimited caps.
@@ -29,6 +30,10 @@ std::string FactoryName(GstElement* element);
 
 // "H.264 (High Profile)"; for codecs GStreamer has never heard of, the container's four letters.
 std::string CodecName(const GstCaps* caps);
+std::string StreamId(GstPad* pad);
+
+// The pad that a bin's pad stands for; null when there is none any more.
+PadPtr InnermostPad(GstPad* pad);
 // The name of what the decoder behind a decodebin's pad reads.
 std::string CodecBehind(GstPad* pad);
 

@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "runtime/error.h"
+#include "streaming/container_file.h"
 #include "streaming/gst_source.h"
 
 namespace sluice {
@@ -70,21 +71,6 @@ void CheckFile(const std::string& label, const fs::path& path) {
   if (access(path.c_str(), R_OK) != 0) Refuse(label, std::string(std::strerror(errno)));
 }
 
-// AVI readers take a missing tail for the end, so the size in the header is checked here. What
-// other containers miss GStreamer notices. Returns nothing for a whole file.
-std::string CutOff(const fs::path& path) {
-  std::array<unsigned char, 12> head = {};
-  std::ifstream in(path, std::ios::binary);
-  if (!in.read(reinterpret_cast<char*>(head.data()), head.size())) return "";
-  if (std::memcmp(head.data(), "RIFF", 4) != 0 || std::memcmp(&head[8], "AVI ", 4) != 0) return "";
-  const uint64_t promised = 8 + (head[4] | head[5] << 8 | head[6] << 16 | uint64_t{head[7]} << 24);
-  std::error_code error;
-  const uint64_t size = fs::file_size(path, error);
-  if (error || size >= promised) return "";
-  return "its header promises " + std::to_string(promised) + " bytes, the file has " +
-         std::to_string(size);
-}
-
 SourceRequest FileRequest(const std::string& label, const fs::path& path) {
   CheckFile(label, path);
   GError* error = nullptr;
@@ -94,7 +80,7 @@ SourceRequest FileRequest(const std::string& label, const fs::path& path) {
     g_clear_error(&error);
     Refuse(label, "cannot be made a URI: " + why);
   }
-  SourceRequest request{.label = label, .location = uri, .cut_off = CutOff(path)};
+  SourceRequest request{.label = label, .location = uri, .container = ReadContainerFacts(path)};
   g_free(uri);
   return request;
 }

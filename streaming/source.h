@@ -37,7 +37,7 @@ struct SourceInfo {
   std::string codec;                  // "H.264 (High Profile)"
 };
 
-// A stream of frames: upright as the container's orientation tag says, in the stream's own colour
+// A stream of frames: upright as the stream says, in the stream's own colour
 // matrix, never scaled (pixels that are not square stay so). Frame times begin at 0 with the first
 // frame of the stream, also when `begin` skips it. Used by one thread at a time, except Cancel.
 class Source {
@@ -47,18 +47,20 @@ class Source {
   // "test:smpte:3"; live and endless without SECONDS; the pattern "camera" is a moving ball).
   // Waits until the first frame's format is known. Throws InputError in one line: missing path,
   // directory, empty or unreadable file, not a media file, no video in it, unsupported codec
-  // (named), pictures larger than allowed, begin beyond the end, stall.
+  // (named), pictures larger than allowed, no key frame in it, stall.
   static std::unique_ptr<Source> Open(const std::string& source, const SourceOptions& options);
   virtual ~Source() = default;
 
   virtual const SourceInfo& info() const = 0;
   // The next sampled frame, or null at the end of the stream (or after Cancel). Throws InputError
-  // on a stall and when a live stream breaks. A damaged recording delivers what could be decoded
-  // and ends with a warning; it throws when that is not a single frame.
+  // on a stall, when a live stream breaks, and when a recording ends before `begin`. A damaged
+  // recording delivers what could be decoded and ends with a warning; it throws when that is not a
+  // single frame.
   virtual FramePtr Next() = 0;
   // Wakes Next; it then returns null. Thread-safe.
   virtual void Cancel() = 0;
-  // Set when the stream ended early because it was damaged or cut off: one line that says so.
+  // Set at the end of a stream that was damaged or cut off, that did not begin with a key frame, or
+  // of which a part was not read: one line that says what is missing.
   virtual std::optional<std::string> warning() const = 0;
 };
 

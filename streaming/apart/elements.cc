@@ -17,7 +17,6 @@ std::span<const PluginElements> Machinery() {
       {"videoconvertscale", {"videoconvert", "videoscale", "videoconvertscale"}},
       {"videoconvert", {"videoconvert"}},  // GStreamer 1.20 has them apart
       {"videoscale", {"videoscale"}},
-      {"videofilter", {"videoflip"}},
       {"videotestsrc", {"videotestsrc"}},
   };
   return kList;

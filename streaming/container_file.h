@@ -1,0 +1,22 @@
+// What a recording's file says about itself that GStreamer does not tell: sizes of the containers'
+// outermost parts, and the colour range in an MP4's header.
+#ifndef SLUICE_STREAMING_CONTAINER_FILE_H_
+#define SLUICE_STREAMING_CONTAINER_FILE_H_
+
+#include <filesystem>
+#include <string>
+
+namespace sluice {
+
+struct ContainerFacts {
+  std::string cut_off;      // of a file that is shorter than its header says: both sizes
+  std::string joined;       // of a file with another recording after its own: where that begins
+  bool full_range = false;  // an MP4's 'colr' box says that colours use all 256 levels
+};
+
+// Reads headers of MP4, Matroska and AVI; of other files, and of what is unreadable, all is unset.
+ContainerFacts ReadContainerFacts(const std::filesystem::path& path);
+
+}  // namespace sluice
+
+#endif  // SLUICE_STREAMING_CONTAINER_FILE_H_
