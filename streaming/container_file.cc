@@ -142,7 +142,7 @@ ContainerFacts ReadMatroska(File& file) {
   if (!end) return facts;
   if (*end > file.size()) facts.cut_off = Promise(*end, file.size());
   if (file.Read(*end, 4) == kEbml) {
-    facts.joined = "another recording is joined to it at byte " + std::to_string(*end) + " of " +
+    facts.unread = "another recording is joined to it at byte " + std::to_string(*end) + " of " +
                    std::to_string(file.size()) + " and was not read; split the file there";
   }
   return facts;
@@ -161,12 +161,37 @@ ContainerFacts ReadAvi(File& file) {
   return facts;
 }
 
+// ---- PNG ----------------------------------------------------------------------------------------
+
+constexpr std::string_view kPng = "\x89PNG\r\n\x1a\n";
+
+// A moving PNG says so before its first picture.
+ContainerFacts ReadPng(File& file) {
+  ContainerFacts facts;
+  uint64_t at = kPng.size();
+  for (int i = 0; i < 100; ++i) {
+    const std::string head = file.Read(at, 12);
+    if (head.size() < 12 || head.substr(4, 4) == "IDAT") break;
+    if (head.substr(4, 4) == "acTL") {
+      const uint64_t pictures = BigEndian(std::string_view(head).substr(8, 4));
+      if (pictures > 1) {
+        facts.unread = "only the first of its " + std::to_string(pictures) +
+                       " pictures is read; make a video or a GIF of it";
+      }
+      break;
+    }
+    at += 12 + BigEndian(std::string_view(head).substr(0, 4));
+  }
+  return facts;
+}
+
 }  // namespace
 
 ContainerFacts ReadContainerFacts(const std::filesystem::path& path) {
   File file(path);
   const std::string head = file.Read(0, 12);
   if (head.size() < 12) return {};
+  if (head.starts_with(kPng)) return ReadPng(file);
   if (head.starts_with(kEbml)) return ReadMatroska(file);
   if (head.starts_with("RIFF") && head.substr(8) == "AVI ") return ReadAvi(file);
   for (const char* type : {"ftyp", "moov", "mdat", "free", "wide", "skip", "styp", "pnot"}) {

@@ -1,5 +1,6 @@
 // The part of a source that sees pictures: which are taken, at which times, and how one becomes a
 // Frame.
+#include <gst/tag/tag.h>
 #include <gst/video/video.h>
 
 #include <algorithm>
@@ -42,6 +43,31 @@ Orientation ToOrientation(GstVideoOrientationMethod method) {
     default:
       return Orientation::kUpright;
   }
+}
+
+Orientation ExifOrientation(std::span<const uint8_t> exif) {
+  GstVideoOrientationMethod method = GST_VIDEO_ORIENTATION_IDENTITY;
+  if (exif.empty()) return Orientation::kUpright;
+  GstBuffer* tiff = gst_buffer_new_memdup(exif.data(), exif.size());
+  GstTagList* tags = gst_tag_list_from_exif_buffer_with_tiff_header(tiff);
+  if (tags) {
+    gst_video_orientation_from_tag(tags, &method);
+    gst_tag_list_unref(tags);
+  }
+  gst_buffer_unref(tiff);
+  return ToOrientation(method);
+}
+
+// The size of the length before each NAL unit, from the stream's configuration; 0: start codes.
+int NalLengthBytes(const GstCaps* caps) {
+  const GstStructure* format = gst_caps_get_structure(caps, 0);
+  const GValue* value = gst_structure_get_value(format, "codec_data");
+  const gchar* layout = gst_structure_get_string(format, "stream-format");
+  if (!value || !layout || std::string_view(layout) == "byte-stream") return 0;
+  const gsize at = gst_structure_has_name(format, "video/x-h264") ? 4 : 21;
+  guint8 byte = 3;
+  gst_buffer_extract(gst_value_get_buffer(value), at, &byte, 1);
+  return (byte & 3) + 1;
 }
 
 // As OnPicture wrote it.
@@ -167,6 +193,12 @@ GstPadProbeReturn GstSource::OnDecoderInput(GstPad* pad, GstPadProbeInfo* info, 
           std::find(kDeltaCodecs.begin(), kDeltaCodecs.end(), type) != kDeltaCodecs.end();
       input->stream_id = StreamId(pad);
       input->counted = type == "video/x-h264" || type == "video/x-h265";
+      input->jpeg = type == "image/jpeg";
+      input->nal_codec.reset();
+      if (type == "video/x-h264") input->nal_codec = NalCodec::kH264;
+      if (type == "video/x-h265") input->nal_codec = NalCodec::kH265;
+      input->nal_length_bytes = NalLengthBytes(caps);
+      self->coded_orientation_ = Orientation::kUpright;
     } else if (GST_EVENT_TYPE(event) == GST_EVENT_SEGMENT) {
       gst_event_copy_segment(event, &input->segment);
     } else if (GST_EVENT_TYPE(event) == GST_EVENT_FLUSH_STOP) {
@@ -188,11 +220,26 @@ GstPadProbeReturn GstSource::OnDecoderInput(GstPad* pad, GstPadProbeInfo* info, 
     return GST_PAD_PROBE_DROP;
   }
   input->started = true;
+  self->ReadOrientation(*input, buffer);
   const GstClockTime pts = GST_BUFFER_PTS(buffer);
   const bool shown = !GST_CLOCK_TIME_IS_VALID(pts) || input->segment.format != GST_FORMAT_TIME ||
                      gst_segment_clip(&input->segment, GST_FORMAT_TIME, pts, pts, nullptr, nullptr);
   if (input->counted && shown) ++self->fed_;
   return GST_PAD_PROBE_OK;
+}
+
+// Where it changes within a stream, the few pictures that the decoder still holds turn with it.
+void GstSource::ReadOrientation(const DecoderInput& input, GstBuffer* buffer) {
+  if (!input.jpeg && !input.nal_codec) return;
+  GstMapInfo map;
+  if (!gst_buffer_map(buffer, &map, GST_MAP_READ)) return;
+  const std::span<const uint8_t> picture(map.data, map.size);
+  if (input.jpeg) {
+    coded_orientation_ = ExifOrientation(JpegExif(picture));
+  } else if (const auto said = SeiOrientation(picture, *input.nal_codec, input.nal_length_bytes)) {
+    coded_orientation_ = *said;
+  }
+  gst_buffer_unmap(buffer, &map);
 }
 
 // A picture that cannot be shown, since those it needs came before the start. It is a sign of life.
@@ -329,6 +376,14 @@ GstPadProbeReturn GstSource::OnPicture(GstPadProbeInfo* info) {
     GST_BUFFER_PTS(buffer) = MissingPts(now);
     GST_PAD_PROBE_INFO_DATA(info) = buffer;
   }
+  // libav's reader of moving GIFs knows only how long a picture stays.
+  if (is_gif_ && GST_CLOCK_TIME_IS_VALID(previous_pts_)) {
+    buffer = gst_buffer_make_writable(buffer);
+    GST_BUFFER_PTS(buffer) = previous_pts_ + previous_duration_;
+    GST_PAD_PROBE_INFO_DATA(info) = buffer;
+  }
+  previous_duration_ =
+      GST_BUFFER_DURATION_IS_VALID(buffer) ? GST_BUFFER_DURATION(buffer) : 100 * GST_MSECOND;
   const GstClockTime pts = GST_BUFFER_PTS(buffer);
   previous_pts_ = pts;
   previous_arrival_ = now;
@@ -366,7 +421,8 @@ GstPadProbeReturn GstSource::OnPicture(GstPadProbeInfo* info) {
       // These two travel with the picture in fields that no element after this one reads.
       buffer = gst_buffer_make_writable(buffer);
       GST_BUFFER_OFFSET(buffer) = static_cast<guint64>(time.nanoseconds());
-      GST_BUFFER_OFFSET_END(buffer) = static_cast<guint64>(orientation_);
+      GST_BUFFER_OFFSET_END(buffer) = static_cast<guint64>(
+          orientation_ != Orientation::kUpright ? orientation_ : coded_orientation_.load());
       GST_PAD_PROBE_INFO_DATA(info) = buffer;
       return GST_PAD_PROBE_OK;
     case FrameSampler::Verdict::kEnd:

@@ -27,6 +27,13 @@ bool IsDemuxer(GstElementFactory* factory) {
   return factory && gst_element_factory_list_is_type(factory, GST_ELEMENT_FACTORY_TYPE_DEMUXER);
 }
 
+bool AnyDemuxer(const GList* factories) {
+  for (; factories; factories = factories->next) {
+    if (IsDemuxer(GST_ELEMENT_FACTORY(factories->data))) return true;
+  }
+  return false;
+}
+
 bool IsDemuxerPad(GstPad* pad) {
   const PadPtr inner = InnermostPad(pad);
   const ElementPtr parent(inner ? gst_pad_get_parent_element(inner.get()) : nullptr);
@@ -163,11 +170,15 @@ GValueArray* GstSource::OnAutoplugFactories(GstElement*, GstPad* pad, GstCaps* c
   const FactoryListPtr able(
       gst_element_factory_list_filter(all.get(), caps, GST_PAD_SINK, gst_caps_is_fixed(caps)));
   const bool wanted = static_cast<GstSource*>(data)->IsWanted(pad, caps, able.get());
+  // A decoder alone would show only the first picture of a moving GIF.
+  const bool gif = MediaType(caps) == "image/gif" && !IsDemuxerPad(pad) && AnyDemuxer(able.get());
+  if (gif) static_cast<GstSource*>(data)->is_gif_ = true;
   GValueArray* plugged = g_value_array_new(0);
   const FactoryListPtr sorted(
       g_list_sort(gst_plugin_feature_list_copy(wanted ? able.get() : nullptr),
                   gst_plugin_feature_rank_compare_func));
   for (const GList* at = sorted.get(); at; at = at->next) {
+    if (gif && !IsDemuxer(GST_ELEMENT_FACTORY(at->data))) continue;
     GValue value = G_VALUE_INIT;
     g_value_init(&value, G_TYPE_OBJECT);
     g_value_set_object(&value, at->data);
@@ -185,9 +196,7 @@ bool GstSource::IsWanted(GstPad* pad, GstCaps* caps, const GList* able) {
   if (!IsDemuxerPad(pad)) return true;
   const ElementPtr parent(gst_pad_get_parent_element(inner.get()));
   const std::string type = MediaType(caps);
-  for (const GList* at = able; at; at = at->next) {
-    if (IsDemuxer(GST_ELEMENT_FACTORY(at->data))) return true;  // one container inside another
-  }
+  if (AnyDemuxer(able)) return true;  // one container inside another
   if (!type.starts_with("video/") && !type.starts_with("image/")) {
     Notify([&](State& s) { s.other_streams.insert(type); });
     return false;

@@ -235,7 +235,7 @@ FramePtr GstSource::Finish() {
           newest.ToString());
   }
   std::vector<std::string> left_out = LeftOut();
-  if (!request_.container.joined.empty()) left_out.push_back(request_.container.joined);
+  if (!request_.container.unread.empty()) left_out.push_back(request_.container.unread);
   if (!sought_ && fed_ > decoded_) {
     left_out.push_back(std::to_string(fed_ - decoded_) + " of " + std::to_string(fed_) +
                        " pictures could not be decoded");

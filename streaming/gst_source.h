@@ -26,6 +26,7 @@
 #include "streaming/container_file.h"
 #include "streaming/frame_sampler.h"
 #include "streaming/gst_types.h"
+#include "streaming/picture_orientation.h"
 #include "streaming/source.h"
 #include "vision/orientation.h"
 
@@ -98,6 +99,9 @@ class GstSource final : public Source {
     std::string stream_id;
     bool started = false;  // a key frame came since the start or the last seek
     GstSegment segment = {};
+    bool jpeg = false;
+    std::optional<NalCodec> nal_codec;
+    int nal_length_bytes = 0;
   };
 
   // Building.
@@ -138,6 +142,7 @@ class GstSource final : public Source {
   GstPadProbeReturn OnPicture(GstPadProbeInfo* info);
   bool IsWanted(GstPad* pad, GstCaps* caps, const GList* able);
   void NoteWithheld();
+  void ReadOrientation(const DecoderInput& input, GstBuffer* buffer);
   void ReplaceRange(GstPadProbeInfo* info, GstVideoInfo video) const;
   bool RefuseIfTooLarge(int width, int height);
   GstClockTime MissingPts(SteadyTime now) const;
@@ -158,12 +163,14 @@ class GstSource final : public Source {
   State state_;
 
   bool sought_ = false;
+  std::atomic<bool> is_gif_ = false;
 
   // Used by the streaming thread that carries decoded pictures.
   FrameSampler sampler_;
   GstSegment segment_;
   GstClockTime frame_duration_ = GST_CLOCK_TIME_NONE;  // by the caps' frame rate
   GstClockTime previous_pts_ = GST_CLOCK_TIME_NONE;    // of the picture before
+  GstClockTime previous_duration_ = 0;
   SteadyTime previous_arrival_;
   Orientation orientation_ = Orientation::kUpright;  // as the stream's tags say
   bool clean_ = false;        // a whole picture came since the start or the last seek
@@ -171,7 +178,8 @@ class GstSource final : public Source {
   int64_t joined_at_ns_ = 0;  // added to stream times that begin again where parts are joined
   // Read by both sides.
   std::atomic<int64_t> withheld_ = 0;  // pictures that need others which came before the start
-  std::atomic<int64_t> fed_ = 0;       // pictures given to a decoder that can be counted
+  std::atomic<Orientation> coded_orientation_ = Orientation::kUpright;  // as coded pictures say
+  std::atomic<int64_t> fed_ = 0;  // pictures given to a decoder that can be counted
   std::atomic<int64_t> decoded_ = 0;
   std::atomic<int64_t> corrupted_ = 0;          // pictures that the decoder marked as damaged
   std::atomic<int64_t> origin_ns_ = kNoOrigin;  // stream time of the first picture

@@ -69,9 +69,9 @@ TEST(ContainerFileTest, TellsAMatroskaFileThatIsCutOffOrJoined) {
   const std::string segment = id + Bytes(0x01, 1) + Bytes(20, 7) + std::string(20, 'x');
   const std::string whole = ebml + segment;
   EXPECT_EQ(Facts(whole).cut_off, "");
-  EXPECT_EQ(Facts(whole).joined, "");
+  EXPECT_EQ(Facts(whole).unread, "");
   EXPECT_THAT(Facts(whole.substr(0, 30)).cut_off, HasSubstr("promises 41 bytes, the file has 30"));
-  EXPECT_THAT(Facts(whole + whole).joined, HasSubstr("joined to it at byte 41 of 82"));
+  EXPECT_THAT(Facts(whole + whole).unread, HasSubstr("joined to it at byte 41 of 82"));
   const std::string unknown = id + Bytes(0x01, 1) + std::string(7, '\xff') + "xxxxxxxx";
   EXPECT_EQ(Facts(ebml + unknown).cut_off, "");
 }
@@ -84,13 +84,23 @@ TEST(ContainerFileTest, TakesAnAviFromAPipeForWhole) {
   EXPECT_EQ(Facts("RIFF" + std::string("\0\0\0\0", 4) + rest).cut_off, "");
 }
 
+TEST(ContainerFileTest, TellsThatOnlyTheFirstPictureOfAMovingPngIsRead) {
+  const auto chunk = [](const std::string& type, const std::string& content) {
+    return Bytes(content.size(), 4) + type + content + "CRC!";
+  };
+  const std::string start = "\x89PNG\r\n\x1a\n" + chunk("IHDR", std::string(13, 'x'));
+  EXPECT_THAT(Facts(start + chunk("acTL", Bytes(60, 4) + Bytes(0, 4))).unread,
+              HasSubstr("only the first of its 60 pictures"));
+  EXPECT_EQ(Facts(start + chunk("IDAT", "x") + chunk("acTL", Bytes(60, 4))).unread, "");
+}
+
 TEST(ContainerFileTest, IsNotLedAstrayByNonsense) {
   for (const std::string& bytes :
        {std::string(), std::string("RIFF"), Bytes(3, 4) + "moov" + std::string(9, '\xff'),
         Box("moov", Bytes(0xffffffff, 4) + "trak" + std::string(40, '\xff')),
         Box("moov", Box("trak", Box("mdia", Bytes(1, 4) + "minf"))),
         std::string("\x1a\x45\xdf\xa3\x00\x00\x00\x00\x00\x00\x00\x00\x00", 13)}) {
-    EXPECT_EQ(Facts(bytes).joined, "");
+    EXPECT_EQ(Facts(bytes).unread, "");
     EXPECT_FALSE(Facts(bytes).full_range);
   }
 }

@@ -264,6 +264,20 @@ TEST_F(FormatsTest, HonoursTheRangeThatAnMp4States) {
   EXPECT_NEAR(Brightness(*Read(Write("full.mp4", bytes)).frames.at(0)), 235, 2);
 }
 
+TEST_F(FormatsTest, TurnsAJpegAsItsExifSays) {
+  std::string jpeg = Bytes(Make("a.jpg", Pictures("white", 1) + " ! jpegenc ! FILE"));
+  // One entry: orientation (0x112), a short, 6: turn clockwise.
+  const std::string tiff("MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0", 26);
+  const std::string exif = std::string("Exif\0\0", 6) + tiff;
+  jpeg.insert(2, std::string("\xff\xe1\0", 3) + static_cast<char>(exif.size() + 2) + exif);
+  const Outcome out = Read(Write("turned.jpg", jpeg));
+  EXPECT_EQ(out.error, "");
+  ASSERT_EQ(out.frames.size(), 1u);
+  EXPECT_EQ(out.frames[0]->width, 48);
+  EXPECT_EQ(out.frames[0]->height, 64);
+  EXPECT_EQ(out.info.width, 48);
+}
+
 TEST_F(FormatsTest, CountsPicturesThatCannotBeDecoded) {
   std::string bytes = Bytes(Make("a.mp4", Pictures("snow", 50) + kX264 + " ! mp4mux ! FILE"));
   const size_t at = bytes.find("mdat") + bytes.size() / 3;
