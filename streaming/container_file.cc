@@ -193,6 +193,14 @@ ContainerFacts ReadContainerFacts(const std::filesystem::path& path) {
   if (head.size() < 12) return {};
   if (head.starts_with(kPng)) return ReadPng(file);
   if (head.starts_with(kEbml)) return ReadMatroska(file);
+  if (head.starts_with("RIFF") && head.substr(8) == "WEBP") {
+    const std::string extended = file.Read(12, 9);
+    constexpr char kMoves = 2;
+    ContainerFacts facts;
+    facts.moving_webp =
+        extended.size() == 9 && extended.starts_with("VP8X") && extended[8] & kMoves;
+    return facts;
+  }
   if (head.starts_with("RIFF") && head.substr(8) == "AVI ") return ReadAvi(file);
   for (const char* type : {"ftyp", "moov", "mdat", "free", "wide", "skip", "styp", "pnot"}) {
     if (head.substr(4, 4) == type) return ReadMp4(file);

@@ -9,13 +9,14 @@
 namespace sluice {
 
 struct ContainerFacts {
-  std::string cut_off;      // of a file that is shorter than its header says: both sizes
-  std::string unread;       // what the file holds that GStreamer passes over
+  std::string cut_off;  // of a file that is shorter than its header says: both sizes
+  std::string unread;   // what the file holds that GStreamer passes over
+  bool moving_webp = false;
   bool full_range = false;  // an MP4's 'colr' box says that colours use all 256 levels
 };
 
-// Reads headers of MP4, Matroska, AVI and PNG; of other files, and of what is unreadable, all is
-// unset.
+// Reads headers of MP4, Matroska, AVI, PNG and WebP; of other files, and of what is unreadable, all
+// is unset.
 ContainerFacts ReadContainerFacts(const std::filesystem::path& path);
 
 }  // namespace sluice

@@ -91,9 +91,53 @@ void GstSource::WatchDecodebin(GstElement* bin) {
   g_signal_connect(bin, "no-more-pads", G_CALLBACK(&GstSource::OnNoMorePads), this);
 }
 
+void GstSource::BuildMovingWebp() {
+  const GChars path(g_filename_from_uri(request_.location.c_str(), nullptr, nullptr));
+  try {
+    webp_ = std::make_unique<MovingWebp>(path.get(), options_.max_side_pixels);
+  } catch (const Error& error) {
+    Throw(error.what());
+  }
+  GstElement* pictures = Add("appsrc");
+  const CapsPtr caps(gst_caps_new_simple(
+      "video/x-raw", "format", G_TYPE_STRING, "RGBA", "width", G_TYPE_INT, webp_->width(), "height",
+      G_TYPE_INT, webp_->height(), "framerate", GST_TYPE_FRACTION, 0, 1, nullptr));
+  g_object_set(pictures, "caps", caps.get(), "format", GST_FORMAT_TIME, nullptr);
+  GstAppSrcCallbacks callbacks = {};
+  callbacks.need_data = &GstSource::OnWebpWanted;
+  gst_app_src_set_callbacks(GST_APP_SRC(pictures), &callbacks, this, nullptr);
+  gst_element_link(pictures, convert_);
+  info_.codec = "WebP";
+  state_.video_linked = true;
+}
+
+void GstSource::OnWebpWanted(GstAppSrc* pictures, guint, gpointer data) {
+  auto* self = static_cast<GstSource*>(data);
+  try {
+    const MovingWebp::Picture picture = self->webp_->Next();
+    if (!picture.rgba) {
+      gst_app_src_end_of_stream(pictures);
+      return;
+    }
+    GstBuffer* buffer = gst_buffer_new_memdup(
+        picture.rgba, size_t{4} * self->webp_->width() * self->webp_->height());
+    GST_BUFFER_PTS(buffer) = static_cast<GstClockTime>(picture.begin_ms) * GST_MSECOND;
+    GST_BUFFER_DURATION(buffer) =
+        static_cast<GstClockTime>(std::max<int64_t>(picture.end_ms - picture.begin_ms, 0)) *
+        GST_MSECOND;
+    gst_app_src_push_buffer(pictures, buffer);
+  } catch (const Error& error) {
+    self->Notify([&](State& s) {
+      if (s.error.empty()) s.error = error.what();
+    });
+    gst_app_src_end_of_stream(pictures);
+  }
+}
+
 void GstSource::BuildInput() {
   switch (request_.kind) {
     case SourceRequest::Kind::kUri: {
+      if (request_.container.moving_webp) return BuildMovingWebp();
       GstElement* bin = Add("uridecodebin");
       g_object_set(bin, "uri", request_.location.c_str(), nullptr);
       g_signal_connect(bin, "source-setup", G_CALLBACK(&GstSource::OnSourceSetup), this);

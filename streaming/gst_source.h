@@ -12,6 +12,7 @@
 #define SLUICE_STREAMING_GST_SOURCE_H_
 
 #include <gst/app/gstappsink.h>
+#include <gst/app/gstappsrc.h>
 #include <gst/gst.h>
 #include <gst/video/video.h>
 
@@ -26,6 +27,7 @@
 #include "streaming/container_file.h"
 #include "streaming/frame_sampler.h"
 #include "streaming/gst_types.h"
+#include "streaming/moving_webp.h"
 #include "streaming/picture_orientation.h"
 #include "streaming/source.h"
 #include "vision/orientation.h"
@@ -108,6 +110,7 @@ class GstSource final : public Source {
   GstElement* Add(const char* factory);
   void BuildInput();
   void BuildOutput();
+  void BuildMovingWebp();
   void WatchDecodebin(GstElement* bin);
 
   // Waiting. Each returns with state_.mutex free.
@@ -137,6 +140,7 @@ class GstSource final : public Source {
   static void OnNoMorePads(GstElement*, gpointer self);
   static void OnSourceSetup(GstElement*, GstElement* source, gpointer self);
   static void OnElementAdded(GstBin*, GstBin*, GstElement* element, gpointer self);
+  static void OnWebpWanted(GstAppSrc*, guint bytes, gpointer self);
   static GstPadProbeReturn OnDecoderInput(GstPad*, GstPadProbeInfo* info, gpointer input);
   static GstPadProbeReturn OnDecoded(GstPad*, GstPadProbeInfo* info, gpointer self);
   GstPadProbeReturn OnPicture(GstPadProbeInfo* info);
@@ -159,6 +163,8 @@ class GstSource final : public Source {
   GstElement* convert_ = nullptr;   // owned by the pipeline, as all elements
   GstAppSink* sink_ = nullptr;
   GstSample* stashed_ = nullptr;  // owned: a live source's first picture, read for its format
+
+  std::unique_ptr<MovingWebp> webp_;  // used by the thread of the element that asks for pictures
 
   State state_;
 

@@ -4,6 +4,8 @@
 #include <gst/gst.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
+#include <webp/encode.h>
+#include <webp/mux.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -276,6 +278,44 @@ TEST_F(FormatsTest, TurnsAJpegAsItsExifSays) {
   EXPECT_EQ(out.frames[0]->width, 48);
   EXPECT_EQ(out.frames[0]->height, 64);
   EXPECT_EQ(out.info.width, 48);
+}
+
+TEST_F(FormatsTest, ReadsEveryPictureOfAMovingWebpWithItsTime) {
+  WebPAnimEncoderOptions options;
+  ASSERT_TRUE(WebPAnimEncoderOptionsInit(&options));
+  WebPAnimEncoder* encoder = WebPAnimEncoderNew(32, 24, &options);
+  for (int i = 0; i < 4; ++i) {
+    WebPConfig config;
+    WebPPicture picture;
+    ASSERT_TRUE(WebPConfigInit(&config) && WebPPictureInit(&picture));
+    config.lossless = 1;
+    picture.use_argb = 1;
+    picture.width = 32;
+    picture.height = 24;
+    ASSERT_TRUE(WebPPictureAlloc(&picture));
+    std::fill_n(picture.argb, picture.argb_stride * 24, 0xff000000u + 0x010101u * (60u * i + 20));
+    EXPECT_TRUE(WebPAnimEncoderAdd(encoder, &picture, i * i * 100, &config));
+    WebPPictureFree(&picture);
+  }
+  EXPECT_TRUE(WebPAnimEncoderAdd(encoder, nullptr, 2000, nullptr));
+  WebPData data;
+  WebPDataInit(&data);
+  ASSERT_TRUE(WebPAnimEncoderAssemble(encoder, &data));
+  const std::string bytes(reinterpret_cast<const char*>(data.bytes), data.size);
+  WebPDataClear(&data);
+  WebPAnimEncoderDelete(encoder);
+
+  const Outcome out = Read(Write("a.webp", bytes));
+  EXPECT_EQ(out.error, "");
+  EXPECT_EQ(out.warning, "");
+  ASSERT_EQ(out.frames.size(), 4u);
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_NEAR(out.frames[i]->time.seconds(), i * i * 0.1, 1e-9);
+    EXPECT_NEAR(Brightness(*out.frames[i]), 60 * i + 20, 1);
+  }
+  EXPECT_EQ(Read(directory_ / "a.webp", 0.3).frames.size(), 2u);
+  const Outcome cut = Read(Write("cut.webp", bytes.substr(0, bytes.size() / 2)));
+  EXPECT_NE(cut.error + cut.warning, "");
 }
 
 TEST_F(FormatsTest, CountsPicturesThatCannotBeDecoded) {
