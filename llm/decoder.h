@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string_view>
 
@@ -23,10 +24,22 @@ namespace sluice {
 // a single chunk, whatever scratch memory that takes.
 using DecoderProbe = std::function<void(std::string_view name, ConstTensorView value)>;
 
+// A sequence with a policy or recall whose way through the layers takes several steps.
+struct StepInPieces {
+  class State {
+   public:
+    virtual ~State() = default;
+  };
+  int64_t rows = 0;  // a step does about as much as so many rows cost, at least a chunk of a layer
+  std::unique_ptr<State> state;  // the decoder's, from the first step to the one before the last
+  bool under_way() const { return state != nullptr; }
+};
+
 // One sequence's part of a step.
 struct SequenceStep {
   KvCache* cache = nullptr;  // positions continue at cache->length()
   // [S, E] f32: token embeddings and visual tokens, in order; on the host or where the model runs.
+  // Empty where `pieces` is under way.
   ConstTensorView embeddings;
   // Where the model runs: [1, V] f32 for the last position, [S, V] for all, or empty for none.
   TensorView logits;
@@ -36,6 +49,10 @@ struct SequenceStep {
   // Fills the cache, which has no rows yet, layer by layer (llm/kv_policy.h). The sequence then
   // runs as with a policy; after an exception the cache may hold some of what was recalled.
   KvPolicy* recall = nullptr;
+  // With a policy or recall: may leave the sequence under way. The last piece writes the logits and
+  // makes the cache longer; until then neither the cache nor what policy and recall refer to may
+  // change. After an exception it is not under way, and cannot go on.
+  StepInPieces* pieces = nullptr;
 };
 
 class Decoder {

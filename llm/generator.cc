@@ -64,12 +64,12 @@ class Generation::StopFilter {
   bool stopped_ = false;
 };
 
-Generation::Generation(const Vlm& vlm, KvCache& cache, Tensor prompt,
+Generation::Generation(const Vlm& vlm, KvCache& cache, PromptRows prompt,
                        std::span<const int32_t> prompt_ids, const GenerateOptions& options,
                        TextSink sink, LayerPolicy* policy, KvPolicy* recall)
     : vlm_(vlm),
       cache_(cache),
-      next_(std::move(prompt)),
+      prompt_(std::move(prompt)),
       policy_(policy),
       recall_(recall),
       options_((CheckGenerateOptions(options), options)),
@@ -78,7 +78,9 @@ Generation::Generation(const Vlm& vlm, KvCache& cache, Tensor prompt,
       filter_(std::make_unique<StopFilter>(options_.stop_strings)),
       characters_(vlm.tokenizer().NewStream()),
       logits_(DType::kF32, {1, vlm.decoder().vocab_size()}, vlm.info().device),
-      context_(prompt_ids.begin(), prompt_ids.end()) {}
+      context_(prompt_ids.begin(), prompt_ids.end()) {
+  if (prompt_.size() < 1) throw Error("[generate] a prompt must have a row, got none");
+}
 
 Generation::~Generation() = default;
 
@@ -157,13 +159,34 @@ int32_t Generation::Choose(ExecContext& ctx) {
   return sampler_.Sample(logits, context_);
 }
 
+SequenceStep Generation::NextStep(ExecContext& ctx) {
+  const Decoder& decoder = vlm_.decoder();
+  if (prompt_left() == 0) {
+    if (next_.empty()) next_ = Tensor(DType::kF32, {1, decoder.hidden_size()}, ctx.device());
+    decoder.Embed(ctx, {&result_.ids.back(), 1}, next_);
+    return {&cache_, next_, logits_};
+  }
+  const int64_t most = std::max<int64_t>(most_rows_, 1);
+  if (reads_by_layers()) {
+    SequenceStep step{&cache_, {}, logits_, policy_, recall_};
+    pieces_.rows = most;
+    if (pieces_.under_way() || most < prompt_left()) step.pieces = &pieces_;
+    if (!pieces_.under_way()) {
+      const TraceScope trace(&ctx.tracer(), "question", prompt_.size());
+      step.embeddings = prompt_.Read(ctx, decoder, 0, prompt_.size(), next_);
+    }
+    return step;
+  }
+  const int64_t rows = std::min(prompt_left(), most);
+  const bool last = rows == prompt_left();
+  const TraceScope trace(&ctx.tracer(), "question", rows);
+  return {&cache_, prompt_.Read(ctx, decoder, read_, rows, next_),
+          last ? logits_.view() : TensorView()};
+}
+
 // The step has written the logits.
 void Generation::Take(ExecContext& ctx) {
   try {
-    if (result_.ids.empty())
-      next_ = Tensor(DType::kF32, {1, vlm_.decoder().hidden_size()}, next_.device());
-    policy_ = nullptr;
-    recall_ = nullptr;
     finished_ = !TakeToken(Choose(ctx));
   } catch (...) {
     failure_ = std::current_exception();
@@ -174,32 +197,43 @@ void Generation::Take(ExecContext& ctx) {
 void Advance(ExecContext& ctx, const Vlm& vlm, std::span<Generation* const> answers) {
   const Decoder& decoder = vlm.decoder();
   std::vector<SequenceStep> steps;
-  std::vector<int64_t> firsts;
+  std::vector<int64_t> firsts, rows_of;
   int64_t rows = 0;
   bool prompts = false;
   for (Generation* answer : answers) {
-    if (!answer->result_.ids.empty()) {
-      decoder.Embed(ctx, {&answer->result_.ids.back(), 1}, answer->next_);
-    } else {
-      prompts = true;
-    }
+    prompts |= answer->prompt_left() > 0;
     firsts.push_back(answer->cache_.length());
-    rows += answer->next_rows();
-    steps.push_back(
-        {&answer->cache_, answer->next_, answer->logits_, answer->policy_, answer->recall_});
+    steps.push_back(answer->NextStep(ctx));
+    rows_of.push_back(steps.back().embeddings.empty() ? 0 : steps.back().embeddings.dim(0));
+    rows += rows_of.back();
   }
   {
     TraceScope trace(&ctx.tracer(), prompts ? "prefill_question" : "decode", rows);
     decoder.Step(ctx, steps);
     trace.AddWork(0, static_cast<double>(decoder.WeightBytesPerToken()));
     for (size_t i = 0; i < steps.size(); ++i) {
+      if (steps[i].pieces && steps[i].pieces->under_way()) continue;  // counted with the last piece
       const KvCache& cache = *steps[i].cache;
       const int64_t ran = cache.MeanRowsSince(firsts[i]);  // in the mean over layers
-      trace.AddWork(ran * decoder.FlopsPerToken(cache.MeanRows() - ran / 2) + decoder.LmHeadFlops(),
+      const double lm_head = steps[i].logits.empty() ? 0 : decoder.LmHeadFlops();
+      trace.AddWork(ran * decoder.FlopsPerToken(cache.MeanRows() - ran / 2) + lm_head,
                     KvBytes(decoder.kv_geometry(), cache.MeanRows()));
     }
   }
-  for (Generation* answer : answers) answer->Take(ctx);
+  for (size_t i = 0; i < answers.size(); ++i) {
+    Generation& answer = *answers[i];
+    if (answer.prompt_left() > 0) {
+      if (answer.pieces_.under_way()) continue;
+      answer.read_ += answer.reads_by_layers() ? answer.prompt_left() : rows_of[i];
+      if (answer.prompt_left() > 0) continue;
+      answer.prompt_ = PromptRows();  // read_ is 0 as well: nothing is left
+      answer.read_ = 0;
+      answer.next_ = Tensor();
+      answer.policy_ = nullptr;
+      answer.recall_ = nullptr;
+    }
+    answer.Take(ctx);
+  }
 }
 
 void CheckGenerateOptions(const GenerateOptions& options) {
@@ -215,7 +249,7 @@ void CheckGenerateOptions(const GenerateOptions& options) {
   Sampler(options.sampling, 1);
 }
 
-Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, Tensor prompt,
+Generated Generate(ExecContext& ctx, const Vlm& vlm, KvCache& cache, PromptRows prompt,
                    std::span<const int32_t> prompt_ids, const GenerateOptions& options,
                    const TextSink& sink, LayerPolicy* policy, KvPolicy* recall) {
   Generation answer(vlm, cache, std::move(prompt), prompt_ids, options, sink, policy, recall);

@@ -488,6 +488,13 @@ std::vector<int32_t> EncodeBehindControl(const Tokenizer& tokenizer, std::string
                     : EncodeBehindText(tokenizer, text);
 }
 
+void CheckLength(const char* what, std::string_view text) {
+  if (text.size() <= kMostPromptBytes) return;
+  throw InputError(std::string("[prompt] ") + what + " has " + std::to_string(text.size()) +
+                   " bytes, expected at most " + std::to_string(kMostPromptBytes) +
+                   "; make it shorter");
+}
+
 // Where the last control string of `text` ends, and where the first begins: all of them stand in
 // angle brackets.
 size_t ControlEnd(const Tokenizer& tokenizer, std::string_view text) {
@@ -546,7 +553,33 @@ std::string PromptFormat::Prefix(std::string_view system) const {
 
 std::vector<int32_t> PromptFormat::EncodePrefix(const Tokenizer& tokenizer,
                                                 std::string_view system) const {
-  return tokenizer.Encode(Prefix(system), SpecialTokens::kMatch, /*add_special=*/true);
+  CheckLength("the system prompt", system);
+  if (system.empty()) {
+    return tokenizer.Encode(Prefix(), SpecialTokens::kMatch, /*add_special=*/true);
+  }
+  Prefix(system);  // whether it has a place
+  // As for a question, only the template's control strings are encoded by themselves.
+  const std::string before(layout().system_begin);
+  const std::string after = std::string(layout().system_end) + std::string(layout().user_begin);
+  const size_t lead_end = ControlEnd(tokenizer, before),
+               tail_begin = ControlBegin(tokenizer, after);
+  std::string text = before.substr(lead_end);
+  for (int i = 0; i < layout().system_times; ++i) text += system;
+  text += after.substr(0, tail_begin);
+  // What the post-processor adds comes from encoding nothing.
+  std::vector<int32_t> ids = tokenizer.Encode("", SpecialTokens::kMatch, /*add_special=*/true);
+  const auto append = [&ids](const std::vector<int32_t>& more) {
+    ids.insert(ids.end(), more.begin(), more.end());
+  };
+  if (lead_end > 0) {
+    append(tokenizer.Encode(before.substr(0, lead_end)));
+    append(EncodeBehindControl(tokenizer, before.substr(ControlBegin(tokenizer, before), lead_end),
+                               text));
+  } else {
+    append(tokenizer.Encode(text, SpecialTokens::kAsText));
+  }
+  if (tail_begin < after.size()) append(tokenizer.Encode(after.substr(tail_begin)));
+  return ids;
 }
 
 std::string PromptFormat::BeforeQuestion(bool follow_up) const {
@@ -560,6 +593,7 @@ std::string PromptFormat::AfterQuestion() const {
 
 std::vector<int32_t> PromptFormat::EncodeQuestion(const Tokenizer& tokenizer,
                                                   std::string_view question, bool follow_up) const {
+  CheckLength("the question", question);
   // The template's text around the question must not be cut from it: "\n" and a question that
   // begins with "\n" are one token together, and a Llama vocabulary begins every text with a space
   // of its own. Only the control strings are encoded by themselves.

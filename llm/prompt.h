@@ -18,6 +18,10 @@
 
 namespace sluice {
 
+// A question, a system prompt and an instruction have at most so many bytes: several times what the
+// longest contexts hold, and still tokenized in tens of milliseconds.
+inline constexpr size_t kMostPromptBytes = size_t{256} << 10;
+
 class PromptFormat {
  public:
   // Reads the template as transformers finds it: processor_config.json "chat_template",
@@ -54,6 +58,9 @@ class PromptFormat {
   // where the template has no place for one.
   std::string Prefix(std::string_view system = {}) const;
   // Its ids, behind what the tokenizer's post-processor puts at the beginning of a text (<s>).
+  // `system` is encoded with SpecialTokens::kAsText, what surrounds it with kMatch: equal to what
+  // encoding Prefix(system) gives whenever `system` holds no control strings. Throws InputError as
+  // Prefix does, and on more than kMostPromptBytes.
   std::vector<int32_t> EncodePrefix(const Tokenizer& tokenizer, std::string_view system = {}) const;
 
   // What surrounds a question, to be encoded with SpecialTokens::kMatch, while the question is a
@@ -63,7 +70,8 @@ class PromptFormat {
 
   // Ids of BeforeQuestion, the question with SpecialTokens::kAsText, and AfterQuestion. Equal to
   // what encoding the whole prompt gives for them whenever the question holds no control strings;
-  // a follow-up's, to what it gives behind an answer that ends without a space.
+  // a follow-up's, to what it gives behind an answer that ends without a space. Throws InputError
+  // on more than kMostPromptBytes.
   std::vector<int32_t> EncodeQuestion(const Tokenizer& tokenizer, std::string_view question,
                                       bool follow_up) const;
 

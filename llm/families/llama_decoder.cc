@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -161,12 +163,22 @@ std::vector<std::vector<Segment>> CutIntoChunks(std::span<const SequenceStep> se
 }
 
 // A sequence that loses rows on its way through the layers.
-struct StagedRows {
-  const SequenceStep* step;
+struct StagedRows final : StepInPieces::State {
+  const SequenceStep* step = nullptr;
   TensorView hidden;           // [rows, E] f32
   std::vector<int32_t> fresh;  // the tokens of these rows
   // The tokens of earlier steps that are still seen, once some are not.
   std::optional<std::vector<int32_t>> cached;
+  int64_t length = 0;  // of the step
+
+  // Where it stands: the next layer, of whose rows those before `begin` have run, and the next
+  // boundary.
+  int layer = 0;
+  int64_t begin = 0;
+  size_t stage = 0;
+  // What outlives a step, where it takes several: the memory of `hidden`, and this layer's keys, if
+  // they are there already.
+  Tensor memory, keys;
 };
 
 // Which rows of a layer's cache are still seen.
@@ -213,6 +225,7 @@ class LlamaDecoder : public Decoder {
   void RunDecodingLayer(ExecContext& ctx, int layer, std::span<const Segment> segments,
                         TensorView hidden) const;
   void RunStaged(ExecContext& ctx, const SequenceStep& step, const DecoderProbe& probe) const;
+  TensorView EnterLayer(ExecContext& ctx, StagedRows& staged, bool single_chunk) const;
   void Recall(ExecContext& ctx, int layer, const StagedRows& staged) const;
   TensorView PassBoundary(ExecContext& ctx, int layer, bool single_chunk, StagedRows& staged) const;
   std::vector<float> Attention(ExecContext& ctx, int layer, const StagedRows& staged,
@@ -298,6 +311,7 @@ LlamaDecoder::LlamaDecoder(WeightStore& weights, const LlamaConfig& config)
 
 void LlamaDecoder::Check(std::span<const SequenceStep> sequences) const {
   for (const SequenceStep& step : sequences) {
+    if (step.pieces && step.pieces->under_way()) continue;
     const ConstTensorView& x = step.embeddings;
     if (x.shape().rank() != 2 || x.dim(0) < 1 || x.dim(1) != config_.hidden_size ||
         x.dtype() != DType::kF32) {
@@ -355,7 +369,10 @@ void LlamaDecoder::Step(ExecContext& ctx, std::span<SequenceStep> sequences,
       if (IsStaged(step)) RunStaged(ctx, step, probe);
     }
   } catch (...) {
-    for (size_t s = begins.size(); s-- > 0;) sequences[s].cache->RewindTo({begins[s]});
+    for (size_t s = begins.size(); s-- > 0;) {
+      sequences[s].cache->RewindTo({begins[s]});
+      if (sequences[s].pieces) sequences[s].pieces->state.reset();
+    }
     throw;
   }
 }
@@ -442,53 +459,88 @@ void LlamaDecoder::RunDecodingLayer(ExecContext& ctx, int layer, std::span<const
 }
 
 // Layer by layer over all rows, in chunks inside a layer: what leaves before a layer may depend on
-// the last row.
+// the last row. In pieces it stops after any chunk, and goes on there.
 void LlamaDecoder::RunStaged(ExecContext& ctx, const SequenceStep& step,
                              const DecoderProbe& probe) const {
   Workspace& workspace = ctx.workspace();
   Workspace::Scope scope(workspace);
   KvCache& cache = *step.cache;
-  const int64_t length = step.embeddings.dim(0);
-  StagedRows staged{&step, workspace.Allocate(DType::kF32, {length, config_.hidden_size}), {}, {}};
-  Bring(ctx, step.embeddings, staged.hidden);
-  staged.fresh.resize(length);
-  std::iota(staged.fresh.begin(), staged.fresh.end(), static_cast<int32_t>(cache.length()));
-  const std::span<const int> boundaries =
-      step.policy ? step.policy->boundaries() : std::span<const int>();
-  size_t stage = 0;
+  StagedRows in_one_step;
+  if (step.pieces && !step.pieces->under_way()) {
+    step.pieces->state = std::make_unique<StagedRows>();
+  }
+  StagedRows& staged = step.pieces ? static_cast<StagedRows&>(*step.pieces->state) : in_one_step;
+  staged.step = &step;
+  if (staged.fresh.empty()) {
+    staged.length = step.embeddings.dim(0);
+    const Shape shape{staged.length, config_.hidden_size};
+    if (step.pieces) staged.memory = Tensor(DType::kF32, shape, device_);
+    staged.hidden = step.pieces ? staged.memory.view() : workspace.Allocate(DType::kF32, shape);
+    Bring(ctx, step.embeddings, staged.hidden);
+    staged.fresh.resize(staged.length);
+    std::iota(staged.fresh.begin(), staged.fresh.end(), static_cast<int32_t>(cache.length()));
+  }
+  int64_t left = step.pieces ? std::max<int64_t>(step.pieces->rows, 1) * config_.num_layers
+                             : std::numeric_limits<int64_t>::max();  // rows of a layer
   std::vector<Segment> segments;
   TensorView last;  // the rows of the last chunk after the last layer
-  for (int i = 0; i < config_.num_layers; ++i) {
+  for (; staged.layer < config_.num_layers; ++staged.layer, staged.begin = 0) {
+    const int i = staged.layer;
     Workspace::Scope layer_scope(workspace);
-    if (step.recall) Recall(ctx, i, staged);
-    TensorView keys;
-    if (stage < boundaries.size() && boundaries[stage] == i) {
-      ++stage;
-      keys = PassBoundary(ctx, i, probe != nullptr, staged);
-    }
-    if (staged.cached) {
-      const std::vector<int32_t> seen = CachedRows(staged, i);
-      TraceScope trace(&ctx.tracer(), "decoder/view", static_cast<int64_t>(seen.size()));
-      trace.AddWork(0, 4.0 * SizeOf(dtype_) * kv_width() * static_cast<double>(seen.size()));
-      cache.KeepRows(ctx, i, seen);
-    }
-    cache.ReserveRows(ctx, i, staged.fresh);
+    TensorView keys = staged.keys.view();
+    if (staged.begin == 0) keys = EnterLayer(ctx, staged, probe != nullptr);
     const auto rows = static_cast<int64_t>(staged.fresh.size());
     const int64_t chunk_rows = ChunkRows(rows, probe != nullptr);
-    for (int64_t begin = 0; begin < rows; begin += chunk_rows) {
-      const int64_t end = std::min(begin + chunk_rows, rows);
+    while (staged.begin < rows) {
+      const int64_t begin = staged.begin, end = std::min(begin + chunk_rows, rows);
       const int64_t wanted = end == rows && !step.logits.empty() ? 1 : 0;
       segments = {{&step, 0, rows - begin, 0, end - begin, wanted}};
       last = RunLayer(ctx, i, segments, staged.hidden.Slice(begin, end),
                       keys.empty() ? ConstTensorView() : keys.Slice(begin, end), probe);
+      staged.begin = end;
+      left -= end - begin;
+      if (left > 0 || (end == rows && i + 1 == config_.num_layers)) continue;
+      if (end == rows) {
+        ++staged.layer;
+        staged.begin = 0;
+        staged.keys = Tensor();
+      } else if (!keys.empty() && staged.keys.empty()) {
+        staged.keys = TransferTo(ctx, keys, device_);
+      }
+      return;
     }
+    staged.keys = Tensor();
   }
-  cache.Advance(length);
+  cache.Advance(staged.length);
   if (probe) {
     KeepWanted(segments);
     last = Compact(ctx, segments, last);
   }
   if (last.dim(0) > 0) WriteLogits(ctx, segments, last, probe);
+  if (step.pieces) step.pieces->state.reset();
+}
+
+// What comes before the rows of a layer run. Returns their keys if ranking needed them.
+TensorView LlamaDecoder::EnterLayer(ExecContext& ctx, StagedRows& staged, bool single_chunk) const {
+  const SequenceStep& step = *staged.step;
+  KvCache& cache = *step.cache;
+  const int layer = staged.layer;
+  const std::span<const int> boundaries =
+      step.policy ? step.policy->boundaries() : std::span<const int>();
+  if (step.recall) Recall(ctx, layer, staged);
+  TensorView keys;
+  if (staged.stage < boundaries.size() && boundaries[staged.stage] == layer) {
+    ++staged.stage;
+    keys = PassBoundary(ctx, layer, single_chunk, staged);
+  }
+  if (staged.cached) {
+    const std::vector<int32_t> seen = CachedRows(staged, layer);
+    TraceScope trace(&ctx.tracer(), "decoder/view", static_cast<int64_t>(seen.size()));
+    trace.AddWork(0, 4.0 * SizeOf(dtype_) * kv_width() * static_cast<double>(seen.size()));
+    cache.KeepRows(ctx, layer, seen);
+  }
+  cache.ReserveRows(ctx, layer, staged.fresh);
+  return keys;
 }
 
 // Lets the policy put rows in front of the step's.

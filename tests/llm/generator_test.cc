@@ -255,7 +255,7 @@ TEST(GeneratorTest, SeveralAnswersShareEveryStepAndEndByThemselves) {
   Generation first(vlm, first_cache, prompt(), {}, {}, nullptr);
   Generation second(vlm, second_cache, prompt(), {}, {}, nullptr);
   std::vector<Generation*> answers = {&first, &second};
-  EXPECT_EQ(first.next_rows(), 3);
+  EXPECT_EQ(first.prompt_left(), 3);
   while (!answers.empty()) {
     Advance(ctx, vlm, answers);
     std::erase_if(answers, [](const Generation* answer) { return answer->finished(); });
