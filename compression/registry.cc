@@ -1,6 +1,7 @@
 #include "compression/registry.h"
 
 #include <charconv>
+#include <cmath>
 
 #include "compression/stc_pruner.h"
 #include "compression/turbo_merge.h"
@@ -65,7 +66,8 @@ std::unique_ptr<TokenCompressor> MakeTokenCompressor(std::string_view spec) {
       const std::string_view number = spec.substr(equals + 1);
       const auto [end, error] =
           std::from_chars(number.data(), number.data() + number.size(), parameter);
-      if (error != std::errc() || end != number.data() + number.size()) {
+      if (error != std::errc() || end != number.data() + number.size() ||
+          !std::isfinite(parameter)) {
         throw InputError("[compression] " + std::string(name) + "=NUMBER expected (" +
                          std::string(entry.parameter) + "), got '" + std::string(spec) + "'");
       }

@@ -24,6 +24,23 @@ constexpr int64_t kNewestShare = 4;
 
 }  // namespace
 
+void CheckMemoryOptions(const MemoryOptions& options) {
+  // Far more than there is, and sums of them do not overflow.
+  constexpr int64_t kMost = int64_t{1} << 40, kMostBytes = int64_t{1} << 60;
+  const auto check = [](const char* what, int64_t least, int64_t most, int64_t got) {
+    if (got >= least && got <= most) return;
+    throw InputError(std::string("[memory] ") + what + " must be " + std::to_string(least) +
+                     " to " + std::to_string(most) + ", got " + std::to_string(got));
+  };
+  const bool recalls = options.recall_blocks > 0;
+  check("the window's tokens", 0, kMost, options.window_tokens);
+  check("frames to recall", 0, 1 << 20, options.recall_blocks);
+  check("frames ranked together", 1, 1 << 20, options.recall_chunk);
+  check("tokens of the dialogue", 0, kMost, options.dialogue_tokens);
+  check("bytes of host memory for recall", recalls ? 1 : 0, kMostBytes, options.store.host_bytes);
+  check("bytes of disk", 0, kMostBytes, options.store.disk_bytes);
+}
+
 StreamMemory::StreamMemory(const MemoryOptions& options, const KvGeometry& geometry,
                            ConstTensorView frequencies, int64_t pinned)
     : options_(options),
@@ -32,17 +49,7 @@ StreamMemory::StreamMemory(const MemoryOptions& options, const KvGeometry& geome
       frequencies_(frequencies),
       store_(options.recall_blocks > 0 ? options.store : BlockStoreOptions()),
       staged_(geometry.device, kMostStagedBytes) {
-  const auto check = [](const char* what, int64_t least, int64_t got) {
-    if (got >= least) return;
-    throw InputError(std::string("[memory] ") + what + " must be at least " +
-                     std::to_string(least) + ", got " + std::to_string(got));
-  };
-  check("the window's tokens", 1, options.window_tokens);
-  check("frames to recall", 0, options.recall_blocks);
-  check("frames ranked together", 1, options.recall_chunk);
-  check("tokens of the dialogue", 0, options.dialogue_tokens);
-  if (options.recall_blocks > 0)
-    check("bytes of host memory for recall", 1, options.store.host_bytes);
+  CheckMemoryOptions(options);
 }
 
 void StreamMemory::Arrived(ExecContext& ctx, const KvCache& cache, const VisualTokens& tokens,
@@ -101,9 +108,9 @@ StreamMemory::Block* StreamMemory::Find(int64_t number) {
   return found != blocks_.end() && found->number == number ? &*found : nullptr;
 }
 
-void StreamMemory::Trim(ExecContext& ctx, KvCache& cache) {
+void StreamMemory::Trim(ExecContext& ctx, KvCache& cache, int64_t window_tokens) {
   const int64_t window = cache.length() - cache.gone() - pinned_;
-  const int64_t leaving = (window - options_.window_tokens) / kKvBlockTokens;
+  const int64_t leaving = (window - window_tokens) / kKvBlockTokens;
   if (leaving < 1) return;
   const TraceScope trace(&ctx.tracer(), "trim", leaving * kKvBlockTokens);
   // First into the store: a frame may be in both.

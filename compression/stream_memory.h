@@ -40,15 +40,21 @@
 namespace sluice {
 
 struct MemoryOptions {
-  int64_t window_tokens = 15000;  // at least so many of the newest stay visible; at least 1
-  int recall_blocks = 64;         // frames that a question calls back; 0: window only
-  int recall_chunk = 1;           // neighbouring frames that are ranked together
+  // At least so many of the newest stay visible. 0: as many as the context holds, and nothing is
+  // let go before that; recall_blocks and dialogue_tokens are then the most, fewer in a short
+  // context.
+  int64_t window_tokens = 15000;
+  int recall_blocks = 64;  // frames that a question calls back; 0: window only
+  int recall_chunk = 1;    // neighbouring frames that are ranked together
   BlockStoreOptions store = {};
   bool int8 = false;  // off-loaded keys and values, with a scale for each block and head
   int64_t dialogue_tokens = 512;  // of earlier questions and answers that a question is told
 
   bool operator==(const MemoryOptions&) const = default;
 };
+
+// Throws InputError on what is out of range for any model.
+void CheckMemoryOptions(const MemoryOptions& options);
 
 // Used by one thread at a time.
 class StreamMemory {
@@ -75,7 +81,8 @@ class StreamMemory {
   static constexpr int64_t kMostStagedBytes = int64_t{96} << 20;
 
   // frequencies: Decoder::rotary_frequencies(), which outlive the memory. pinned: tokens of the
-  // prompt's beginning, which never leave. Throws InputError on options out of range.
+  // prompt's beginning, which never leave. Throws InputError on options out of range, as
+  // CheckMemoryOptions does.
   StreamMemory(const MemoryOptions& options, const KvGeometry& geometry,
                ConstTensorView frequencies, int64_t pinned);
 
@@ -85,7 +92,9 @@ class StreamMemory {
   // Lets what exceeds the window leave the cache, by whole KV blocks. Waits for nothing on a GPU
   // unless more is on its way than kMostStagedBytes. Throws ResourceExhausted; the cache is then
   // unchanged.
-  void Trim(ExecContext& ctx, KvCache& cache);
+  void Trim(ExecContext& ctx, KvCache& cache) { Trim(ctx, cache, options_.window_tokens); }
+  // The same with another window.
+  void Trim(ExecContext& ctx, KvCache& cache, int64_t window_tokens);
   // Forgets frames whose tokens are `token` and later.
   void RewindTo(int64_t token);
   // Waits for what is on its way and gives it to the store, which may drop frames for it. Before
@@ -98,6 +107,7 @@ class StreamMemory {
     return options_.recall_blocks > 0 && cache.gone() > 0 && !blocks_.empty();
   }
   int64_t MostRows() const;
+  const MemoryOptions& options() const { return options_; }
 
   const std::deque<Block>& blocks() const { return blocks_; }
   // For saving a stream, once it is settled: what the store has of a block, and a block put back

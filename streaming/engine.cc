@@ -96,8 +96,10 @@ class Player {
     ReadWaiting(ctx_, session_);
   }
 
-  void AskTheRest() {
-    while (next_ < questions_.size()) AskNext();
+  void AskTheRest(const SourceInfo& source) {
+    while (next_ < questions_.size()) {
+      AskNext(NoteOfLateTime(questions_[next_], source, session_.last_time));
+    }
   }
 
   std::vector<TimedAnswer> answers;
@@ -109,9 +111,10 @@ class Player {
     }
   }
 
-  void AskNext() {
+  void AskNext(std::string note = "") {
     const TimedQuestion& question = questions_[next_++];
     TimedAnswer answer;
+    answer.note = std::move(note);
     answer.question = question;
     answer.asked_at = session_.last_time;
     answer.frames_seen = session_.frames_seen;
@@ -161,11 +164,24 @@ std::unique_ptr<ExecContext> Engine::NewContext() const {
       ExecOptions{.num_threads = num_threads_, .device = vlm_->info().device});
 }
 
+std::string NoteOfLateTime(const TimedQuestion& question, const SourceInfo& source,
+                           MediaTime last) {
+  // Frames are samples: the end lies a little after the last one.
+  const MediaTime end = source.duration.value_or(last + MediaTime::FromSeconds(1));
+  if (!question.at || *question.at <= std::max(end, last)) return "";
+  return "[ask] '" + question.text.substr(0, 64) + "' was to be asked at " +
+         question.at->ToString() + ", after the end of the video; it was asked at its end, about " +
+         "all frames up to " + last.ToString();
+}
+
 RunResult Run(ExecContext& ctx, Session& session, Source& source,
               std::vector<TimedQuestion> questions, const RunObserver& observer) {
   RunResult result;
   result.source = source.info();
   if (observer.on_open) observer.on_open(result.source);
+  for (const TimedQuestion& question : questions) {
+    CheckLength(EncodeQuestion(*session.vlm, question.text), MostQuestionTokens(session));
+  }
   const bool live = result.source.live;
   const int64_t frames_before = session.frames_seen;
   const auto duplicates = [&] {
@@ -183,7 +199,7 @@ RunResult Run(ExecContext& ctx, Session& session, Source& source,
   }
   player.Flush();
   producer.Finish();
-  player.AskTheRest();
+  player.AskTheRest(result.source);
 
   result.answers = std::move(player.answers);
   result.queue = queue.counts();

@@ -58,9 +58,14 @@ struct TimedAnswer {
   MediaTime asked_at;  // media time of the last frame seen
   int64_t frames_seen = 0;
   Generated generated;
+  std::string note;                // one line where it could not be asked at its time
   double first_token_seconds = 0;  // from asking to the first text
   double total_seconds = 0;
 };
+
+// Why a question that is asked once the source has ended, after a last frame at `last`, was not
+// asked at its time; empty where its time had come.
+std::string NoteOfLateTime(const TimedQuestion& question, const SourceInfo& source, MediaTime last);
 
 // What a run reports while it goes on. Called on the thread that runs.
 struct RunObserver {
@@ -91,7 +96,8 @@ struct RunResult {
 // Source::Cancel from another thread ends the run early: remaining questions are asked about what
 // has been seen. Exceptions (of the source, the model, the observer) end it at once and pass
 // through; the session then holds what was ingested before. Throws InputError when a question is
-// due before the first frame or the source gave none.
+// due before the first frame or the source gave none, and, before the first frame, on a question
+// that the context cannot hold.
 RunResult Run(ExecContext& ctx, Session& session, Source& source,
               std::vector<TimedQuestion> questions, const RunObserver& observer);
 

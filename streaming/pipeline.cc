@@ -146,12 +146,6 @@ void Append(ExecContext& ctx, const Decoder& decoder, std::span<SequenceStep> st
   }
 }
 
-int64_t WaitingTokens(const Session& session) {
-  int64_t tokens = 0;
-  for (const VisualTokens& batch : session.waiting) tokens += batch.size();
-  return tokens;
-}
-
 // Tokens that a question and its answer need.
 int64_t QuestionRoom(const Session& session) {
   return kQuestionTokens + session.options.generate.max_new_tokens;
@@ -201,18 +195,38 @@ bool IsWorthReading(const Session& session) {
   return WaitingTokens(session) >= session.options.frames_per_batch * dense;
 }
 
+// Whether the window takes what the context holds, and slides only where that would overflow.
+bool FillsContext(const Session& session) {
+  return session.memory && session.memory->options().window_tokens == 0;
+}
+
+void TellWarning(const Session& session, const std::string& line) {
+  session.on_warning ? session.on_warning(line) : Logger()->warn("{}", line);
+}
+
 // What exceeds the window leaves it. Where there is no memory to do it in, the window is longer
 // until the next time.
 void Trim(ExecContext& ctx, Session& session) {
   if (!session.memory) return;
   try {
-    session.memory->Trim(ctx, session.cache);
+    if (!FillsContext(session)) session.memory->Trim(ctx, session.cache);
   } catch (const ResourceExhausted& error) {
     Logger()->warn("{}", error.what());
   }
-  const std::optional<std::string> warning = session.memory->TakeWarning();
-  if (!warning) return;
-  session.on_warning ? session.on_warning(*warning) : Logger()->warn("{}", *warning);
+  if (const auto warning = session.memory->TakeWarning()) TellWarning(session, *warning);
+}
+
+// Lets the oldest frames leave a window that takes what the context holds, so that `tokens` more
+// fit; as many of them as there are.
+void MakeRoom(ExecContext& ctx, Session& session, int64_t tokens) {
+  if (!FillsContext(session)) return;
+  const auto pinned = static_cast<int64_t>(session.prefix_ids.size());
+  const int64_t window = session.cache.Reach() - pinned;
+  const int64_t excess =
+      session.cache.Reach() + UnreadPrefix(session) + tokens - session.context_limit();
+  if (excess <= 0 || window <= 0) return;
+  const int64_t blocks = (excess + kKvBlockTokens - 1) / kKvBlockTokens;
+  session.memory->Trim(ctx, session.cache, std::max<int64_t>(window - blocks * kKvBlockTokens, 0));
 }
 
 void Extend(std::vector<int32_t>& ids, const std::vector<int32_t>& more) {
@@ -230,17 +244,15 @@ std::vector<int32_t> DialogueIds(const Session& session, const Turn& turn) {
   return ids;
 }
 
-// Keeps a turn for later questions. With a memory the oldest turns are forgotten beyond its budget;
-// the one that is then first follows the video, no other turn.
-void Remember(Session& session, Turn turn) {
-  session.transcript.push_back(std::move(turn));
-  if (!session.memory) return;
+// With a memory the oldest turns are forgotten beyond its budget; the one that is then first
+// follows the video, no other turn.
+void ForgetTurns(Session& session) {
   int64_t tokens = 0;
   size_t kept = session.transcript.size();
   while (kept > 0) {
     const Turn& next = session.transcript[kept - 1];
     tokens += static_cast<int64_t>(next.question_ids.size() + next.answer_ids.size());
-    if (tokens > session.options.memory->dialogue_tokens) break;
+    if (tokens > session.memory->options().dialogue_tokens) break;
     --kept;
   }
   if (kept == 0) return;
@@ -252,37 +264,44 @@ void Remember(Session& session, Turn turn) {
                                                           /*follow_up=*/false);
 }
 
+// Keeps a turn for later questions.
+void Remember(Session& session, Turn turn) {
+  session.transcript.push_back(std::move(turn));
+  const bool whole = FillsContext(session) && session.cache.gone() == 0;
+  if (session.memory && !whole) ForgetTurns(session);
+}
+
 // What a question adds to the cache: the frames that are replayed with their prefix, if any, the
-// row that ends the video, if the model wants one, and the dialogue. [S, E] f32.
-Tensor EmbedPrompt(ExecContext& ctx, const Session& session, const std::vector<int32_t>& ids) {
+// row that ends the video, if the model wants one, and the dialogue.
+PromptRows Prompt(const Session& session, const std::vector<int32_t>& ids) {
   const Vlm& vlm = *session.vlm;
-  const int64_t width = vlm.decoder().hidden_size(), count = static_cast<int64_t>(ids.size());
-  const bool replays = session.pyramid.replays();
-  const auto prefix = static_cast<int64_t>(replays ? session.prefix_ids.size() : 0);
-  const std::span<const float> frames = session.pyramid.ReplayRows();
-  const int64_t newline = prefix + static_cast<int64_t>(frames.size()) / width;
-  const int64_t text = newline + (vlm.newline_row().empty() ? 0 : 1);
-  const TraceScope trace(&ctx.tracer(), "question", text + count);
-  Tensor prompt(DType::kF32, {text + count, width}, ctx.device());
-  if (prefix > 0) vlm.decoder().Embed(ctx, session.prefix_ids, prompt.view().Slice(0, prefix));
-  Transfer(ctx, ConstTensorView(frames.data(), DType::kF32, {newline - prefix, width}),
-           prompt.view().Slice(prefix, newline));
-  if (text > newline) {
-    const ConstTensorView row = vlm.newline_row();
-    Transfer(ctx, ConstTensorView(row.raw(), DType::kF32, {1, width}),
-             prompt.view().Slice(newline, text));
+  PromptRows prompt;
+  if (session.pyramid.replays()) {
+    const int64_t width = vlm.decoder().hidden_size();
+    const std::span<const float> frames = session.pyramid.ReplayRows();
+    prompt.AddIds(session.prefix_ids);
+    prompt.AddRows(ConstTensorView(frames.data(), DType::kF32,
+                                   {static_cast<int64_t>(frames.size()) / width, width}));
   }
-  vlm.decoder().Embed(ctx, ids, prompt.view().Slice(text, text + count));
+  if (!vlm.newline_row().empty()) {
+    const int64_t width = vlm.decoder().hidden_size();
+    prompt.AddRows(ConstTensorView(vlm.newline_row().raw(), DType::kF32, {1, width}));
+  }
+  prompt.AddIds(ids);
   return prompt;
+}
+
+void CheckBlank(const std::string& question) {
+  if (question.find_first_not_of(" \t\r\n") == std::string::npos) {
+    throw InputError("[ask] the question is blank; expected some text");
+  }
 }
 
 void CheckQuestion(const Session& session, const std::string& question) {
   if (session.frames_seen == 0) {
     throw InputError("[ask] no frame has been seen yet; expected at least one before a question");
   }
-  if (question.find_first_not_of(" \t\r\n") == std::string::npos) {
-    throw InputError("[ask] the question is blank; expected some text");
-  }
+  CheckBlank(question);
 }
 
 // `options` with as many new tokens as the context still holds after the `seen` rows of the stream
@@ -302,6 +321,32 @@ GenerateOptions FitToContext(const Session& session, GenerateOptions options, in
   return options;
 }
 
+// What follows the video: the question, of which `turn` is told the ids, after the turns it joins.
+std::vector<int32_t> IdsOf(const Session& session, const PendingQuestion& question, Turn& turn) {
+  const Vlm& vlm = *session.vlm;
+  const bool follow_up = question.joins_dialogue && !session.transcript.empty();
+  turn.question_ids =
+      question.ids ? (follow_up ? question.ids->follow_up : question.ids->first)
+                   : vlm.prompt_format().EncodeQuestion(vlm.tokenizer(), question.text, follow_up);
+  return question.joins_dialogue ? DialogueIds(session, turn) : turn.question_ids;
+}
+
+// How many of a question's last rows choose what it sees. Each costs a look at all there is in one
+// piece of work.
+int64_t RankingRows(const Turn& turn) {
+  constexpr int64_t kMostRankingRows = 256;
+  return std::min<int64_t>(static_cast<int64_t>(turn.question_ids.size()), kMostRankingRows);
+}
+
+// Why an answer comes without evidence, unless it recalls.
+std::string WhyNoEvidence(const Session& session) {
+  if (session.pyramid.replays())
+    return "the frames that are remembered were read with the question";
+  if (session.cache.gone() > 0) return "recall is off, only the newest frames were in view";
+  return "all " + std::to_string(session.frames_seen) +
+         " frames were in view, nothing had to be recalled";
+}
+
 // What waits of several sessions: their prefixes first, in one step, then the tokens in another.
 void ReadWaiting(ExecContext& ctx, std::span<Session* const> sessions) {
   std::deque<StepGuard> guards;
@@ -312,12 +357,14 @@ void ReadWaiting(ExecContext& ctx, std::span<Session* const> sessions) {
   for (Session* session : sessions) {
     if (session->waiting.empty()) continue;
     read.push_back(session);
+    MakeRoom(ctx, *session, WaitingTokens(*session) + QuestionRoom(*session));
     guards.emplace_back(*session);
     if (const std::string* instruction = session->pyramid.wanted_instruction()) {
       ReadInstruction(ctx, *session, *instruction);
     }
-    if (session->cache.length() == 0 && !session->prefix_ids.empty()) {
-      prefixes.push_back(EmbedIds(ctx, *session->vlm, session->prefix_ids));
+    if (const int64_t unread = UnreadPrefix(*session); unread > 0) {
+      const std::span<const int32_t> prefix = session->prefix_ids;
+      prefixes.push_back(EmbedIds(ctx, *session->vlm, prefix.last(unread)));
       first.push_back({&session->cache, prefixes.back(), {}});
     }
   }
@@ -345,12 +392,54 @@ void ReadWaiting(ExecContext& ctx, std::span<Session* const> sessions) {
 
 }  // namespace
 
+int64_t WaitingTokens(const Session& session) {
+  int64_t tokens = 0;
+  for (const VisualTokens& batch : session.waiting) tokens += batch.size();
+  return tokens;
+}
+
+// The cache begins with the prefix, and no frame comes before all of it.
+int64_t UnreadPrefix(const Session& session) {
+  const auto prefix = static_cast<int64_t>(session.prefix_ids.size());
+  return std::max<int64_t>(prefix - session.cache.length(), 0);
+}
+
+void ReadPrefix(ExecContext& ctx, Session& session, int64_t rows) {
+  const int64_t unread = UnreadPrefix(session);
+  if (unread == 0) return;
+  StepGuard guard(session);
+  const std::span<const int32_t> prefix = session.prefix_ids;
+  const Tensor next =
+      EmbedIds(ctx, *session.vlm, prefix.last(unread).first(std::min(unread, rows)));
+  SequenceStep step{&session.cache, next, {}};
+  Append(ctx, session.vlm->decoder(), {&step, 1});
+  guard.Keep();
+}
+
+QuestionIds EncodeQuestion(const Vlm& vlm, const std::string& text) {
+  CheckBlank(text);
+  const PromptFormat& format = vlm.prompt_format();
+  return {format.EncodeQuestion(vlm.tokenizer(), text, /*follow_up=*/false),
+          format.EncodeQuestion(vlm.tokenizer(), text, /*follow_up=*/true)};
+}
+
+int64_t MostQuestionTokens(const Session& session) {
+  const int64_t newline = session.vlm->newline_row().empty() ? 0 : 1;
+  return session.context_limit() - static_cast<int64_t>(session.prefix_ids.size()) - newline;
+}
+
+void CheckLength(const QuestionIds& ids, int64_t most_tokens) {
+  const auto tokens = static_cast<int64_t>(std::max(ids.first.size(), ids.follow_up.size()));
+  if (tokens <= most_tokens) return;
+  throw InputError("[ask] the question has " + std::to_string(tokens) +
+                   " tokens, the context has room for " + std::to_string(most_tokens) +
+                   " even without frames; ask something shorter");
+}
+
 bool HasRoom(const Session& session, int64_t tokens) {
   if (session.memory) return true;             // its window was checked when the session began
   if (session.pyramid.replays()) return true;  // the window has its own bounds
-  const bool fresh = session.cache.length() == 0;
-  const auto prefix = static_cast<int64_t>(fresh ? session.prefix_ids.size() : 0);
-  const int64_t held = session.cache.length() + prefix + WaitingTokens(session);
+  const int64_t held = session.cache.length() + UnreadPrefix(session) + WaitingTokens(session);
   return held + tokens + QuestionRoom(session) <= session.context_limit();
 }
 
@@ -376,7 +465,8 @@ void Ingest(ExecContext& ctx, std::span<Arrivals> arrivals) {
     }
     CheckRoom(session, left[i], arrivals[i].taken.size());
     // Even nothing makes a fresh session read its prefix.
-    const bool fresh = session.waiting.empty() && session.cache.length() == 0;
+    const bool fresh =
+        session.waiting.empty() && (session.cache.length() == 0 || UnreadPrefix(session) > 0);
     if (left[i] > 0 || fresh) session.waiting.push_back(std::move(kept));
     if (IsWorthReading(session)) worth_reading.push_back(&session);
   }
@@ -415,20 +505,29 @@ std::unique_ptr<PendingAnswer> BeginAnswer(ExecContext& ctx, Session& session,
   Turn& turn = answer->turn;
   turn.question = question.text;
   turn.time = session.last_time;
-  const bool follow_up = question.joins_dialogue && !session.transcript.empty();
-  turn.question_ids = vlm.prompt_format().EncodeQuestion(vlm.tokenizer(), question.text, follow_up);
-  const std::vector<int32_t> ids =
-      question.joins_dialogue ? DialogueIds(session, turn) : turn.question_ids;
-  Tensor prompt = EmbedPrompt(ctx, session, ids);
-  answer->prompt_tokens = prompt.dim(0);
+  std::vector<int32_t> ids = IdsOf(session, question, turn);
+  if (FillsContext(session)) {
+    // What does not fit is let go: the oldest turns first, then the oldest frames.
+    const int64_t answer_tokens =
+        std::min<int64_t>(question.generate.max_new_tokens, session.context_limit() / 8);
+    const auto tokens = [&] { return 1 + static_cast<int64_t>(ids.size()) + answer_tokens; };
+    const bool slid = session.memory->Recalls(session.cache);
+    if (slid || session.cache.Reach() + tokens() > session.context_limit()) {
+      ForgetTurns(session);
+      ids = IdsOf(session, question, turn);
+      if (!slid) MakeRoom(ctx, session, tokens());
+    }
+  }
+  PromptRows prompt = Prompt(session, ids);
+  answer->prompt_tokens = prompt.size();
   answer->keep = question.joins_dialogue && session.options.keep_dialogue;
+  answer->no_evidence = WhyNoEvidence(session);
   int64_t seen = session.cache.Reach();
   if (session.memory && session.memory->Recalls(session.cache)) {
-    answer->recall.emplace(*session.memory, session.cache,
-                           static_cast<int64_t>(turn.question_ids.size()));
+    answer->recall.emplace(*session.memory, session.cache, RankingRows(turn));
     seen = session.memory->MostRows();
   }
-  const GenerateOptions options = FitToContext(session, question.generate, seen, prompt.dim(0));
+  const GenerateOptions options = FitToContext(session, question.generate, seen, prompt.size());
   // Frames that are replayed are in the prompt, and those that are recalled go into a cache of the
   // question's own.
   const KvPositions positions = answer->recall ? KvPositions::kRows : session.pyramid.positions();
@@ -437,7 +536,7 @@ std::unique_ptr<PendingAnswer> BeginAnswer(ExecContext& ctx, Session& session,
                       : session.cache.Branch();
   if (answer->recall) answer->cache->Advance(session.cache.length());
   LayerPolicy* policy = session.pyramid.ForQuestion(static_cast<int64_t>(session.prefix_ids.size()),
-                                                    static_cast<int64_t>(turn.question_ids.size()));
+                                                    RankingRows(turn));
   std::vector<int32_t> text_ids = session.prefix_ids;
   if (const auto visual = vlm.tokenizer().TokenToId(vlm.prompt_format().placeholder())) {
     text_ids.push_back(*visual);
@@ -451,6 +550,7 @@ std::unique_ptr<PendingAnswer> BeginAnswer(ExecContext& ctx, Session& session,
 Generated EndAnswer(Session& session, PendingAnswer& answer) {
   Generated generated = answer.generation->result();
   if (answer.recall) generated.evidence = answer.recall->evidence();
+  if (generated.evidence.empty()) generated.no_evidence = answer.no_evidence;
   if (answer.keep && answer.generation->finished() &&
       generated.reason != FinishReason::kCancelled) {
     answer.turn.answer = generated.text;

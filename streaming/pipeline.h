@@ -45,22 +45,41 @@ bool HasRoom(const Session& session, int64_t tokens);
 
 // Prefills what waits, for a moment with nothing else to do. Throws as Ingest does.
 void ReadWaiting(ExecContext& ctx, Session& session);
+// Tokens that wait to be prefilled, and what is left of the prompt before the first of all.
+int64_t WaitingTokens(const Session& session);
+int64_t UnreadPrefix(const Session& session);
+// Prefills at most so many rows of a long prefix, which Ingest then need not. Throws as Ingest
+// does.
+void ReadPrefix(ExecContext& ctx, Session& session, int64_t rows);
+
+// A question as it is encoded where it follows the video, and where it follows an earlier turn.
+struct QuestionIds {
+  std::vector<int32_t> first, follow_up;
+};
+// Safe on any thread. Throws InputError on a blank question and as PromptFormat::EncodeQuestion.
+QuestionIds EncodeQuestion(const Vlm& vlm, const std::string& text);
+// The tokens of the longest question that a session of these options can ever answer.
+int64_t MostQuestionTokens(const Session& session);
+// Throws InputError, naming both, where a question has more tokens than that.
+void CheckLength(const QuestionIds& ids, int64_t most_tokens);
 
 struct PendingQuestion {
   std::string text;
   GenerateOptions generate;
   bool joins_dialogue = true;  // sees earlier turns, and becomes one if the session keeps them
+  std::shared_ptr<const QuestionIds> ids = nullptr;  // of the text, if they are known already
 };
 
-// An answer on its way. Of its session it needs nothing but the model any more, so that frames may
-// arrive meanwhile: it continues a branch of the cache. It must take its first step before the
-// session is given anything else to do.
+// An answer on its way. It continues a branch of the cache, so of its session it needs nothing but
+// the model, and frames may arrive meanwhile: once its prompt is read where needs_session().
 struct PendingAnswer {
+  bool needs_session() const { return generation->reads_by_layers(); }
   Turn turn;
   std::unique_ptr<KvCache> cache;
   std::optional<StreamRecall> recall;  // what it is answered from, once a memory's window has slid
   int64_t prompt_tokens = 0;
-  bool keep = false;  // in the transcript
+  bool keep = false;        // in the transcript
+  std::string no_evidence;  // why there will be none, unless it recalls
   std::optional<Generation> generation;
 };
 
@@ -68,8 +87,8 @@ struct PendingAnswer {
 // memory's window has slid, the question sees what it recalls, and the answer comes with its
 // evidence. Steps of
 // the answer are Advance(), llm/generator.h. Throws InputError when no frame has been seen, on a
-// blank question, and when the context has no room for the question; and as ReadWaiting does.
-// Traces "question" (prompt tokens).
+// blank question, and when the context has no room for the question, before anything of it is
+// embedded; and as ReadWaiting does.
 std::unique_ptr<PendingAnswer> BeginAnswer(ExecContext& ctx, Session& session,
                                            const PendingQuestion& question, TextSink sink);
 // Keeps the turn in the transcript if that is wanted and the answer was finished and not cancelled.

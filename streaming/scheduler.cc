@@ -101,10 +101,12 @@ bool IsWhole(const Frame& frame) {
          frame.rgb.size() == size_t{3} * frame.width * frame.height;
 }
 
-// Runs `work`; what it throws comes back as one line, and whether it was for want of memory.
+// Runs `work`; what it throws comes back as one line, and whether it was for want of memory or for
+// what it was given.
 struct Trouble {
   bool memory = false;
   std::string line;
+  bool input = false;
 };
 std::optional<Trouble> Try(const std::function<void()>& work, bool input_is_memory) {
   try {
@@ -113,7 +115,7 @@ std::optional<Trouble> Try(const std::function<void()>& work, bool input_is_memo
   } catch (const ResourceExhausted& error) {
     return Trouble{true, error.what()};
   } catch (const InputError& error) {
-    return Trouble{input_is_memory, error.what()};
+    return Trouble{input_is_memory, error.what(), true};
   } catch (const std::bad_alloc&) {
     return Trouble{true, "[scheduler] the system has no memory for this; open fewer streams"};
   } catch (const std::exception& error) {
@@ -132,6 +134,7 @@ struct WaitingFrame {
 
 struct WaitingQuestion {
   StreamQuestion question;
+  std::shared_ptr<const QuestionIds> ids;  // of its text
   Order order = 0;
   WallTime asked;
   bool standing = false;
@@ -141,11 +144,13 @@ struct WaitingQuestion {
 
 struct Standing {
   StandingQuestion what;
-  std::optional<MediaTime> due;     // none: with the next frame
-  std::optional<std::string> last;  // answer
+  std::shared_ptr<const QuestionIds> ids;  // of its text
+  std::optional<MediaTime> due;            // none: with the next frame
+  std::optional<std::string> last;         // answer
 };
 
 constexpr int64_t kMostCounted = int64_t{1} << 60;
+constexpr size_t kMostStanding = 1 << 10;  // that a file may hold
 
 struct Instruments {
   explicit Instruments(Metrics& metrics) {
@@ -243,11 +248,14 @@ const char* Name(AnswerEnd end) {
 struct Scheduler::Stream {
   StreamId id;
   StreamBudget budget;
+  int64_t question_tokens = 0;  // of the longest question
 
   // Used by the round, or by who waits for its end.
   std::unique_ptr<Session> session;       // none once the stream has failed
   std::unique_ptr<PendingAnswer> answer;  // to `asked`
   StreamAnswer told;                      // what is known of it so far
+  uint64_t read_turn = 0;                 // when a part of a long prompt was last read
+  int failed_frames = 0;                  // that broke the model, one after another
   int64_t tokens_per_frame = 0;           // that compressors leave at most
   bool warned = false;                    // of the memory that frames do not get
   StcCacher::Counts reuse;                // as last added to the metrics
@@ -260,6 +268,7 @@ struct Scheduler::Stream {
   std::deque<WaitingQuestion> questions;  // by order
   std::optional<WaitingQuestion> asked;   // whose answer is in progress
   bool stepped = false;                   // the answer has read its prompt
+  bool holds_session = false;             // what the answer reads must not change
   bool unread = false;                    // tokens wait to be prefilled
   std::vector<Standing> standing;
   StreamReport report;
@@ -294,7 +303,9 @@ struct Scheduler::Stream {
   bool QuestionIsReady() const {
     return !questions.empty() && (frames.empty() || questions.front().order < frames.front().order);
   }
-  bool MayTakeFrame() const { return !frames.empty() && (asked ? stepped : !QuestionIsReady()); }
+  bool MayTakeFrame() const {
+    return !frames.empty() && (asked ? !holds_session : !QuestionIsReady());
+  }
   bool HasWork() const { return asked || unread || !frames.empty() || !questions.empty(); }
   void CountDrop(int64_t count) { report.frames.dropped += count; }
 };
@@ -368,12 +379,15 @@ struct Scheduler::State {
   }
   void Add(const StreamPtr& stream);
   StreamPtr FindToAsk(const StreamId& id, const StreamQuestion& question) const;
+  std::shared_ptr<const QuestionIds> Encode(const StreamQuestion& question,
+                                            const std::function<StreamPtr()>& check) const;
 
   bool RunRound();
   void ApplyOptions();
   bool EndEarly();
   bool StepAnswers();
   std::vector<StreamPtr> AnswersToStep();
+  void Stepped(Stream& stream, const std::optional<Trouble>& trouble);
   bool Begin(const StreamPtr& stream);
   void EndAnswerOf(Stream& stream, AnswerEnd end, const std::string& error);
   void EndWaiting(Stream& stream, const WaitingQuestion& question, AnswerEnd end,
@@ -386,10 +400,13 @@ struct Scheduler::State {
   void AskWhatIsDue(Stream& stream, const WaitingFrame& frame);
   std::string Refusal(const Stream& stream, size_t frames) const;
   void IngestAlone(Batch<Stream>& batch);
+  void BlameFrame(Stream& stream, const WaitingFrame& frame, const Trouble& trouble);
   void Encoded(Batch<Stream>& batch, std::span<const FramePtr> taken);
   void Drop(Stream& stream, std::span<const WaitingFrame> frames, DropReason reason);
   void Warn(Stream& stream, const std::string& line);
   bool ReadWhatWaits();
+  bool HasLongPrefix(const Stream& stream) const;
+  bool ReadPrefixes();
   void End(Stream& stream, AnswerEnd end, const std::string& failure);
   void UpdateReports();
   void Work();
@@ -404,6 +421,7 @@ struct Scheduler::State {
   std::condition_variable changed;
   std::vector<StreamPtr> streams;  // in the order of opening
   Order next_order = 1;
+  uint64_t read_turns = 0;  // parts of long prompts
   int visitors = 0;
   bool busy = false, draining = false, stopping = false, manual = false;
   std::thread thread;
@@ -416,6 +434,7 @@ bool Scheduler::State::RunRound() {
   ApplyOptions();
   bool worked = EndEarly();
   worked |= StepAnswers();
+  worked |= ReadPrefixes();
   worked |= IngestFrames();
   if (!worked) worked = ReadWhatWaits();
   UpdateReports();
@@ -462,43 +481,53 @@ bool Scheduler::State::EndEarly() {
 
 bool Scheduler::State::StepAnswers() {
   const std::vector<StreamPtr> stepping = AnswersToStep();
-  if (stepping.empty()) return false;
-  std::vector<Generation*> generations;
-  for (const StreamPtr& stream : stepping) generations.push_back(&*stream->answer->generation);
   const Vlm& vlm = *engine->vlm();
-  std::vector<std::optional<Trouble>> troubles(stepping.size());
+  std::vector<StreamPtr> together;
+  std::vector<Generation*> generations;
+  for (const StreamPtr& stream : stepping) {
+    Generation* const one = &*stream->answer->generation;
+    if (!one->reads_by_layers()) {
+      together.push_back(stream);
+      generations.push_back(one);
+    } else {
+      Stepped(*stream, Try([&] { Advance(*ctx, vlm, {&one, 1}); }, false));
+    }
+  }
+  if (together.empty()) return !stepping.empty();
+  std::vector<std::optional<Trouble>> troubles(together.size());
   if (Try([&] { Advance(*ctx, vlm, generations); }, false)) {
     // Somebody's trouble: each by itself, and it stays theirs.
-    for (size_t i = 0; i < stepping.size(); ++i) {
+    for (size_t i = 0; i < together.size(); ++i) {
       troubles[i] = Try([&] { Advance(*ctx, vlm, {&generations[i], 1}); }, false);
     }
   }
-  const WallTime now = clock.Now();
-  for (size_t i = 0; i < stepping.size(); ++i) {
-    Stream& stream = *stepping[i];
-    const Generation& generation = *generations[i];
-    if (troubles[i]) {
-      EndAnswerOf(stream, troubles[i]->memory ? AnswerEnd::kMemory : AnswerEnd::kFailed,
-                  troubles[i]->line);
-      continue;
-    }
-    {
-      const std::lock_guard lock(mutex);
-      if (!stream.stepped) {
-        stream.told.usage.first_token_seconds = Seconds(stream.asked->asked, now);
-        instruments.first_token->Observe(stream.told.usage.first_token_seconds);
-      }
-      stream.stepped = true;
-    }
-    if (generation.failure()) {
-      const auto trouble = Try([&] { std::rethrow_exception(generation.failure()); }, false);
-      EndAnswerOf(stream, trouble->memory ? AnswerEnd::kMemory : AnswerEnd::kFailed, trouble->line);
-    } else if (generation.finished()) {
-      const bool stopped = generation.result().reason == FinishReason::kStop;
-      EndAnswerOf(stream, stopped ? AnswerEnd::kStop : AnswerEnd::kLength, "");
-    }
-  }
+  for (size_t i = 0; i < together.size(); ++i) Stepped(*together[i], troubles[i]);
   return true;
+}
+
+// What becomes of an answer after its step.
+void Scheduler::State::Stepped(Stream& stream, const std::optional<Trouble>& trouble) {
+  const Generation& generation = *stream.answer->generation;
+  const auto fail = [&](const Trouble& of) {
+    EndAnswerOf(stream, of.memory ? AnswerEnd::kMemory : AnswerEnd::kFailed, of.line);
+  };
+  if (trouble) return fail(*trouble);
+  if (generation.prompt_left() > 0) return;
+  {
+    const std::lock_guard lock(mutex);
+    if (!stream.stepped) {
+      stream.told.usage.first_token_seconds = Seconds(stream.asked->asked, clock.Now());
+      instruments.first_token->Observe(stream.told.usage.first_token_seconds);
+    }
+    stream.stepped = true;
+    stream.holds_session = false;
+  }
+  if (generation.failure()) {
+    fail(*Try([&] { std::rethrow_exception(generation.failure()); }, false));
+  } else if (generation.finished()) {
+    const bool stopped = generation.result().reason == FinishReason::kStop;
+    EndAnswerOf(stream, stopped ? AnswerEnd::kStop : AnswerEnd::kLength, "");
+  }
 }
 
 // Those in progress and, as far as their prompts have room in a round, those that begin.
@@ -519,14 +548,34 @@ std::vector<Scheduler::State::StreamPtr> Scheduler::State::AnswersToStep() {
   }
   std::sort(beginning.begin(), beginning.end(),
             [](const auto& a, const auto& b) { return a.first < b.first; });
+  const int64_t most = options.prompt_rows_per_round;
   int64_t rows = 0;
+  bool full = false;
+  StreamPtr longest_wait;  // of those with long prompts
   for (const auto& [order, stream] : beginning) {
-    if (rows >= options.prompt_rows_per_round) break;
-    if (!stream->answer && !Begin(stream)) continue;
-    const int64_t more = stream->answer->generation->next_rows();
-    if (rows > 0 && rows + more > options.prompt_rows_per_round) break;
-    rows += more;
+    if (!stream->answer) {
+      const int64_t waiting = WaitingTokens(*stream->session);
+      full = full || rows >= most || (rows > 0 && rows + waiting > most);
+      if (full || !Begin(stream)) continue;
+      rows += waiting;
+    }
+    Generation& generation = *stream->answer->generation;
+    const int64_t left = generation.prompt_left();
+    if (left > most) {
+      if (!longest_wait || stream->read_turn < longest_wait->read_turn) longest_wait = stream;
+      continue;
+    }
+    full = full || (rows > 0 && rows + left > most);
+    if (full) continue;
+    rows += left;
+    generation.ReadAtMost(left);
     stepping.push_back(stream);
+  }
+  if (longest_wait) {
+    longest_wait->read_turn = ++read_turns;
+    const int64_t part = std::max({most - rows, most / 4, int64_t{1}});
+    longest_wait->answer->generation->ReadAtMost(part);
+    stepping.push_back(longest_wait);
   }
   return stepping;
 }
@@ -540,6 +589,7 @@ bool Scheduler::State::Begin(const StreamPtr& stream) {
     stream->questions.pop_front();
     stream->asked = question;
     stream->stepped = false;
+    stream->holds_session = true;
   }
   const Session& session = *stream->session;
   StreamAnswer& told = stream->told = StreamAnswer();
@@ -551,7 +601,7 @@ bool Scheduler::State::Begin(const StreamPtr& stream) {
   told.usage.queued_seconds = Seconds(question.asked, clock.Now());
   PendingQuestion pending{question.question.text,
                           question.question.generate.value_or(session.options.generate),
-                          !question.standing};
+                          !question.standing, question.ids};
   pending.generate.max_new_tokens =
       std::min(pending.generate.max_new_tokens, stream->budget.answer_tokens);
   TextSink sink = [stream = stream.get(), id = question.question.id,
@@ -567,6 +617,8 @@ bool Scheduler::State::Begin(const StreamPtr& stream) {
     return false;
   }
   told.usage.prompt_tokens = stream->answer->prompt_tokens;
+  const std::lock_guard lock(mutex);
+  stream->holds_session = stream->answer->needs_session();
   return true;
 }
 
@@ -581,6 +633,7 @@ void Scheduler::State::EndAnswerOf(Stream& stream, AnswerEnd end, const std::str
         whole ? EndAnswer(*stream.session, *stream.answer) : stream.answer->generation->result();
     answer.text = generated.text;
     answer.evidence = std::move(generated.evidence);
+    answer.no_evidence = whole ? std::move(generated.no_evidence) : "the answer was not finished";
     answer.usage.answer_tokens = static_cast<int64_t>(generated.ids.size());
     stream.answer.reset();
   }
@@ -588,6 +641,7 @@ void Scheduler::State::EndAnswerOf(Stream& stream, AnswerEnd end, const std::str
   {
     const std::lock_guard lock(mutex);
     question = *std::exchange(stream.asked, std::nullopt);
+    stream.holds_session = false;
   }
   Report(stream, question, std::move(answer));
 }
@@ -686,7 +740,7 @@ void Scheduler::State::TakeTurns(std::vector<StreamPtr> order, int64_t most, int
     any = false;
     for (const StreamPtr& stream : order) {
       if (taken >= most) return;
-      if (!stream->MayTakeFrame()) continue;
+      if (!stream->MayTakeFrame() || HasLongPrefix(*stream)) continue;
       auto batch = std::find_if(batches.begin(), batches.end(),
                                 [&](const auto& b) { return b.stream == stream; });
       const size_t before = batch == batches.end() ? 0 : batch->frames.size();
@@ -719,7 +773,8 @@ void Scheduler::State::AskWhatIsDue(Stream& stream, const WaitingFrame& frame) {
     if (stream.asked && same(*stream.asked)) continue;
     if (std::any_of(stream.questions.begin(), stream.questions.end(), same)) continue;
     standing.due = frame.frame->time + MediaTime::FromSeconds(standing.what.interval_seconds);
-    WaitingQuestion asked{question, frame.order, clock.Now(), true, standing.what.only_when_changed,
+    WaitingQuestion asked{question,    standing.ids, frame.order,
+                          clock.Now(), true,         standing.what.only_when_changed,
                           false};
     const auto behind =
         std::find_if(stream.questions.begin(), stream.questions.end(),
@@ -739,8 +794,7 @@ std::string Scheduler::State::Refusal(const Stream& stream, size_t frames) const
            " frames; further ones are dropped, questions are still answered";
   }
   if (stream.budget.kv_bytes == 0) return "";
-  for (const VisualTokens& tokens : session.waiting) more += tokens.size();
-  if (session.cache.length() == 0) more += static_cast<int64_t>(session.prefix_ids.size());
+  more += WaitingTokens(session) + UnreadPrefix(session);
   int64_t blocks = 0;
   for (int layer = 0; layer < engine->pool().geometry().num_layers; ++layer) {
     blocks += (session.cache.rows(layer) + more + kKvBlockTokens - 1) / kKvBlockTokens;
@@ -754,23 +808,41 @@ std::string Scheduler::State::Refusal(const Stream& stream, size_t frames) const
 void Scheduler::State::IngestAlone(Batch<Stream>& batch) {
   Stream& stream = *batch.stream;
   Arrivals arrivals{stream.session.get(), batch.pictures};
-  const auto trouble = Try([&] { Ingest(*ctx, {&arrivals, 1}); }, true);
-  if (!trouble) {
-    Encoded(batch, arrivals.taken);
-    return;
+  const auto trouble = Try([&] { Ingest(*ctx, {&arrivals, 1}); }, false);
+  if (!trouble) return Encoded(batch, arrivals.taken);
+  if (batch.frames.size() == 1) return BlameFrame(stream, batch.frames[0], *trouble);
+  // One of them is to blame: each by itself, and the others go on.
+  for (size_t i = 0; i < batch.frames.size(); ++i) {
+    if (!stream.session) {  // it has ended meanwhile
+      Drop(stream, {&batch.frames[i], 1}, DropReason::kClosing);
+      continue;
+    }
+    Batch<Stream> one{batch.stream, {batch.frames[i]}, {batch.pictures[i]}};
+    IngestAlone(one);
   }
-  if (trouble->memory) {
-    Warn(stream, trouble->line);
-    Drop(stream, batch.frames, DropReason::kMemory);
-    return;
+}
+
+// A frame that cannot be ingested is dropped: for want of memory or room, or because it is no good.
+// When several in a row break the model it is not the frames, and the stream ends.
+void Scheduler::State::BlameFrame(Stream& stream, const WaitingFrame& frame,
+                                  const Trouble& trouble) {
+  constexpr int kMostInARow = 3;
+  if (trouble.memory || !HasRoom(*stream.session, stream.tokens_per_frame)) {
+    Warn(stream, trouble.line);
+    return Drop(stream, {&frame, 1}, DropReason::kMemory);
   }
-  Drop(stream, batch.frames, DropReason::kClosing);
-  End(stream, AnswerEnd::kFailed, trouble->line);
+  if (trouble.input || ++stream.failed_frames < kMostInARow) {
+    stream.TellWarning(trouble.line);
+    return Drop(stream, {&frame, 1}, DropReason::kBadFrame);
+  }
+  Drop(stream, {&frame, 1}, DropReason::kClosing);
+  End(stream, AnswerEnd::kFailed, trouble.line);
 }
 
 void Scheduler::State::Encoded(Batch<Stream>& batch, std::span<const FramePtr> taken) {
   Stream& stream = *batch.stream;
   stream.warned = false;
+  stream.failed_frames = 0;
   instruments.encoded->Add(static_cast<int64_t>(taken.size()));
   {
     const std::lock_guard lock(mutex);
@@ -806,9 +878,45 @@ void Scheduler::State::Warn(Stream& stream, const std::string& line) {
   if (!std::exchange(stream.warned, true)) stream.TellWarning(line);
 }
 
+// Whether so much of the stream's prefix is left to be read that it is read by parts.
+bool Scheduler::State::HasLongPrefix(const Stream& stream) const {
+  return !stream.session->pyramid.replays() &&
+         UnreadPrefix(*stream.session) > options.prompt_rows_per_round;
+}
+
+// A part of the long prefix of one stream whose frames wait for it.
+bool Scheduler::State::ReadPrefixes() {
+  StreamPtr next;
+  {
+    const std::lock_guard lock(mutex);
+    for (const StreamPtr& stream : streams) {
+      if (!stream->MayTakeFrame() || !HasLongPrefix(*stream)) continue;
+      if (!next || stream->read_turn < next->read_turn) next = stream;
+    }
+  }
+  if (!next) return false;
+  next->read_turn = ++read_turns;
+  const auto trouble =
+      Try([&] { ReadPrefix(*ctx, *next->session, options.prompt_rows_per_round); }, true);
+  if (!trouble) return true;
+  if (!trouble->memory) {
+    End(*next, AnswerEnd::kFailed, trouble->line);
+    return true;
+  }
+  std::deque<WaitingFrame> frames;
+  {
+    const std::lock_guard lock(mutex);
+    frames.swap(next->frames);
+  }
+  Warn(*next, trouble->line);
+  for (const WaitingFrame& frame : frames) Drop(*next, {&frame, 1}, DropReason::kMemory);
+  return true;
+}
+
 bool Scheduler::State::ReadWhatWaits() {
   bool any = false;
   for (const StreamPtr& stream : Streams()) {
+    if (any) break;  // the others next time, unless there is something else to do by then
     {
       const std::lock_guard lock(mutex);
       if (!std::exchange(stream->unread, false)) continue;
@@ -951,6 +1059,7 @@ void Scheduler::State::Add(const StreamPtr& stream) {
   stream->session->on_warning = [owner = stream.get()](std::string_view line) {
     owner->TellWarning(line);
   };
+  stream->question_tokens = MostQuestionTokens(*stream->session);
   stream->tokens_per_frame = engine->vlm()->encoder().tokens_per_frame();
   for (const auto& compressor : stream->session->compressors) {
     stream->tokens_per_frame = compressor->TokensLeft(stream->tokens_per_frame);
@@ -988,7 +1097,7 @@ void Persist(Archive& archive, StreamId& id, StreamBudget& budget, StreamReport&
   archive.Number("frames_dropped", report.frames.dropped, int64_t{0}, kMostCounted);
   archive.Number("questions", report.questions, int64_t{0}, kMostCounted);
   archive.Number("answer_tokens", report.answer_tokens, int64_t{0}, kMostCounted);
-  archive.Resize("standing", standing, 1 << 20);
+  archive.Resize("standing", standing, kMostStanding);
   for (Standing& each : standing) {
     StreamQuestion& question = each.what.question;
     archive.Number("question", question.id);
@@ -1051,6 +1160,11 @@ StreamReport Scheduler::Restore(const std::filesystem::path& file, const BlockSt
   if (stream->session->frames_seen > 0) stream->newest = stream->session->last_time;
   stream->newest_index = -1;  // its owner counts on
   stream->unread = !stream->session->waiting.empty();
+  for (Standing& standing : stream->standing) {
+    standing.ids = std::make_shared<QuestionIds>(
+        EncodeQuestion(*state_->engine->vlm(), standing.what.question.text));
+    CheckLength(*standing.ids, MostQuestionTokens(*stream->session));
+  }
   state_->Add(stream);
   return report;
 }
@@ -1131,9 +1245,22 @@ Scheduler::State::StreamPtr Scheduler::State::FindToAsk(const StreamId& id,
   return stream;
 }
 
-void Scheduler::Ask(const StreamId& id, const StreamQuestion& question) {
+// The ids of a question, made without the lock: it is checked before, so that what is refused
+// anyway costs little, and by the caller after. check: REQUIRES mutex.
+std::shared_ptr<const QuestionIds> Scheduler::State::Encode(
+    const StreamQuestion& question, const std::function<StreamPtr()>& check) const {
+  StreamPtr stream;
   {
-    const std::lock_guard lock(state_->mutex);
+    const std::lock_guard lock(mutex);
+    stream = check();
+  }
+  auto ids = std::make_shared<QuestionIds>(EncodeQuestion(*engine->vlm(), question.text));
+  CheckLength(*ids, stream->question_tokens);
+  return ids;
+}
+
+void Scheduler::Ask(const StreamId& id, const StreamQuestion& question) {
+  const auto check = [&] {  // REQUIRES: mutex
     const State::StreamPtr stream = state_->FindToAsk(id, question);
     const auto waiting =
         std::count_if(stream->questions.begin(), stream->questions.end(),
@@ -1143,26 +1270,36 @@ void Scheduler::Ask(const StreamId& id, const StreamQuestion& question) {
                               " questions wait, as many as the stream's budget allows; wait for "
                               "an answer or cancel one");
     }
+    return stream;
+  };
+  const auto ids = state_->Encode(question, check);
+  {
+    const std::lock_guard lock(state_->mutex);
+    const State::StreamPtr stream = check();
     stream->questions.push_back(
-        {question, state_->next_order++, state_->clock.Now(), false, false, false});
+        {question, ids, state_->next_order++, state_->clock.Now(), false, false, false});
     ++stream->report.questions;
   }
   state_->changed.notify_all();
 }
 
 void Scheduler::AskAlways(const StreamId& id, const StandingQuestion& question) {
-  const std::lock_guard lock(state_->mutex);
   if (!(question.interval_seconds > 0 && question.interval_seconds < 1e9)) {
     throw InputError("[scheduler] interval_seconds must be above 0 and below 1e9, got " +
                      std::to_string(question.interval_seconds));
   }
-  const State::StreamPtr stream = state_->FindToAsk(id, question.question);
-  if (static_cast<int>(stream->standing.size()) >= stream->budget.queued_questions) {
-    throw ResourceExhausted("[scheduler] " + std::to_string(stream->standing.size()) +
-                            " standing questions are asked, as many as the stream's budget of "
-                            "questions allows; cancel one");
-  }
-  stream->standing.push_back({question, {}, {}});
+  const auto check = [&] {  // REQUIRES: mutex
+    const State::StreamPtr stream = state_->FindToAsk(id, question.question);
+    if (static_cast<int>(stream->standing.size()) >= stream->budget.queued_questions) {
+      throw ResourceExhausted("[scheduler] " + std::to_string(stream->standing.size()) +
+                              " standing questions are asked, as many as the stream's budget of "
+                              "questions allows; cancel one");
+    }
+    return stream;
+  };
+  const auto ids = state_->Encode(question.question, check);
+  const std::lock_guard lock(state_->mutex);
+  check()->standing.push_back({question, ids, {}, {}});
 }
 
 void Scheduler::Cancel(const StreamId& id, QuestionId question) {

@@ -2,15 +2,20 @@
 //
 // One thread does all work on the model, in rounds. A round is
 //   1. one token for every answer in progress: their decode steps, and the prompts of answers that
-//      begin, run in one Decoder::Step (at most `prompt_rows_per_round` prompt rows, or one prompt
-//      that is longer);
+//      begin, run in one Decoder::Step: prompts of at most `prompt_rows_per_round` rows whole, as
+//      many as so many rows hold, the earliest question first; of longer ones a part of one, in
+//      turn, that takes what is left of so many rows and never less than a quarter of them. What
+//      compressors left of their streams is prefilled before and counts as their rows. Prompts that
+//      are read by layers (llm/generator.h) are taken alike, in steps of their own;
 //   2. frames: at most `frames_per_round`, one at a time from each stream in turn. Half of them, or
 //      fewer, come from streams where a question waits for its frames, the earliest question first;
 //      the rest from all streams, the longest wait first. They are encoded together where no state
 //      of a stream is in the way and prefilled in one Decoder::Step.
 // So a token waits for one batch of frames at most, and a frame for one step of all answers at
-// most: questions never hold up the video, and the video never holds up an answer. With nothing
-// else to do a round prefills what compressors left to be read later.
+// most: questions never hold up the video, and the video never holds up an answer. A long prefix (a
+// stream's system prompt) is prefilled by parts of `prompt_rows_per_round` before its first frames.
+// With nothing else to do a round prefills what compressors left of one stream to be read later.
+// Between the parts of a prompt its answer may be cancelled, and its time may end.
 //
 // Within a stream the order is that of the calls: a question is answered about every frame that was
 // accepted before it and none that came later, unless it had to wait for another answer of the same
@@ -94,6 +99,7 @@ struct StreamAnswer {
   int64_t frames_seen = 0;
   AnswerUsage usage;
   std::vector<Evidence> evidence;
+  std::string no_evidence;  // why there is none, in one line
   bool standing = false;
   bool changed = true;  // from the answer before; of a standing question
 };
@@ -147,8 +153,10 @@ class Scheduler {
   // A frame later than the last, by its media time and by Frame::index (others are dropped,
   // kOutOfOrder).
   void Push(const StreamId& stream, FrameNumber number, FramePtr frame);
-  // Throws InputError on a blank question, a number in use, options out of range;
-  // ResourceExhausted when as many wait as the budget allows.
+  // Throws InputError on a blank question, one of more bytes than kMostPromptBytes or more tokens
+  // than the context holds, a number in use, options out of range; ResourceExhausted when as many
+  // wait as the budget allows. The question is tokenized here, on the caller's thread: some tens of
+  // milliseconds at most.
   void Ask(const StreamId& stream, const StreamQuestion& question);
   void AskAlways(const StreamId& stream, const StandingQuestion& question);
   // Ends an answer in progress, one that waits, or a standing question. Unknown ones are ignored:

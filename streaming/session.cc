@@ -14,39 +14,76 @@ int64_t ContextLimit(const Vlm& vlm, const SessionOptions& options) {
   return options.max_context_tokens > 0 ? std::min(options.max_context_tokens, most) : most;
 }
 
-// Throws InputError unless the window, and what a question recalls, leave room for a question.
-void CheckMemory(const Session& session, bool compresses) {
-  const MemoryOptions& memory = *session.options.memory;
-  if (session.pyramid.mode() != PyramidMode::kOff) {
+constexpr size_t kMostCompressors = 8;
+
+// Rows that a mode's instruction and what stands before it may have: they are read as one.
+constexpr int64_t kMostInstructionRows = 2048;
+
+// Throws InputError on a system prompt, and an instruction, that the context or a step cannot hold.
+void CheckPrompts(const Session& session) {
+  const Vlm& vlm = *session.vlm;
+  const auto prefix = static_cast<int64_t>(session.prefix_ids.size());
+  const int64_t room = session.context_limit() - kQuestionTokens;
+  if (!session.options.system_prompt.empty() && prefix > room) {
+    throw InputError("[session] the system prompt has " + std::to_string(prefix) +
+                     " tokens with what surrounds it, the context has room for " +
+                     std::to_string(room) + " beside a question; make it shorter");
+  }
+  const std::string* const instruction = session.pyramid.wanted_instruction();
+  if (!instruction) return;
+  const auto rows = prefix + static_cast<int64_t>(vlm.prompt_format()
+                                                      .EncodeQuestion(vlm.tokenizer(), *instruction,
+                                                                      /*follow_up=*/false)
+                                                      .size());
+  if (rows > kMostInstructionRows) {
+    throw InputError("[session] the instruction has " + std::to_string(rows) +
+                     " tokens with the system prompt, expected at most " +
+                     std::to_string(kMostInstructionRows) + "; make them shorter");
+  }
+}
+
+}  // namespace
+
+MemoryOptions MemoryFor(const Vlm& vlm, const SessionOptions& options, int64_t prefix_tokens) {
+  MemoryOptions memory = *options.memory;
+  CheckMemoryOptions(memory);
+  if (options.pyramid.mode != PyramidMode::kOff) {
     throw InputError(
         "[memory] PyramidDrop leaves layers different rows, which a window cannot slide over; "
         "choose one of --memory and --pyramid-drop");
   }
-  const int64_t frame = session.vlm->encoder().tokens_per_frame();
-  const auto prefix = static_cast<int64_t>(session.prefix_ids.size());
-  const int64_t question = kQuestionTokens + session.options.generate.max_new_tokens +
-                           (session.options.keep_dialogue ? memory.dialogue_tokens : 0);
+  const int64_t limit = ContextLimit(vlm, options);
+  const int64_t frame = vlm.encoder().tokens_per_frame();
+  const bool takes_all = memory.window_tokens == 0;
+  if (takes_all) memory.dialogue_tokens = std::min(memory.dialogue_tokens, limit / 8);
+  const int64_t question = kQuestionTokens + options.generate.max_new_tokens +
+                           (options.keep_dialogue ? memory.dialogue_tokens : 0);
   // What compressors leave waits until it is as much as a batch, so two may come at once.
-  const int64_t batch = frame * session.options.frames_per_batch * (compresses ? 2 : 1);
-  const int64_t window = prefix + memory.window_tokens + kKvBlockTokens + batch + question;
-  const int64_t recalled =
-      prefix + int64_t{std::max(memory.recall_blocks, memory.recall_chunk)} * frame + question;
-  const int64_t limit = session.context_limit();
+  const int64_t batch = frame * options.frames_per_batch * (options.compressors.empty() ? 1 : 2);
+  const int64_t window = prefix_tokens + memory.window_tokens + kKvBlockTokens + batch + question;
   if (window > limit) {
-    throw InputError("[memory] a window of " + std::to_string(memory.window_tokens) +
-                     " tokens with a batch of frames and a question needs a context of " +
-                     std::to_string(window) + ", the limit is " + std::to_string(limit) +
-                     ": make --memory-window smaller by " + std::to_string(window - limit));
+    throw InputError(
+        "[memory] a window of " + std::to_string(memory.window_tokens) +
+        " tokens with a batch of frames and a question needs a context of " +
+        std::to_string(window) + ", the limit is " + std::to_string(limit) +
+        (takes_all ? "" : ": make --memory-window smaller by " + std::to_string(window - limit)));
   }
+  if (takes_all) {
+    const int64_t most = (limit - prefix_tokens - question) / frame;
+    if (memory.recall_chunk > most) memory.recall_blocks = 0;
+    memory.recall_blocks = static_cast<int>(std::min<int64_t>(memory.recall_blocks, most));
+  }
+  const int64_t recalled = prefix_tokens +
+                           int64_t{std::max(memory.recall_blocks, memory.recall_chunk)} * frame +
+                           question;
   if (memory.recall_blocks > 0 && recalled > limit) {
     throw InputError("[memory] " + std::to_string(memory.recall_blocks) + " recalled frames of " +
                      std::to_string(frame) + " tokens with a question need a context of " +
                      std::to_string(recalled) + ", the limit is " + std::to_string(limit) +
                      ": make --memory-recall smaller");
   }
+  return memory;
 }
-
-}  // namespace
 
 Session::Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> pool,
                  SessionOptions session_options)
@@ -64,6 +101,12 @@ Session::Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> 
                      std::to_string(options.max_context_tokens));
   }
   prefix_ids = vlm->prompt_format().EncodePrefix(vlm->tokenizer(), options.system_prompt);
+  CheckPrompts(*this);
+  if (options.compressors.size() > kMostCompressors) {
+    throw InputError("[session] expected at most " + std::to_string(kMostCompressors) +
+                     " token compressors one after another, got " +
+                     std::to_string(options.compressors.size()));
+  }
   if (options.cacher && options.turbo) {
     throw InputError(
         "[session] turbo merges the patches that the cacher compares between frames; choose one of "
@@ -87,11 +130,10 @@ Session::Session(std::shared_ptr<const Vlm> model, std::shared_ptr<KvBlockPool> 
     tokens = compressors.back()->TokensLeft(tokens);
   }
   if (!options.memory) return;
-  CheckMemory(*this, !compressors.empty());
   const Decoder& decoder = vlm->decoder();
-  memory = std::make_unique<StreamMemory>(*options.memory, decoder.kv_geometry(),
-                                          decoder.rotary_frequencies(),
-                                          static_cast<int64_t>(prefix_ids.size()));
+  const auto pinned = static_cast<int64_t>(prefix_ids.size());
+  memory = std::make_unique<StreamMemory>(MemoryFor(*vlm, options, pinned), decoder.kv_geometry(),
+                                          decoder.rotary_frequencies(), pinned);
 }
 
 int64_t Session::SizeBytes() const {

@@ -34,6 +34,12 @@ struct Turn {
   std::vector<int32_t> answer_ids;
 };
 
+// The memory of a stream with these options (which ask for one), with what depends on the model
+// settled; its window_tokens are still 0 where it takes what the context holds. Throws InputError
+// where the window, and what a question recalls, leave no room for a question, on options that it
+// does not go together with, and on those out of range.
+MemoryOptions MemoryFor(const Vlm& vlm, const SessionOptions& options, int64_t prefix_tokens);
+
 // Used by one thread at a time (the worker that holds it).
 struct Session {
   // Throws InputError on options out of range, for the model as well, and on unknown compressors.
@@ -53,7 +59,8 @@ struct Session {
   std::unique_ptr<const TurboTower> merge;                    // may be null
   std::vector<std::unique_ptr<TokenCompressor>> compressors;  // applied in order
   std::vector<VisualTokens> waiting;                          // of batches still to be prefilled
-  // With a memory only the last turns, as many as its budget for the dialogue holds.
+  // With a memory only the last turns, as many as its budget for the dialogue holds; all of them
+  // while a window that takes what the context holds has lost nothing.
   std::vector<Turn> transcript;
   int64_t frames_seen = 0;  // ingested, also duplicates and those of which compressors left nothing
   int64_t visual_tokens = 0;  // that compressors left of them

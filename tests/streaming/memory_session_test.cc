@@ -191,8 +191,14 @@ TEST_P(MemorySessionTest, WhatCannotFitOrGoTogetherIsRefusedInOneLine) {
               HasSubstr("--memory-window smaller by"));
   EXPECT_THAT(refusal([](auto& o) { o.memory->recall_blocks = 4000; }),
               HasSubstr("--memory-recall smaller"));
-  EXPECT_THAT(refusal([](auto& o) { o.memory->window_tokens = 0; }), HasSubstr("at least 1"));
-  EXPECT_THAT(refusal([](auto& o) { o.memory->recall_chunk = 0; }), HasSubstr("at least 1"));
+  EXPECT_THAT(refusal([](auto& o) { o.memory->window_tokens = -1; }), HasSubstr("must be 0 to"));
+  EXPECT_THAT(refusal([](auto& o) { o.memory->window_tokens = INT64_MAX; }),
+              HasSubstr("must be 0 to"));
+  EXPECT_THAT(refusal([](auto& o) { o.memory->dialogue_tokens = INT64_MAX; }),
+              HasSubstr("must be 0 to"));
+  EXPECT_THAT(refusal([](auto& o) { o.memory->recall_blocks = INT32_MAX; }),
+              HasSubstr("must be 0 to"));
+  EXPECT_THAT(refusal([](auto& o) { o.memory->recall_chunk = 0; }), HasSubstr("must be 1 to"));
   EXPECT_THAT(refusal([](auto& o) { o.memory->store.host_bytes = 0; }), HasSubstr("host memory"));
   EXPECT_THAT(refusal([](auto& o) {
                 o.pyramid = ParsePyramid("query-free");

@@ -587,15 +587,14 @@ TEST_F(SchedulerTest, FramesOutOfOrderAndBrokenOnesAreDropped) {
   ExpectBalance(client);
 }
 
-TEST_F(SchedulerTest, AFrameThatBreaksTheModelEndsOnlyItsStream) {
+TEST_F(SchedulerTest, FramesThatBreakTheModelOneAfterAnotherEndOnlyTheirStream) {
   const Client bad = Open(), good = Open();
   vlm_->encoder().before_encode = [](std::span<const FramePtr> frames) {
     for (const FramePtr& frame : frames) {
       if (frame->rgb[0] == 66) throw Error("[fake] cannot stand this picture");
     }
   };
-  Push(bad, 0, 1, 66);
-  Push(bad, 1, 3, 66);
+  for (int i = 0; i < 3; ++i) scheduler_->Push(bad.id, i, FakeFrame(i, 66));
   Ask(bad, 1);
   Push(good, 0, 3);
   Ask(good, 1);
@@ -649,7 +648,8 @@ TEST_F(SchedulerTest, AllocationsThatFailCostFramesAndAnswersButNoStream) {
   Push(b, 0, 2);
   int calls = 0;
   vlm_->encoder().before_encode = [&](std::span<const FramePtr>) {
-    if (++calls <= 2) throw std::bad_alloc();  // both together, then the first one alone
+    // Both together, then the first one alone, and each of its frames.
+    if (++calls <= 4) throw std::bad_alloc();
   };
   RunAll();
   EXPECT_THAT(a.heard->dropped, ElementsAre(Dropped(0, "memory"), Dropped(1, "memory")));
