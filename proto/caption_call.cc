@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "proto/convert.h"
+#include "proto/json_log.h"
 #include "proto/messages.h"
 #include "runtime/error.h"
 
@@ -145,8 +146,9 @@ void CaptionCall::Run() {
   grpc::Status status;
   StreamId stream;
   try {
-    const SessionOptions options =
-        FromProto(request_.options(), hub_.vlm->generation_defaults(), hub_.options.memory);
+    std::string note;
+    const SessionOptions options = hub_.OptionsOf(request_.options(), hub_.options.budget, note);
+    if (!note.empty()) LogEvent(spdlog::level::info, "caption_memory", {{"note", note}});
     const auto lease = Account::Open(account_);
     const std::shared_ptr<Source> source =
         hub_.sources.Open(request_.url(), SourceOptionsOf(request_.fps()));

@@ -65,6 +65,8 @@ v1::Answer ToProto(const TimedAnswer& timed) {
   for (const Evidence& moment : timed.generated.evidence) {
     *answer.add_evidence() = ToProto(moment);
   }
+  answer.set_no_evidence(Utf8(timed.generated.no_evidence));
+  answer.set_note(Utf8(timed.note));
   return answer;
 }
 

@@ -180,6 +180,9 @@ SessionOptions FromProto(const v1::ModelOptions& message, const GenerationDefaul
   }
   SetPyramid(message, options.pyramid);
   if (message.has_memory()) options.memory = MemoryFromProto(message.memory(), most);
+  if (message.has_memory() && message.no_memory()) {
+    throw InputError("[options] memory and no_memory are both set; choose one");
+  }
   options.generate = RecommendedGeneration(defaults);
   options.generate = FromProto(message.generation(), options.generate);
   return options;
@@ -232,7 +235,11 @@ v1::ModelOptions ToProto(const SessionOptions& options) {
     message.set_pyramid_instruction(pyramid.instruction);
   }
 
-  if (options.memory) *message.mutable_memory() = ToProto(*options.memory);
+  if (options.memory) {
+    *message.mutable_memory() = ToProto(*options.memory);
+  } else {
+    message.set_no_memory(true);
+  }
 
   v1::Generation& generation = *message.mutable_generation();
   generation.set_max_new_tokens(options.generate.max_new_tokens);
@@ -370,6 +377,7 @@ v1::StreamAnswer ToProto(const StreamAnswer& answer) {
   usage.set_first_token_seconds(answer.usage.first_token_seconds);
   usage.set_total_seconds(answer.usage.total_seconds);
   for (const Evidence& moment : answer.evidence) *message.add_evidence() = ToProto(moment);
+  message.set_no_evidence(Utf8(answer.no_evidence));
   return message;
 }
 

@@ -286,8 +286,8 @@ void SessionCall::HandleSource(const v1::OpenSource& request) {
 
 void SessionCall::HandleOptions(const v1::ModelOptions& message) {
   try {
-    const SessionOptions options =
-        FromProto(message, hub_.vlm->generation_defaults(), hub_.options.memory);
+    std::string note;
+    const SessionOptions options = hub_.OptionsOf(message, stream_->budget(), note);
     hub_.scheduler.SetOptions(stream_->id, options);
     stream_->SetGenerate(options.generate);
   } catch (const Error& error) {

@@ -10,6 +10,7 @@
 #include "proto/json_log.h"
 #include "proto/messages.h"
 #include "runtime/error.h"
+#include "streaming/defaults.h"
 
 namespace sluice {
 namespace {
@@ -91,13 +92,22 @@ std::vector<std::shared_ptr<LiveStream>> StreamHub::All() const {
   return all;
 }
 
+SessionOptions StreamHub::OptionsOf(const v1::ModelOptions& message, const StreamBudget& budget,
+                                    std::string& note) const {
+  SessionOptions session = FromProto(message, vlm->generation_defaults(), options.memory);
+  if (message.has_memory() || message.no_memory()) return session;
+  note = AddDefaultMemory(*vlm, options.memory, budget.kv_bytes, session).value_or("");
+  return session;
+}
+
 std::shared_ptr<LiveStream> StreamHub::Open(const v1::Open& open,
                                             const std::shared_ptr<Account>& account) {
-  const SessionOptions session =
-      FromProto(open.options(), vlm->generation_defaults(), options.memory);
+  const StreamBudget granted = Granted(open.budgets(), options.budget);
+  std::string note;
+  const SessionOptions session = OptionsOf(open.options(), granted, note);
   const auto self = std::make_shared<std::weak_ptr<LiveStream>>();
   LiveStream::Terms terms = TermsFor(account, self);
-  terms.budget = Granted(open.budgets(), options.budget);
+  terms.budget = granted;
   terms.generate = session.generate;
   const StreamBudget budget = terms.budget;
   const auto stream = std::make_shared<LiveStream>(std::move(terms));
@@ -109,6 +119,7 @@ std::shared_ptr<LiveStream> StreamHub::Open(const v1::Open& open,
   }
   LogEvent(spdlog::level::info, "stream_opened",
            {{"stream", stream->id.substr(0, 8)}, {"account", account->name()}});
+  if (!note.empty()) stream->OnWarning(note);
   return stream;
 }
 

@@ -37,6 +37,10 @@ class StreamHub {
   std::shared_ptr<Account> Authenticate(std::string_view authorization) const;
   v1::Limits LimitsOf(const StreamBudget& budget) const;
 
+  // What a stream of this budget is told, with the memory it has if the client tells nothing about
+  // one. note: in one line why it has none; empty otherwise. Throws InputError as FromProto.
+  SessionOptions OptionsOf(const v1::ModelOptions& message, const StreamBudget& budget,
+                           std::string& note) const;
   // Throw InputError and ResourceExhausted as the scheduler does.
   std::shared_ptr<LiveStream> Open(const v1::Open& open, const std::shared_ptr<Account>& account);
   // Also one that was saved. Null: there is no such stream, or it is another account's. Throws as

@@ -36,6 +36,7 @@ struct AskFlags {
   std::optional<int> top_k, max_new_tokens;
   uint64_t seed = 0;
   bool no_dialogue = false;
+  bool no_memory = false;
   std::string system_prompt;
   int require_right = 0;
   bool json = false;
@@ -140,13 +141,14 @@ class Narrator {
     } else {
       std::printf("  (wrong: it is \"%s\")\n", expected->c_str());
     }
-    PrintEvidence(answer.generated.evidence);
+    PrintEvidence(answer.generated);
     std::fflush(stdout);
   }
 
   // The moments that an answer rests on most.
-  static void PrintEvidence(std::vector<Evidence> evidence) {
+  static void PrintEvidence(const Generated& generated) {
     constexpr size_t kMost = 3;
+    std::vector<Evidence> evidence = generated.evidence;
     std::stable_sort(evidence.begin(), evidence.end(),
                      [](const Evidence& a, const Evidence& b) { return a.weight > b.weight; });
     if (evidence.size() > kMost) evidence.resize(kMost);
@@ -193,6 +195,7 @@ void Ask(const AskFlags& flags) {
   std::vector<TimedQuestion> timed;
   timed.reserve(questions.size());
   for (const ExpectedQuestion& question : questions) timed.push_back(question.question);
+  const bool default_memory = !flags.methods.memory && !flags.no_memory;
   Narrator narrator(flags.json, questions, *source);
   Tracer tracer;
   RunResult result;
@@ -207,11 +210,16 @@ void Ask(const AskFlags& flags) {
     if (flags.top_p) generation.set_top_p(*flags.top_p);
     generation.set_seed(flags.seed);
     std::signal(SIGINT, OnInterrupt);
+    if (default_memory) options.clear_no_memory();  // the server has its own
     result = RunRemote(flags.remote, options, *source, timed, narrator.Observer());
   } else {
     const Engine engine = OpenEngine(flags.model);
     session_options.generate = RecommendedGeneration(engine.vlm()->generation_defaults());
     ApplyGeneration(flags, session_options.generate);
+    if (default_memory) {
+      const auto none = AddDefaultMemory(*engine.vlm(), BlockStoreOptions(), 0, session_options);
+      if (none) Logger()->warn("{}", *none);
+    }
     const auto session = engine.NewSession(session_options);
     const auto context = engine.NewContext();
     std::signal(SIGINT, OnInterrupt);
@@ -222,6 +230,9 @@ void Ask(const AskFlags& flags) {
   std::signal(SIGINT, SIG_DFL);
 
   if (result.warning) Logger()->warn("{}", *result.warning);
+  for (const TimedAnswer& answer : result.answers) {
+    if (!answer.note.empty()) Logger()->warn("{}", answer.note);
+  }
   if (result.queue.dropped > 0) {
     Logger()->warn("{} of {} frames were dropped: the source is faster than this machine",
                    result.queue.dropped, result.queue.pushed);
@@ -252,9 +263,10 @@ void AddAsk(CLI::App& app) {
                    "File, file://, http(s)://, rtsp://, camera[:/dev/videoN] or test[:PATTERN[:S]]")
       ->required();
   command
-      ->add_option("--question", flags->questions,
-                   "Question, asked at the end or @seconds of media time: \"What is there?@3.5\"; "
-                   "may be given several times")
+      ->add_option(
+          "--question", flags->questions,
+          "Question, asked at the end or @TIME of the video, in seconds or as 1:15: \"What "
+          "is there?@3.5\"; may be given several times")
       ->allow_extra_args(false);
   command->add_option("--questions", flags->question_file,
                       "JSONL file of questions with their times and right answers, as `sluice "
@@ -267,16 +279,22 @@ void AddAsk(CLI::App& app) {
     command->get_option(local)->excludes(server);
   }
   AddMethodFlags(*command, flags->methods);
+  command
+      ->add_flag("--no-memory", flags->no_memory,
+                 "End with the context: without it, the oldest frames of a video that is longer "
+                 "leave the context and are recalled for each question")
+      ->excludes("--memory")
+      ->group(kMethodGroup);
   auto* fps = command->add_option("--fps", flags->rate.fps, "Frames to look at per second of media")
                   ->capture_default_str()
-                  ->check(CLI::Range(0.001, 1000.0));
+                  ->check(FiniteRange(0.001, 1000.0));
   command->add_option("--every-nth", flags->rate.every_nth, "Look at every N-th frame instead")
       ->check(CLI::Range(1, 1000000))
       ->excludes(fps);
   command->add_option("--begin", flags->begin, "Begin at this second of a file")
-      ->check(CLI::Range(0.0, 1e8));
+      ->check(FiniteRange(0.0, 1e8));
   command->add_option("--end", flags->end, "End at this second of a file")
-      ->check(CLI::Range(0.0, 1e8));
+      ->check(FiniteRange(0.0, 1e8));
   command->add_option("--max-frames", flags->max_frames, "End after so many frames")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
   command

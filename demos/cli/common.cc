@@ -53,6 +53,15 @@ void AddClipOptions(CLI::App& command, const ClipOptions& flags) {
       ->check(CLI::Range(1, 1000));
 }
 
+std::function<std::string(const std::string&)> FiniteRange(double least, double most) {
+  return [=](const std::string& text) -> std::string {
+    double value = 0;
+    if (CLI::detail::lexical_cast(text, value) && value >= least && value <= most) return "";
+    return "expected a number from " + Number(least, 3) + " to " + Number(most, 0) + ", got " +
+           text;
+  };
+}
+
 Engine OpenEngine(const ModelFlags& flags, EngineOptions options) {
   options.model =
       flags.model.empty() ? BundledPath("models/sluice-mini") : std::filesystem::path(flags.model);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -46,6 +47,9 @@ struct ClipOptions {
   int& questions;
 };
 void AddClipOptions(CLI::App& command, const ClipOptions& flags);
+
+// As CLI::Range, which takes "nan" as well.
+std::function<std::string(const std::string&)> FiniteRange(double least, double most);
 
 // options: what the flags do not tell.
 Engine OpenEngine(const ModelFlags& flags, EngineOptions options = {});

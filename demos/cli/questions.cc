@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "runtime/error.h"
+#include "streaming/logging.h"
 
 namespace sluice::cli {
 namespace {
@@ -15,20 +16,42 @@ bool IsTime(double seconds) { return seconds >= 0 && seconds <= kMostSeconds; }
 
 }  // namespace
 
+std::optional<double> ParseTime(std::string_view text) {
+  double seconds = 0;
+  int parts = 0;
+  for (bool more = true; more; ++parts) {
+    const size_t colon = text.find(':');
+    more = colon != text.npos;
+    const std::string_view part = text.substr(0, colon);
+    if (parts == 3 || part.empty() || part.find_first_not_of("0123456789.") != part.npos) return {};
+    double value = 0;
+    const auto [end, error] = std::from_chars(part.data(), part.data() + part.size(), value);
+    if (error != std::errc() || end != part.data() + part.size()) return {};
+    const bool whole = part.find('.') == part.npos;
+    if ((more && !whole) || (parts > 0 && value >= 60)) return {};
+    seconds = seconds * 60 + value;
+    if (more) text.remove_prefix(colon + 1);
+  }
+  if (!IsTime(seconds)) return {};
+  return seconds;
+}
+
 TimedQuestion ParseTimedQuestion(const std::string& argument) {
   TimedQuestion question{argument, std::nullopt};
   const size_t sign = argument.rfind('@');
-  if (sign != std::string::npos && sign + 1 < argument.size()) {
-    double seconds = 0;
-    const char* end = argument.data() + argument.size();
-    const auto [stopped, error] = std::from_chars(argument.data() + sign + 1, end, seconds);
-    if (error == std::errc() && stopped == end) {
-      if (!IsTime(seconds)) {
-        throw InputError("[question] a time must be seconds from 0 to one year, got '" +
-                         argument.substr(sign + 1) + "'");
-      }
+  if (sign != std::string::npos) {
+    const std::string after = argument.substr(sign + 1);
+    const std::optional<double> seconds = ParseTime(after);
+    if (seconds) {
       question.text = argument.substr(0, sign);
-      question.at = MediaTime::FromSeconds(seconds);
+      question.at = MediaTime::FromSeconds(*seconds);
+    } else if (after.empty() ||
+               std::string_view("0123456789.:+-").find(after[0]) != std::string_view::npos) {
+      throw InputError("[question] expected a time after @, as 75, 75.5, 1:15 or 0:01:15.5 up to " +
+                       std::string("a year, got '") + after + "'");
+    } else {
+      Logger()->warn("[question] '{}' after @ is no time; the whole text is asked at the end",
+                     after);
     }
   }
   if (question.text.empty()) throw InputError("[question] expected text, got '" + argument + "'");

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "streaming/engine.h"
@@ -16,8 +17,12 @@ struct ExpectedQuestion {
   std::optional<std::string> answer;  // what is right, if known
 };
 
-// "text" or "text@seconds": what follows the last @ is a time if all of it is a number.
-// Throws InputError on empty text or a time that is negative or beyond a year.
+// Seconds from 0 to a year: "75", "75.5", "1:15", "1:02:03.5". None: `text` is no time.
+std::optional<double> ParseTime(std::string_view text);
+
+// "text" or "text@TIME": what follows the last @ is a time if ParseTime takes it. What begins like
+// a number and is no time is refused; other text belongs to the question, which stderr is told.
+// Throws InputError on these and on empty text.
 TimedQuestion ParseTimedQuestion(const std::string& argument);
 
 // One JSON object a line: "question" (text), optional "at" (seconds), "answer" (text) and "clip"

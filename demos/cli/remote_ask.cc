@@ -70,7 +70,9 @@ class RemoteRun {
     if (observer_.on_frame) observer_.on_frame(frame, result_.frames);
   }
 
-  void Ask(const TimedQuestion& question) {
+  // source: once it has ended.
+  void Ask(const TimedQuestion& question, const SourceInfo* source = nullptr) {
+    note_ = source ? NoteOfLateTime(question, *source, last_) : "";
     if (observer_.on_question) observer_.on_question(question, last_);
     v1::SessionRequest request;
     request.mutable_ask()->set_question_id(++questions_);
@@ -139,6 +141,8 @@ class RemoteRun {
     for (const v1::Evidence& moment : answer.evidence()) {
       timed.generated.evidence.push_back(FromProto(moment));
     }
+    timed.generated.no_evidence = answer.no_evidence();
+    timed.note = std::move(note_);
     timed.first_token_seconds = answer.usage().first_token_seconds();
     timed.total_seconds = answer.usage().total_seconds();
     result_.answers.push_back(timed);
@@ -153,6 +157,7 @@ class RemoteRun {
   uint64_t questions_ = 0;
   MediaTime last_;
   std::optional<TimedQuestion> asked_;
+  std::string note_;
   bool closed_ = false;
 };
 
@@ -193,7 +198,7 @@ RunResult RunRemote(const RemoteServer& server, const v1::ModelOptions& options,
       }
       run.Push(*frame);
     }
-    for (; next != questions.end(); ++next) run.Ask(*next);
+    for (; next != questions.end(); ++next) run.Ask(*next, &result.source);
     run.Close();
     if (source.warning()) result.warning = source.warning();
     return result;
