@@ -180,7 +180,7 @@ RunResult Run(ExecContext& ctx, Session& session, Source& source,
   result.source = source.info();
   if (observer.on_open) observer.on_open(result.source);
   for (const TimedQuestion& question : questions) {
-    CheckLength(EncodeQuestion(*session.vlm, question.text), MostQuestionTokens(session));
+    EncodeQuestion(*session.vlm, question.text, MostQuestionTokens(session));  // or refuses
   }
   const bool live = result.source.live;
   const int64_t frames_before = session.frames_seen;

@@ -416,24 +416,24 @@ void ReadPrefix(ExecContext& ctx, Session& session, int64_t rows) {
   guard.Keep();
 }
 
-QuestionIds EncodeQuestion(const Vlm& vlm, const std::string& text) {
+QuestionIds EncodeQuestion(const Vlm& vlm, const std::string& text, int64_t most_tokens) {
   CheckBlank(text);
-  const PromptFormat& format = vlm.prompt_format();
-  return {format.EncodeQuestion(vlm.tokenizer(), text, /*follow_up=*/false),
-          format.EncodeQuestion(vlm.tokenizer(), text, /*follow_up=*/true)};
+  const auto encode = [&](bool follow_up) {
+    std::vector<int32_t> ids = vlm.prompt_format().EncodeQuestion(vlm.tokenizer(), text, follow_up);
+    if (static_cast<int64_t>(ids.size()) <= most_tokens) return ids;
+    throw InputError("[ask] the question has " + std::to_string(ids.size()) +
+                     " tokens, the context has room for " + std::to_string(most_tokens) +
+                     " even without frames; ask something shorter");
+  };
+  QuestionIds ids;
+  ids.first = encode(false);
+  ids.follow_up = encode(true);
+  return ids;
 }
 
 int64_t MostQuestionTokens(const Session& session) {
   const int64_t newline = session.vlm->newline_row().empty() ? 0 : 1;
   return session.context_limit() - static_cast<int64_t>(session.prefix_ids.size()) - newline;
-}
-
-void CheckLength(const QuestionIds& ids, int64_t most_tokens) {
-  const auto tokens = static_cast<int64_t>(std::max(ids.first.size(), ids.follow_up.size()));
-  if (tokens <= most_tokens) return;
-  throw InputError("[ask] the question has " + std::to_string(tokens) +
-                   " tokens, the context has room for " + std::to_string(most_tokens) +
-                   " even without frames; ask something shorter");
 }
 
 bool HasRoom(const Session& session, int64_t tokens) {

@@ -56,12 +56,11 @@ void ReadPrefix(ExecContext& ctx, Session& session, int64_t rows);
 struct QuestionIds {
   std::vector<int32_t> first, follow_up;
 };
-// Safe on any thread. Throws InputError on a blank question and as PromptFormat::EncodeQuestion.
-QuestionIds EncodeQuestion(const Vlm& vlm, const std::string& text);
 // The tokens of the longest question that a session of these options can ever answer.
 int64_t MostQuestionTokens(const Session& session);
-// Throws InputError, naming both, where a question has more tokens than that.
-void CheckLength(const QuestionIds& ids, int64_t most_tokens);
+// Safe on any thread. Throws InputError on a blank question, on one of more than `most_tokens`
+// tokens, naming both, and as PromptFormat::EncodeQuestion.
+QuestionIds EncodeQuestion(const Vlm& vlm, const std::string& text, int64_t most_tokens);
 
 struct PendingQuestion {
   std::string text;

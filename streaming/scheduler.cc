@@ -1161,9 +1161,8 @@ StreamReport Scheduler::Restore(const std::filesystem::path& file, const BlockSt
   stream->newest_index = -1;  // its owner counts on
   stream->unread = !stream->session->waiting.empty();
   for (Standing& standing : stream->standing) {
-    standing.ids = std::make_shared<QuestionIds>(
-        EncodeQuestion(*state_->engine->vlm(), standing.what.question.text));
-    CheckLength(*standing.ids, MostQuestionTokens(*stream->session));
+    standing.ids = std::make_shared<QuestionIds>(EncodeQuestion(
+        *state_->engine->vlm(), standing.what.question.text, MostQuestionTokens(*stream->session)));
   }
   state_->Add(stream);
   return report;
@@ -1254,9 +1253,8 @@ std::shared_ptr<const QuestionIds> Scheduler::State::Encode(
     const std::lock_guard lock(mutex);
     stream = check();
   }
-  auto ids = std::make_shared<QuestionIds>(EncodeQuestion(*engine->vlm(), question.text));
-  CheckLength(*ids, stream->question_tokens);
-  return ids;
+  return std::make_shared<QuestionIds>(
+      EncodeQuestion(*engine->vlm(), question.text, stream->question_tokens));
 }
 
 void Scheduler::Ask(const StreamId& id, const StreamQuestion& question) {

@@ -155,8 +155,8 @@ class Scheduler {
   void Push(const StreamId& stream, FrameNumber number, FramePtr frame);
   // Throws InputError on a blank question, one of more bytes than kMostPromptBytes or more tokens
   // than the context holds, a number in use, options out of range; ResourceExhausted when as many
-  // wait as the budget allows. The question is tokenized here, on the caller's thread: some tens of
-  // milliseconds at most.
+  // wait as the budget allows. The question is tokenized here, on the caller's thread: a tenth of a
+  // second at most.
   void Ask(const StreamId& stream, const StreamQuestion& question);
   void AskAlways(const StreamId& stream, const StandingQuestion& question);
   // Ends an answer in progress, one that waits, or a standing question. Unknown ones are ignored:

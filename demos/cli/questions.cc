@@ -12,6 +12,14 @@ namespace {
 
 constexpr double kMostSeconds = 366.0 * 24 * 3600;
 
+bool LooksLikeANumber(std::string_view text) {
+  if (text.empty()) return false;
+  if (std::string_view("0123456789.:+-").find(text[0]) != text.npos) return true;
+  double value = 0;  // "nan", "inf"
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  return error == std::errc() && end == text.data() + text.size();
+}
+
 bool IsTime(double seconds) { return seconds >= 0 && seconds <= kMostSeconds; }
 
 }  // namespace
@@ -45,8 +53,7 @@ TimedQuestion ParseTimedQuestion(const std::string& argument) {
     if (seconds) {
       question.text = argument.substr(0, sign);
       question.at = MediaTime::FromSeconds(*seconds);
-    } else if (after.empty() ||
-               std::string_view("0123456789.:+-").find(after[0]) != std::string_view::npos) {
+    } else if (LooksLikeANumber(after)) {
       throw InputError("[question] expected a time after @, as 75, 75.5, 1:15 or 0:01:15.5 up to " +
                        std::string("a year, got '") + after + "'");
     } else {

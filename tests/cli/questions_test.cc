@@ -19,6 +19,22 @@ TEST(QuestionArgumentTest, NumberBehindTheLastAtSignIsTheTime) {
   EXPECT_EQ(question.at, MediaTime::FromSeconds(3.5));
 }
 
+TEST(QuestionArgumentTest, TimesMayHaveMinutesAndHours) {
+  for (const auto& [text, seconds] :
+       std::vector<std::pair<std::string, double>>{{"75", 75},
+                                                   {"1:45", 105},
+                                                   {"00:00:01.75", 1.75},
+                                                   {"1:02:03.5", 3723.5},
+                                                   {"0:00", 0},
+                                                   {"90:00", 5400}}) {
+    EXPECT_EQ(ParseTimedQuestion("What?@" + text).at, MediaTime::FromSeconds(seconds)) << text;
+  }
+  for (const char* text :
+       {"1:75", "1:", ":5", "1.5:00", "1:2:3:4", "12s", "1:4x", "-3", "9999:0:0"}) {
+    EXPECT_THROW(ParseTimedQuestion(std::string("What?@") + text), InputError) << text;
+  }
+}
+
 TEST(QuestionArgumentTest, WithoutATimeTheQuestionIsAskedAtTheEnd) {
   for (const char* text : {"What is visible?", "Who wrote to me@home?", "who@", "3 @ 4 o'clock"}) {
     const TimedQuestion question = ParseTimedQuestion(text);

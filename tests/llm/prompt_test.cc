@@ -114,10 +114,10 @@ TEST(PromptTest, TextThatIsTooLongIsRefusedWithItsSize) {
   const std::string most(kMostPromptBytes, 'x'), more = most + "x";
   EXPECT_GT(format.EncodeQuestion(*tokenizer, most, false).size(), 1000u);
   EXPECT_THAT([&] { format.EncodeQuestion(*tokenizer, more, false); },
-              ::testing::ThrowsMessage<InputError>(HasSubstr("has 262145 bytes")));
+              ::testing::ThrowsMessage<InputError>(HasSubstr("has 131073 bytes")));
   EXPECT_THAT(
       [&] { format.EncodePrefix(*tokenizer, more); },
-      ::testing::ThrowsMessage<InputError>(HasSubstr("the system prompt has 262145 bytes")));
+      ::testing::ThrowsMessage<InputError>(HasSubstr("the system prompt has 131073 bytes")));
 }
 
 TEST(PromptTest, FollowUpsOfAStreamAreTheReferencesTurns) {
