@@ -46,8 +46,8 @@ class Generation {
  public:
   // Continues `cache` after `prompt` (at least one row); cache, policy and recall (both for the
   // prompt; may be null) are not owned. `prompt_ids` (see AnswerState::context) serves the
-  // repetition penalty and the checkpoint's rules; `sink` may be empty. Throws InputError on options
-  // out of range.
+  // repetition penalty and the checkpoint's rules; `sink` may be empty. Throws InputError on
+  // options out of range.
   Generation(const Vlm& vlm, KvCache& cache, PromptRows prompt, std::span<const int32_t> prompt_ids,
              const GenerateOptions& options, TextSink sink, LayerPolicy* policy = nullptr,
              KvPolicy* recall = nullptr);
