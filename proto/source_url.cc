@@ -30,12 +30,13 @@ std::string Lower(std::string_view text) {
   return out;
 }
 
-// RFC 3986's unreserved and sub-delims, `more`, and %XX.
+// RFC 3986's unreserved and sub-delims, `more`, and %XX but for %00.
 bool IsMadeOf(std::string_view text, std::string_view more) {
   constexpr std::string_view kPlain = "-._~!$&'()*+,;=";
   for (size_t i = 0; i < text.size(); ++i) {
     if (text[i] == '%') {
       if (i + 2 >= text.size() || !IsHex(text[i + 1]) || !IsHex(text[i + 2])) return false;
+      if (text.substr(i + 1, 2) == "00") return false;  // GStreamer falls over it in a query
       i += 2;
     } else if (!IsAlnum(text[i]) && kPlain.find(text[i]) == kPlain.npos &&
                more.find(text[i]) == more.npos) {
@@ -114,8 +115,8 @@ void CheckPath(std::string_view path, bool file) {
       continue;
     }
     const std::string code = Lower(resource.substr(i + 1, 2));
-    if (code == "00" || code == "2f" || code == "5c") {
-      Refuse("the URL's path holds an encoded '/', '\\' or NUL");
+    if (code == "2f" || code == "5c") {
+      Refuse("the URL's path holds an encoded '/' or '\\'");
     }
     decoded += code == "2e" ? '.' : 'x';
     i += 2;
@@ -153,9 +154,11 @@ SourceUrl Parse(std::string_view text, bool pattern) {
   if (const size_t at = place.find('@'); at != place.npos) {
     url.userinfo = place.substr(0, at);
     place.remove_prefix(at + 1);
+    const auto colons = std::count(url.userinfo.begin(), url.userinfo.end(), ':');
+    const bool rtsp = url.scheme.starts_with("rtsp");  // GStreamer wants a password there
     const bool well_made = !pattern && !url.userinfo.empty() && IsMadeOf(url.userinfo, ":") &&
-                           std::count(url.userinfo.begin(), url.userinfo.end(), ':') <= 1 &&
-                           url.userinfo[0] != ':' && place.find('@') == place.npos;
+                           colons <= 1 && (colons == 1 || !rtsp) && url.userinfo[0] != ':' &&
+                           place.find('@') == place.npos;
     if (!well_made) {
       Refuse(pattern ? "a rule has no name and password"
                      : "expected USER or USER:PASSWORD and one '@' before the URL's host, other "

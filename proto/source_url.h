@@ -25,8 +25,9 @@ inline constexpr size_t kMaxSourceUrlBytes = 4096;
 
 // RFC 3986 with less freedom: printable ASCII without \ " < > ^ ` { | }, one '@' at most, a name
 // and one password before it, a host that is a name of letters, digits, '-' and '_' or an address
-// in its usual form, a port from 1 to 65535, a path without dot segments and without encoded '/',
-// '\' or NUL, no fragment. Throws InputError that tells what is wrong, without the URL.
+// in its usual form, a port from 1 to 65535, a path without dot segments and without encoded '/' or
+// '\', nowhere an encoded NUL, no fragment. Throws InputError that tells what is wrong, without the
+// URL.
 SourceUrl ParseSourceUrl(std::string_view text);
 
 // The same with '*' as a character of host and path, for the rules of an operator. Throws

@@ -109,6 +109,14 @@ class Seeds {
     Write("image", "raw", std::string("\x03\x09\0\x09\0", 5) + std::string(rgb.begin(), rgb.end()));
   }
 
+  void SourceUrls() const {
+    Write("source_url", "rtsp",
+          "rtsp://user:se%40cret@cam.example.com:8554/live/main?channel=1&sub=0");
+    Write("source_url", "https6", "https://[2001:db8::1]:8443/a%20b/c.mp4");
+    Write("source_url", "http4", "http://192.0.2.1/x;y=1,2/!$&(*)+=:@~_-.mp4?q=/?");
+    Write("source_url", "file", "file:///srv/video/a%3Fb.mp4");
+  }
+
   void Requests() const {
     v1::SessionRequest request;
     v1::ModelOptions& options = *request.mutable_open()->mutable_options();
@@ -186,4 +194,5 @@ int main(int argc, char** argv) {
   seeds.SessionFiles();
   seeds.Images();
   seeds.Requests();
+  seeds.SourceUrls();
 }

@@ -21,6 +21,8 @@ void FuzzSessionFile(std::string_view bytes);
 void FuzzImage(std::string_view bytes);
 // A SessionRequest as it comes from the network.
 void FuzzRequest(std::string_view bytes);
+// The URL of a source: what we accept GLib and GStreamer read the same way.
+void FuzzSourceUrl(std::string_view bytes);
 
 struct FuzzTarget {
   const char* name;  // of its corpus and its program
@@ -30,6 +32,7 @@ struct FuzzTarget {
 inline constexpr FuzzTarget kFuzzTargets[] = {
     {"safetensors", FuzzSafetensors},  {"tokenizer", FuzzTokenizer}, {"config", FuzzConfig},
     {"session_file", FuzzSessionFile}, {"image", FuzzImage},         {"request", FuzzRequest},
+    {"source_url", FuzzSourceUrl},
 };
 
 // The choices of FuzzConfig's first byte: file number `byte % 8` of checkpoint `byte / 8 % 5`.

@@ -68,6 +68,7 @@ TEST(SourceRulesTest, WhatParsersReadDifferentlyIsRefused) {
                           "rtsp://u:p:q@host/x",
                           "rtsp://@host/x",
                           "rtsp://:p@host/x",
+                          "rtsp://u@host/x",
                           "http://host:80:90/x",
                           "http://host:/x",
                           "http://host:0/x",
