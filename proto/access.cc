@@ -3,6 +3,7 @@
 #include <openssl/sha.h>
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 #include "runtime/error.h"
@@ -19,6 +20,22 @@ std::string Sha256Hex(std::string_view text) {
     out += kDigits[byte & 15];
   }
   return out;
+}
+
+std::string Account::name() const {
+  const std::lock_guard lock(mutex_);
+  return token_.name;
+}
+
+bool Account::ExpiredAt(CalendarTime now) const {
+  const std::lock_guard lock(mutex_);
+  return withdrawn_ || (token_.expires && now >= *token_.expires);
+}
+
+void Account::SetTerms(const std::optional<AccessToken>& terms) {
+  const std::lock_guard lock(mutex_);
+  withdrawn_ = !terms;
+  if (terms) token_ = *terms;
 }
 
 void Account::Bucket::Fill(double rate, WallTime now) {
@@ -60,32 +77,85 @@ Account::Lease::~Lease() {
   --account_->sessions_;
 }
 
-Access::Access(const std::vector<AccessToken>& tokens) {
-  if (tokens.empty()) {
-    everybody_ = std::make_shared<Account>(AccessToken{.name = "everybody", .sha256 = {}});
+namespace {
+
+// RFC 9110, 11.1: a scheme is compared without its case. Empty: there is no token.
+std::string_view BearerToken(std::string_view authorization) {
+  constexpr std::string_view kScheme = "bearer ";
+  if (authorization.size() < kScheme.size()) return {};
+  for (size_t i = 0; i < kScheme.size(); ++i) {
+    const char c = authorization[i];
+    if ((c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c) != kScheme[i]) return {};
   }
+  return authorization.substr(kScheme.size());
+}
+
+void CheckTokens(const std::vector<AccessToken>& tokens) {
+  std::set<std::string_view> hashes;
   for (const AccessToken& token : tokens) {
     const bool hash = token.sha256.size() == 64 &&
                       token.sha256.find_first_not_of("0123456789abcdef") == std::string::npos;
     if (!hash) {
       throw InputError("[tokens] '" + token.name +
-                       "': expected sha256 as 64 lower-case hexadecimal digits (printf %s TOKEN | "
-                       "sha256sum)");
+                       "': expected sha256 as 64 lower-case hexadecimal digits; sluice token makes "
+                       "a token and prints its entry");
     }
-    if (!accounts_.emplace(token.sha256, std::make_shared<Account>(token)).second) {
+    if (!hashes.insert(token.sha256).second) {
       throw InputError("[tokens] '" + token.name + "': the same token twice; remove one");
     }
   }
 }
 
-std::shared_ptr<Account> Access::Find(std::string_view authorization, CalendarTime now) const {
+}  // namespace
+
+Access::Access(const std::vector<AccessToken>& tokens) { Replace(tokens); }
+
+bool Access::needs_token() const {
+  const std::lock_guard lock(mutex_);
+  return everybody_ == nullptr;
+}
+
+void Access::Replace(const std::vector<AccessToken>& tokens) {
+  CheckTokens(tokens);
+  const std::lock_guard lock(mutex_);
+  const auto before = std::exchange(accounts_, {});
+  for (const AccessToken& token : tokens) {
+    const auto known = before.find(token.sha256);
+    if (known != before.end()) known->second->SetTerms(token);
+    accounts_.emplace(token.sha256,
+                      known != before.end() ? known->second : std::make_shared<Account>(token));
+  }
+  for (const auto& [hash, account] : before) {
+    if (!accounts_.contains(hash)) account->SetTerms(std::nullopt);
+  }
+  if (!tokens.empty()) {
+    if (everybody_) everybody_->SetTerms(std::nullopt);
+    everybody_ = nullptr;
+  } else if (!everybody_) {
+    everybody_ = std::make_shared<Account>(AccessToken{.name = "everybody", .sha256 = {}});
+  }
+}
+
+// Found by its hash: how long that takes tells something of the hash at most, from which no token
+// can be made; comparing in constant time would add nothing.
+std::shared_ptr<Account> Access::Known(std::string_view authorization) const {
+  const std::string_view token = BearerToken(authorization);
+  const std::lock_guard lock(mutex_);
   if (everybody_) return everybody_;
-  constexpr std::string_view kScheme = "Bearer ";
-  if (!authorization.starts_with(kScheme)) return nullptr;
-  // Found by its hash: how long that takes tells nothing of the token.
-  const auto found = accounts_.find(Sha256Hex(authorization.substr(kScheme.size())));
-  if (found == accounts_.end() || found->second->ExpiredAt(now)) return nullptr;
-  return found->second;
+  if (token.empty()) return nullptr;
+  const auto found = accounts_.find(Sha256Hex(token));
+  return found == accounts_.end() ? nullptr : found->second;
+}
+
+std::shared_ptr<Account> Access::Find(std::string_view authorization, CalendarTime now) const {
+  auto account = Known(authorization);
+  return account && !account->ExpiredAt(now) ? account : nullptr;
+}
+
+const char* Access::FaultOf(std::string_view authorization, CalendarTime now) const {
+  if (BearerToken(authorization).empty()) return "missing";
+  const auto account = Known(authorization);
+  return account && account->ExpiredAt(now) ? "expired" : "unknown";
 }
 
 }  // namespace sluice

@@ -34,9 +34,16 @@ std::string Sha256Hex(std::string_view text);
 // One token's share while somebody uses it. Thread-safe.
 class Account {
  public:
-  explicit Account(AccessToken token) : token_(std::move(token)) {}
-  const std::string& name() const { return token_.name; }
-  bool ExpiredAt(CalendarTime now) const { return token_.expires && now >= *token_.expires; }
+  explicit Account(AccessToken token)
+      : owner_(token.sha256.empty() ? "everybody" : token.sha256), token_(std::move(token)) {}
+  // Whose the streams are: the token's hash, since names may be missing or equal. Not for logs.
+  const std::string& owner() const { return owner_; }
+  std::string name() const;
+  // Also true of a token that was withdrawn.
+  bool ExpiredAt(CalendarTime now) const;
+  // From now on the token has these terms; none: it was withdrawn. What it has in use stays
+  // counted.
+  void SetTerms(const std::optional<AccessToken>& terms);
   // Whether a frame in a message of so many bytes is within the quotas, and if so counts it. About
   // a second's worth may come at once.
   bool TakeFrame(int64_t bytes, WallTime now);
@@ -65,8 +72,10 @@ class Account {
     void Fill(double rate, WallTime now);
   };
 
-  const AccessToken token_;
-  std::mutex mutex_;
+  const std::string owner_;
+  mutable std::mutex mutex_;
+  AccessToken token_;
+  bool withdrawn_ = false;
   int sessions_ = 0;
   Bucket frames_, bytes_;
 };
@@ -76,11 +85,22 @@ class Access {
  public:
   // Without tokens everybody may do everything. Throws InputError on a hash that is none, or twice.
   explicit Access(const std::vector<AccessToken>& tokens);
-  // `authorization`: the metadata's value, "Bearer TOKEN". Null if there is no such token or it has
-  // expired.
+  // `authorization`: the metadata's value, "Bearer TOKEN"; the scheme's case does not matter. Null
+  // if there is no such token or it has expired.
   std::shared_ptr<Account> Find(std::string_view authorization, CalendarTime now) const;
+  // Why Find returned null: "missing", "unknown" or "expired".
+  const char* FaultOf(std::string_view authorization, CalendarTime now) const;
+  bool needs_token() const;
+  // From now on these are the tokens. One that was there before keeps its account, and what it has
+  // in use; one that is not in the list is withdrawn. Throws as the constructor and changes
+  // nothing.
+  void Replace(const std::vector<AccessToken>& tokens);
 
  private:
+  // Null: no such token, expired or not.
+  std::shared_ptr<Account> Known(std::string_view authorization) const;
+
+  mutable std::mutex mutex_;
   std::shared_ptr<Account> everybody_;                        // where there are no tokens
   std::map<std::string, std::shared_ptr<Account>> accounts_;  // by hash
 };

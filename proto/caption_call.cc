@@ -75,33 +75,52 @@ class CaptionCall::Events final : public StreamEvents {
   std::optional<std::string> error_;
 };
 
-CaptionCall* CaptionCall::Begin(StreamHub& hub, std::shared_ptr<Account> account,
-                                const v1::CaptionRequest& request) {
-  auto call = std::shared_ptr<CaptionCall>(new CaptionCall(hub, std::move(account), request));
+CaptionCall* CaptionCall::Begin(StreamHub& hub, std::shared_ptr<Account> account) {
+  auto call = std::shared_ptr<CaptionCall>(new CaptionCall(hub, std::move(account)));
   call->self_ = call;
-  if (!call->account_) {
-    call->Finish({grpc::StatusCode::UNAUTHENTICATED,
-                  "[caption] expected metadata \"authorization: Bearer TOKEN\" with a token that "
-                  "is known and has not expired"});
-  } else if (hub.draining()) {
-    call->Finish({grpc::StatusCode::UNAVAILABLE, "[caption] the server shuts down"});
-  } else {
-    try {
-      hub.Spawn([call] { call->Run(); });
-    } catch (const ResourceExhausted& error) {
-      call->Finish({grpc::StatusCode::RESOURCE_EXHAUSTED, error.what()});
-    }
-  }
+  call->StartRead(&call->in_);
+  hub.LookAfter(call);
   return call.get();
 }
 
-CaptionCall::CaptionCall(StreamHub& hub, std::shared_ptr<Account> account,
-                         const v1::CaptionRequest& request)
+CaptionCall::CaptionCall(StreamHub& hub, std::shared_ptr<Account> account)
     : hub_(hub),
+      begun_(hub.clock.Now()),
       account_(std::move(account)),
-      request_(request),
       events_(std::make_shared<Events>()) {
   hub_.calls.Add(1);
+}
+
+void CaptionCall::OnReadDone(bool ok) {
+  if (!ok) {
+    return End({grpc::StatusCode::INVALID_ARGUMENT, "[caption] expected a request, got none"});
+  }
+  if (!grpc::SerializationTraits<v1::CaptionRequest>::Deserialize(&in_, &request_).ok()) {
+    return End({grpc::StatusCode::INVALID_ARGUMENT,
+                "[caption] expected a sluice.v1.CaptionRequest, got other bytes"});
+  }
+  if (hub_.draining()) {
+    return End({grpc::StatusCode::UNAVAILABLE, "[caption] the server shuts down"});
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    if (finished_) return;
+    running_ = true;
+  }
+  try {
+    hub_.Spawn([call = shared_from_this()] { call->Run(); });
+  } catch (const ResourceExhausted& error) {
+    {
+      const std::lock_guard lock(mutex_);
+      running_ = false;
+    }
+    End({grpc::StatusCode::RESOURCE_EXHAUSTED, error.what()});
+  }
+}
+
+std::optional<WallTime> CaptionCall::waiting_since() const {
+  const std::lock_guard lock(mutex_);
+  return running_ || finished_ ? std::nullopt : std::optional(begun_);
 }
 
 void CaptionCall::OnDone() {
@@ -109,16 +128,23 @@ void CaptionCall::OnDone() {
   const auto self = std::move(self_);
 }
 
-void CaptionCall::OnCancel() {
+void CaptionCall::OnCancel() { End(grpc::Status::CANCELLED); }
+
+// While it runs its thread is the one that finishes the call, as soon as it sees this.
+void CaptionCall::End(const grpc::Status& status) {
   std::shared_ptr<Source> source;
+  bool finish = false;
   {
     const std::lock_guard lock(mutex_);
+    if (!end_) end_ = status;
     cancelled_ = true;
     source = source_;
+    finish = !running_ && !std::exchange(finished_, true);
   }
   changed_.notify_all();
   events_->Stop();
   if (source) source->Cancel();
+  if (finish) Finish(status);
 }
 
 void CaptionCall::OnWriteDone(bool ok) {
@@ -131,14 +157,21 @@ void CaptionCall::OnWriteDone(bool ok) {
 }
 
 bool CaptionCall::Write(const v1::CaptionResponse& caption) {
+  bool own_buffer = false;
+  out_.Clear();
+  if (!grpc::SerializationTraits<v1::CaptionResponse>::Serialize(caption, &out_, &own_buffer)
+           .ok()) {
+    throw Error("[caption] a caption could not be written as a message");
+  }
   {
     const std::lock_guard lock(mutex_);
     if (cancelled_) return false;
     writing_ = true;
   }
-  StartWrite(&caption);
+  StartWrite(&out_);
   std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return !writing_; });
+  // An end is not held up by a client that does not read.
+  changed_.wait(lock, [this] { return !writing_ || cancelled_; });
   return !cancelled_;
 }
 
@@ -170,6 +203,11 @@ void CaptionCall::Run() {
     status = {grpc::StatusCode::INTERNAL, Utf8(error.what())};
   }
   if (!stream.empty()) hub_.scheduler.Close(stream);
+  {
+    const std::lock_guard lock(mutex_);
+    finished_ = true;
+    if (end_) status = *end_;
+  }
   Finish(status);
 }
 

@@ -1,6 +1,7 @@
 #include "proto/json_log.h"
 
 #include <google/protobuf/stubs/logging.h>
+#include <grpc/support/log.h>
 #include <spdlog/formatter.h>
 
 #include <chrono>
@@ -8,6 +9,7 @@
 #include <ctime>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "streaming/logging.h"
 
@@ -53,6 +55,14 @@ class JsonFormatter final : public spdlog::formatter {
   }
 };
 
+// Clients can bring about some of these, a broken handshake for instance.
+void LogOfGrpc(gpr_log_func_args* line) {
+  static RareEvent event;
+  const auto level =
+      line->severity == GPR_LOG_SEVERITY_ERROR ? spdlog::level::err : spdlog::level::info;
+  LogRarely(event, level, "grpc", {{"message", line->message}});
+}
+
 }  // namespace
 
 void UseJsonLog() {
@@ -61,12 +71,31 @@ void UseJsonLog() {
   // Protobuf writes a line of its own for each text that is not UTF-8: who sends such is told so,
   // and could fill the disk with them.
   google::protobuf::SetLogHandler(nullptr);
+  gpr_set_log_function(LogOfGrpc);
 }
 
 void LogEvent(spdlog::level::level_enum level, std::string_view name, nlohmann::json fields) {
   nlohmann::ordered_json json = {{"event", name}};
   for (const auto& [key, value] : fields.items()) json[key] = value;
   Logger()->log(level, "{}", Dump(json));
+}
+
+std::optional<int64_t> RareEvent::Take(WallTime now) {
+  const std::lock_guard lock(mutex_);
+  if (last_ && now - *last_ < std::chrono::seconds(1)) {
+    ++left_out_;
+    return std::nullopt;
+  }
+  last_ = now;
+  return std::exchange(left_out_, 0);
+}
+
+void LogRarely(RareEvent& event, spdlog::level::level_enum level, std::string_view name,
+               nlohmann::json fields) {
+  const auto left_out = event.Take(std::chrono::steady_clock::now());
+  if (!left_out) return;
+  if (*left_out > 0) fields["left_out"] = *left_out;
+  LogEvent(level, name, std::move(fields));
 }
 
 }  // namespace sluice

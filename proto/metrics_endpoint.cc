@@ -2,11 +2,13 @@
 
 #include <atomic>
 #include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/steady_timer.hpp>
 #include <boost/asio/strand.hpp>
 #include <boost/beast/core.hpp>
 #include <boost/beast/http.hpp>
 #include <charconv>
 #include <chrono>
+#include <list>
 #include <optional>
 #include <thread>
 #include <utility>
@@ -22,9 +24,10 @@ namespace http = beast::http;
 using asio::ip::tcp;
 using boost::system::error_code;
 
-constexpr int kMaxConnections = 16;
+constexpr size_t kMaxConnections = 16;
 constexpr uint32_t kMaxHeaderBytes = 8 << 10;
-constexpr auto kPatience = std::chrono::seconds(5);  // for a request, and for taking the answer
+constexpr auto kPause = std::chrono::milliseconds(100);  // after a failure to accept
+constexpr auto kPatience = std::chrono::seconds(5);      // for a request, and for taking the answer
 
 asio::ip::tcp::endpoint Parse(const std::string& listen) {
   const size_t colon = listen.rfind(':');
@@ -43,16 +46,21 @@ asio::ip::tcp::endpoint Parse(const std::string& listen) {
   return {address, port};
 }
 
+class Connection;
+using OpenConnections = std::list<Connection*>;  // the oldest first
+
 // Reads one request, answers it, closes.
 class Connection : public std::enable_shared_from_this<Connection> {
  public:
-  Connection(tcp::socket socket, const Metrics& metrics, int& open)
+  Connection(tcp::socket socket, const Metrics& metrics, OpenConnections& open)
       : stream_(std::move(socket)), metrics_(metrics), open_(open) {
-    ++open_;
+    open_.push_back(this);
     parser_.header_limit(kMaxHeaderBytes);
     parser_.body_limit(0);
   }
-  ~Connection() { --open_; }
+  ~Connection() { open_.remove(this); }
+  // What is under way ends with an error, and the connection with it.
+  void Cut() { stream_.close(); }
 
   void Serve() {
     stream_.expires_after(kPatience);
@@ -84,7 +92,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
   beast::tcp_stream stream_;
   const Metrics& metrics_;
-  int& open_;  // of the endpoint; everything runs on its thread
+  OpenConnections& open_;  // of the endpoint; everything runs on its thread
   beast::flat_buffer buffer_{kMaxHeaderBytes};
   http::request_parser<http::string_body> parser_;
   http::response<http::string_body> response_;
@@ -94,23 +102,33 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
 struct MetricsEndpoint::State {
   State(const Metrics& shown, const tcp::endpoint& endpoint)
-      : metrics(shown), acceptor(context, endpoint) {}
+      : metrics(shown), acceptor(context, endpoint), pause(context) {}
 
   void Accept() {
     acceptor.async_accept([this](error_code error, tcp::socket socket) {
       if (error == asio::error::operation_aborted) return;
-      // Beyond the limit the socket is closed at once.
-      if (!error && open < kMaxConnections) {
+      if (error && error != asio::error::connection_aborted) return Pause();
+      if (!error) {
+        // Slow ones are in nobody's way: the oldest makes room.
+        if (open.size() >= kMaxConnections) open.front()->Cut();
         std::make_shared<Connection>(std::move(socket), metrics, open)->Serve();
       }
       Accept();
     });
   }
+  // There are no descriptors left, which trying again at once would not change.
+  void Pause() {
+    pause.expires_after(kPause);
+    pause.async_wait([this](error_code error) {
+      if (!error) Accept();
+    });
+  }
 
   const Metrics& metrics;
-  int open = 0;  // before `context`, whose handlers count it down when they go
+  OpenConnections open;  // before `context`, whose handlers take themselves out when they go
   asio::io_context context{1};
   tcp::acceptor acceptor;
+  asio::steady_timer pause;
   std::thread thread;
 };
 
@@ -119,7 +137,8 @@ MetricsEndpoint::MetricsEndpoint(const Metrics& metrics, const std::string& list
   try {
     state_ = std::make_unique<State>(metrics, endpoint);
   } catch (const boost::system::system_error& error) {
-    throw InputError("[metrics] cannot listen on " + listen + ": " + error.code().message());
+    throw InputError("[metrics] cannot listen on " + listen + ": " + error.code().message() +
+                     "; --metrics takes another ADDRESS:PORT, or nothing to turn metrics off");
   }
   state_->Accept();
   state_->thread = std::thread([state = state_.get()] { state->context.run(); });

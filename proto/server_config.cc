@@ -170,6 +170,26 @@ std::vector<Setting> SettingsOf(ServerConfig& c) {
        "Where streams are saved at shutdown, when clients ask for it and when they stay away",
        &c.state_directory},
       {"state_days", "How long a saved stream waits for its client", &c.service.state_days},
+      {"connections", "TCP connections at a time; each takes two descriptors",
+       &c.service.connections.all},
+      {"connections_per_address", "Of one address at a time (of one /64 network of IPv6)",
+       &c.service.connections.per_address},
+      {"token_seconds", "Until a connection that has not shown a valid token is closed",
+       &c.service.connections.token_seconds},
+      {"first_message_seconds", "That a call waits for its client's first message",
+       &c.service.first_message_seconds},
+      {"idle_seconds", "That a connection without calls stays open", &c.service.idle_seconds},
+      {"network_mb", "Memory for messages on their way, all connections together", &c.network_mb},
+      {"watchdog_seconds", "Between two questions to the own health service; 0: none",
+       &c.service.watchdog_seconds},
+      {"allow_plain_text",
+       "Serve others than this machine without certificate and key: whoever is on the way reads "
+       "tokens and pictures",
+       &c.service.allow_plain_text},
+      {"allow_everybody",
+       "Serve others than this machine without tokens or client_ca, or with an empty list of "
+       "tokens",
+       &c.service.allow_everybody},
       {"drain_seconds", "For what is under way at shutdown", &c.service.drain_seconds},
       {"keepalive_seconds", "Of silence, until a client is asked whether it is there",
        &c.service.keepalive_seconds},
@@ -202,6 +222,7 @@ void ReadServerConfig(const std::filesystem::path& file, ServerConfig& config) {
     try {
       if (name == "tokens") {
         if (!value.is_array()) throw InputError(place + ": expected tokens to be a list");
+        config.tokens_given = true;
         for (const json& token : value) {
           config.service.tokens.push_back(ParseToken(place, token));
         }
@@ -248,6 +269,19 @@ ServiceOptions Finished(const ServerConfig& c) {
   Range("frames_per_second", budget.frames_per_second, 0, kMany);
   Range("state_days", c.service.state_days, 0.001, 1e6);
   Range("max_message_mb", static_cast<double>(c.max_message_mb), 1, 1024);
+  Range("network_mb", static_cast<double>(c.network_mb), 2 * static_cast<double>(c.max_message_mb),
+        1 << 20);
+  Range("connections", c.service.connections.all, 1, 1e6);
+  Range("connections_per_address", c.service.connections.per_address, 1, 1e6);
+  Range("token_seconds", c.service.connections.token_seconds, 0.001, 1e6);
+  Range("first_message_seconds", c.service.first_message_seconds, 0.001, 1e6);
+  Range("idle_seconds", c.service.idle_seconds, 1, 1e6);
+  Range("watchdog_seconds", c.service.watchdog_seconds, 0, 1e6);
+  if (c.tokens_given && c.service.tokens.empty() && !c.service.allow_everybody) {
+    throw InputError(
+        "[serve] tokens: expected at least one, got an empty list, which would let everybody in; "
+        "make one with sluice token, or set allow_everybody");
+  }
   Range("outgoing_kb", static_cast<double>(c.outgoing_kb), 1, kMany);
   Range("source_memory_mb", static_cast<double>(c.source_memory_mb), 64, 1 << 20);
   Range("source_cpu_seconds", c.service.decoder.frame_cpu_seconds, 0.1, kMany);
@@ -268,10 +302,11 @@ ServiceOptions Finished(const ServerConfig& c) {
   options.state_directory = c.state_directory;
   options.message_bytes = c.max_message_mb << 20;
   options.outgoing_bytes = c.outgoing_kb << 10;
-  options.certificate = c.certificate;
-  options.key = c.key;
-  options.client_ca = c.client_ca;
+  options.network_bytes = c.network_mb << 20;
+  options.tls = {.certificate = c.certificate, .key = c.key, .client_ca = c.client_ca};
   options.sources.directories.assign(c.source_directories.begin(), c.source_directories.end());
+  CheckExposure(options);
+  if (!c.metrics.empty()) ParseListen("metrics", c.metrics);
   SourceOpener::Check(options.sources, options.decoder);
   return options;
 }

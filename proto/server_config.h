@@ -27,11 +27,13 @@ struct ServerConfig {
   std::string metrics = "127.0.0.1:9464";  // empty: none
   int64_t max_message_mb = 8;
   int64_t outgoing_kb = 1024;
+  int64_t network_mb = 512;
   std::string certificate, key, client_ca;
   std::vector<std::string> source_directories;
   std::string source_decoder;                 // empty: beside the program
   std::string source_isolation = "required";  // or "off"
   int64_t source_memory_mb = 1024;
+  bool tokens_given = false;  // the file has a list of them, perhaps an empty one
   SchedulerOptions scheduler;
   ServiceOptions service;  // its paths and sizes are set by Finish
 };
@@ -48,7 +50,8 @@ std::vector<Setting> SettingsOf(ServerConfig& config);
 // the nearest known one.
 void ReadServerConfig(const std::filesystem::path& file, ServerConfig& config);
 
-// The service's options with everything in place. Throws InputError on values out of range.
+// The service's options with everything in place. Throws InputError on values out of range, and as
+// CheckExposure on what must be said to be meant.
 ServiceOptions Finished(const ServerConfig& config);
 
 }  // namespace sluice

@@ -1,5 +1,5 @@
-// The gRPC service of sluice/v1/service.proto over a scheduler, with the standard health and
-// reflection services beside it.
+// The gRPC service of sluice/v1/service.proto over a scheduler, with the standard health service
+// beside it.
 //
 // Connections cost no threads: gRPC's few threads hand every message to a small pool, which decodes
 // pictures and talks to the scheduler; the next message of a connection is read when the last one
@@ -11,12 +11,15 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "llm/vlm.h"
 #include "proto/access.h"
+#include "proto/connections.h"
 #include "proto/source_rules.h"
+#include "proto/tls.h"
 #include "runtime/clock.h"
 #include "streaming/metrics.h"
 #include "streaming/scheduler.h"
@@ -25,10 +28,17 @@ namespace sluice {
 
 struct ServiceOptions {
   std::string listen = "127.0.0.1:50051";  // port 0: any that is free
-  // PEM files. Without certificate and key connections are not encrypted; with client_ca only
-  // clients whose certificate it has signed are let in.
-  std::filesystem::path certificate, key, client_ca;
+  // Without certificate and key connections are not encrypted.
+  TlsFiles tls;
   std::vector<AccessToken> tokens;  // none: everybody may connect
+  // To be said where others than this machine can connect: without them that is refused.
+  bool allow_plain_text = false;  // without certificate and key
+  bool allow_everybody = false;   // without tokens and without client_ca
+  ConnectionLimits connections;
+  double first_message_seconds = 10;  // that a call waits for its client's first message
+  double idle_seconds = 300;          // that a connection without calls stays open
+  double watchdog_seconds = 10;       // between two questions to the own health service; 0: none
+  int64_t network_bytes = 512 << 20;  // that gRPC may hold of messages on their way
   SourceRules sources;
   ApartOptions decoder;                // of each source
   StreamBudget budget;                 // of each stream, at most
@@ -46,6 +56,10 @@ struct ServiceOptions {
   int workers = 2;                // threads that decode pictures
 };
 
+// Throws InputError, in one line that tells which setting allows it, on an address that others can
+// connect to without encryption or without tokens; on one that is none; on half a certificate.
+void CheckExposure(const ServiceOptions& options);
+
 // Thread-safe.
 class Service {
  public:
@@ -55,6 +69,13 @@ class Service {
           const Clock& clock, const ServiceOptions& options);
   ~Service();  // as Shutdown
   int port() const;
+
+  // New connections get the certificates that the files hold now; from now on these are the tokens,
+  // if any are given, and what runs on one that is not among them ends. Throws InputError, and
+  // nothing has changed, on what makes no sense, such as the last token's going.
+  void Reload(const std::optional<std::vector<AccessToken>>& tokens);
+  // Asks the own health service over a connection of its own; false, and logged: no answer in time.
+  bool Answers();
 
   // Health turns NOT_SERVING, every client is told, what is under way is finished within
   // drain_seconds, then all calls end. Later calls do nothing.

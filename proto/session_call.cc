@@ -19,36 +19,64 @@ using grpc::StatusCode;
 // As service.proto promises.
 constexpr size_t kMostAwaited = 64;
 
+class Reactor final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>,
+                      public SessionWire {
+ public:
+  Reactor(StreamHub& hub, std::shared_ptr<Account> account)
+      : call_(SessionCall::Begin(hub, std::move(account), *this)) {}
+
+  void OnReadDone(bool ok) override { call_->OnReadDone(ok); }
+  void OnWriteDone(bool ok) override { call_->OnWriteDone(ok); }
+  void OnCancel() override { call_->OnCancel(); }
+  void OnDone() override {
+    call_->OnDone();
+    delete this;
+  }
+  void Read(grpc::ByteBuffer* message) override { StartRead(message); }
+  void Write(const grpc::ByteBuffer* message) override { StartWrite(message); }
+  void EndWith(const Status& status) override { Finish(status); }
+
+ private:
+  const std::shared_ptr<SessionCall> call_;
+};
+
 }  // namespace
 
-SessionCall* SessionCall::Begin(StreamHub& hub, std::shared_ptr<Account> account) {
-  auto call = std::shared_ptr<SessionCall>(new SessionCall(hub, std::move(account)));
-  call->self_ = call;
-  if (!call->account_) {
-    call->End({StatusCode::UNAUTHENTICATED,
-               "[session] expected metadata \"authorization: Bearer TOKEN\" with a token that is "
-               "known and has not expired"});
-  } else {
-    call->ReadNext();
-  }
-  return call.get();
+grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* SessionCall::Begin(
+    StreamHub& hub, std::shared_ptr<Account> account) {
+  return new Reactor(hub, std::move(account));
 }
 
-SessionCall::SessionCall(StreamHub& hub, std::shared_ptr<Account> account)
-    : hub_(hub), account_(std::move(account)) {
+std::shared_ptr<SessionCall> SessionCall::Begin(StreamHub& hub, std::shared_ptr<Account> account,
+                                                SessionWire& wire) {
+  auto call = std::shared_ptr<SessionCall>(new SessionCall(hub, std::move(account), wire));
+  call->self_ = call;
+  call->ReadNext();
+  hub.LookAfter(call);
+  return call;
+}
+
+SessionCall::SessionCall(StreamHub& hub, std::shared_ptr<Account> account, SessionWire& wire)
+    : hub_(hub), begun_(hub.clock.Now()), account_(std::move(account)), wire_(wire) {
   hub_.calls.Add(1);
 }
 
+SessionCall::~SessionCall() { hub_.calls.Add(-1); }
+
 void SessionCall::OnDone() {
-  hub_.calls.Add(-1);
   const auto self = std::move(self_);  // may be the last one, at the end of this line's scope
+}
+
+std::optional<WallTime> SessionCall::waiting_since() const {
+  const std::lock_guard lock(mutex_);
+  return stream_ ? std::nullopt : std::optional(begun_);
 }
 
 void SessionCall::ReadNext() {
   const std::lock_guard lock(mutex_);
   if (done_) return;
   in_.Clear();
-  StartRead(&in_);
+  wire_.Read(&in_);
 }
 
 void SessionCall::OnReadDone(bool ok) {
@@ -78,7 +106,7 @@ void SessionCall::End(const Status& status) {
     if (writing_) unsent = std::move(sending_);
     stream_->Detach(this, std::move(unsent), hub_.clock.Now());
   }
-  Finish(status);
+  wire_.EndWith(status);
 }
 
 void SessionCall::Wake() {
@@ -99,7 +127,7 @@ void SessionCall::Wake() {
         grpc::SerializationTraits<v1::SessionResponse>::Serialize(sending_, &out_, &own_buffer);
     if (!status.ok()) return End(status);
     writing_ = true;
-    StartWrite(&out_);
+    wire_.Write(&out_);
   } else if (const auto ended = stream_->ended()) {
     End(*ended);
   }
@@ -116,7 +144,7 @@ void SessionCall::OnWriteDone(bool ok) {
 void SessionCall::TakeMessage() {
   try {
     if (account_->ExpiredAt(std::chrono::system_clock::now())) {
-      return End({StatusCode::UNAUTHENTICATED, "[session] the token has expired"});
+      return End({StatusCode::UNAUTHENTICATED, "[session] the token has expired or was withdrawn"});
     }
     const auto bytes = static_cast<int64_t>(in_.Length());
     v1::SessionRequest request;

@@ -1,4 +1,4 @@
-// One connection of the call Session. Lives until gRPC is done with it.
+// One connection of the call Session.
 #ifndef SLUICE_PROTO_SESSION_CALL_H_
 #define SLUICE_PROTO_SESSION_CALL_H_
 
@@ -10,28 +10,48 @@
 #include <mutex>
 #include <optional>
 
+#include "proto/open_call.h"
 #include "proto/stream_hub.h"
 
 namespace sluice {
 
+// What a SessionCall needs of the network: gRPC's reactor, or a test in its place. Each call is
+// answered by one of SessionCall's On...; they may come from within the call.
+class SessionWire {
+ public:
+  virtual ~SessionWire() = default;
+  virtual void Read(grpc::ByteBuffer* message) = 0;         // OnReadDone
+  virtual void Write(const grpc::ByteBuffer* message) = 0;  // OnWriteDone
+  // OnDone, when nothing else is under way. Nothing is asked of the wire after this.
+  virtual void EndWith(const grpc::Status& status) = 0;
+};
+
 // Messages are taken as bytes and parsed on the pool: gRPC would not tell a malformed message from
 // the end of the call. One message is under way at a time, so they take effect in order.
-class SessionCall final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>,
-                          public LiveStream::Listener,
+class SessionCall final : public LiveStream::Listener,
+                          public OpenCall,
                           public std::enable_shared_from_this<SessionCall> {
  public:
-  // account: null if the call brought no valid token.
-  static SessionCall* Begin(StreamHub& hub, std::shared_ptr<Account> account);
+  // The call as gRPC wants it; lives until gRPC is done with it.
+  static grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Begin(
+      StreamHub& hub, std::shared_ptr<Account> account);
+  // Reads its first message. The wire lives until it has called OnDone.
+  static std::shared_ptr<SessionCall> Begin(StreamHub& hub, std::shared_ptr<Account> account,
+                                            SessionWire& wire);
+  ~SessionCall() override;
 
-  void OnReadDone(bool ok) override;
-  void OnWriteDone(bool ok) override;
-  void OnCancel() override;
-  void OnDone() override;
+  void OnReadDone(bool ok);
+  void OnWriteDone(bool ok);
+  void OnCancel();
+  void OnDone();
   void Wake() override;
   void Replaced() override;
+  const Account* account() const override { return account_.get(); }
+  std::optional<WallTime> waiting_since() const override;
+  void End(const grpc::Status& status) override;
 
  private:
-  SessionCall(StreamHub& hub, std::shared_ptr<Account> account);
+  SessionCall(StreamHub& hub, std::shared_ptr<Account> account, SessionWire& wire);
   void ReadNext();
   void TakeMessage();
   void Handle(const v1::SessionRequest& request, int64_t bytes);
@@ -43,15 +63,16 @@ class SessionCall final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc:
   void HandleSave();
   void HandleOptions(const v1::ModelOptions& options);
   void Refuse(const char* request, QuestionId question, const std::string& error);
-  void End(const grpc::Status& status);
 
   StreamHub& hub_;
+  const WallTime begun_;
   const std::shared_ptr<Account> account_;
+  SessionWire& wire_;                   // not after its EndWith
   std::shared_ptr<SessionCall> self_;   // until OnDone
   std::shared_ptr<LiveStream> stream_;  // set once, under mutex_, by the pool
 
   // gRPC may call back from within what it is asked to do.
-  std::recursive_mutex mutex_;
+  mutable std::recursive_mutex mutex_;
   bool writing_ = false, done_ = false;
   v1::SessionResponse sending_;
   grpc::ByteBuffer in_, out_;

@@ -17,6 +17,16 @@ namespace {
 
 constexpr double kDefaultFps = 2;
 constexpr char kSuffix[] = ".stream";
+// Calls without a token whose message is waited for: each may make gRPC keep a message of the
+// longest kind.
+constexpr int kMostStrangers = 8;
+
+std::string ReplacedAll(std::string text, const std::string& what, const std::string& with) {
+  for (size_t at = 0; (at = text.find(what, at)) != text.npos; at += with.size()) {
+    text.replace(at, what.size(), with);
+  }
+  return text;
+}
 
 // Makes the state directory if it is not there.
 const ServiceOptions& WithDirectory(const ServiceOptions& options) {
@@ -56,7 +66,7 @@ StreamHub::StreamHub(std::shared_ptr<const Vlm> model, Scheduler& streams, Metri
       metrics_(metrics),
       access_(service_options.tokens),
       pool_(std::make_unique<WorkerPool>(service_options.workers)),
-      watcher_([this] { WatchAbsent(); }) {}
+      watcher_([this] { Watch(); }) {}
 
 StreamHub::~StreamHub() {
   {
@@ -70,8 +80,50 @@ StreamHub::~StreamHub() {
   pool_.reset();
 }
 
-std::shared_ptr<Account> StreamHub::Authenticate(std::string_view authorization) const {
-  return access_.Find(authorization, std::chrono::system_clock::now());
+std::shared_ptr<Account> StreamHub::Authenticate(std::string_view authorization,
+                                                 std::string_view peer) {
+  const CalendarTime now = std::chrono::system_clock::now();
+  auto account = access_.Find(authorization, now);
+  if (account) return account;
+  const char* const fault = access_.FaultOf(authorization, now);
+  metrics_
+      .counter("sluice_tokens_refused_total", "Calls that brought no valid token.",
+               {{"reason", fault}})
+      .Add();
+  const auto address = ParsePeer(peer);
+  LogRarely(refused_tokens_, spdlog::level::warn, "token_refused",
+            {{"reason", fault}, {"address", address ? address->ToString() : "unknown"}});
+  return nullptr;
+}
+
+void StreamHub::ReplaceTokens(const std::vector<AccessToken>& tokens) {
+  access_.Replace(tokens);
+  {
+    const std::lock_guard lock(mutex_);
+    attention_ = true;
+  }
+  changed_.notify_all();
+}
+
+void StreamHub::LookAfter(const std::shared_ptr<OpenCall>& call) {
+  std::shared_ptr<OpenCall> oldest;
+  {
+    const std::lock_guard lock(mutex_);
+    open_calls_.push_back(call);
+    if (call->account() != nullptr) return;
+    int strangers = 0;
+    for (const auto& each : open_calls_) {
+      const auto open = each.lock();
+      if (!open || open->account() != nullptr || !open->waiting_since()) continue;
+      if (!oldest) oldest = open;
+      ++strangers;
+    }
+    if (strangers <= kMostStrangers) oldest = nullptr;
+  }
+  if (oldest) {
+    oldest->End({grpc::StatusCode::RESOURCE_EXHAUSTED,
+                 "[call] too many calls without a token wait; send the request with the call"});
+  }
 }
 
 v1::Limits StreamHub::LimitsOf(const StreamBudget& budget) const {
@@ -112,7 +164,11 @@ std::shared_ptr<LiveStream> StreamHub::Open(const v1::Open& open,
   const StreamBudget budget = terms.budget;
   const auto stream = std::make_shared<LiveStream>(std::move(terms));
   *self = stream;
-  stream->id = scheduler.Open(session, budget, stream);
+  try {
+    stream->id = scheduler.Open(session, budget, stream);
+  } catch (const InputError& error) {
+    throw InputError(ForClient(error.what()));
+  }
   {
     const std::lock_guard lock(mutex_);
     streams_[stream->id] = stream;
@@ -165,15 +221,28 @@ void StreamHub::Save(LiveStream& stream) {
   if (file.empty()) throw InputError("[save] this server has no directory for saved streams");
   try {
     scheduler.Save(stream.id, file, [&](Archive& archive) {
-      std::string account = stream.account().name();
-      archive.Text("account", account);
+      std::string owner = stream.account().owner();
+      archive.Text("owner", owner);
       stream.Persist(archive);
     });
-  } catch (const Error&) {
+  } catch (const Error& error) {
     SavedStreams("failed").Add();
-    throw;
+    LogEvent(spdlog::level::warn, "stream_not_saved",
+             {{"stream", stream.id.substr(0, 8)}, {"error", Redacted(error.what(), stream.id)}});
+    throw Error("[save] the stream could not be saved; the server's log tells why");
   }
   SavedStreams("saved").Add();
+}
+
+// For the log: ids whole would let its readers resume streams.
+std::string StreamHub::Redacted(std::string text, const StreamId& id) const {
+  return ReplacedAll(std::move(text), id, id.substr(0, 8) + "...");
+}
+
+// Clients learn what is wrong, not where things lie here.
+std::string StreamHub::ForClient(std::string text) const {
+  const std::string directory = options.memory.disk_directory.string();
+  return directory.empty() ? text : ReplacedAll(std::move(text), directory, "memory_directory");
 }
 
 Counter& StreamHub::SavedStreams(const char* result) {
@@ -185,7 +254,10 @@ Counter& StreamHub::SavedStreams(const char* result) {
 std::shared_ptr<LiveStream> StreamHub::Restore(const StreamId& id,
                                                const std::shared_ptr<Account>& account) {
   const auto file = FileOf(id);
-  if (file.empty() || !std::filesystem::exists(file)) return nullptr;
+  std::error_code none;  // whatever cannot be looked at is not there
+  if (file.empty() || !std::filesystem::exists(std::filesystem::symlink_status(file, none))) {
+    return nullptr;
+  }
   struct NotYours {};
   const auto self = std::make_shared<std::weak_ptr<LiveStream>>();
   std::shared_ptr<LiveStream> stream;
@@ -194,9 +266,11 @@ std::shared_ptr<LiveStream> StreamHub::Restore(const StreamId& id,
     report = scheduler.Restore(file, options.memory,
                                [&](Archive& archive, const StreamId& saved, StreamBudget& budget) {
                                  std::string owner;
-                                 archive.Text("account", owner);
-                                 if (owner != account->name()) throw NotYours();
-                                 if (saved != id) archive.Refuse("id", id, saved);
+                                 archive.Text("owner", owner);
+                                 if (owner != account->owner()) throw NotYours();
+                                 if (saved != id) {
+                                   archive.Refuse("id", "the stream's own", "another one");
+                                 }
                                  LiveStream::Terms terms = TermsFor(account, self);
                                  budget = terms.budget = Granted(ToProto(budget), options.budget);
                                  stream = std::make_shared<LiveStream>(std::move(terms));
@@ -207,6 +281,11 @@ std::shared_ptr<LiveStream> StreamHub::Restore(const StreamId& id,
                                });
   } catch (const NotYours&) {
     return nullptr;
+  } catch (const InputError& error) {
+    LogEvent(spdlog::level::warn, "stream_not_restored",
+             {{"stream", id.substr(0, 8)}, {"error", Redacted(error.what(), id)}});
+    // The client learns what is wrong, not where the file lies.
+    throw InputError(ForClient(ReplacedAll(error.what(), file.string(), "the saved stream")));
   }
   stream->Resumed(report, clock.Now());
   {
@@ -232,9 +311,7 @@ bool StreamHub::PutAway(const std::shared_ptr<LiveStream>& stream, const char* l
     stream->StopSource();
     Save(*stream);
     scheduler.Close(stream->id);
-  } catch (const Error& error) {
-    LogEvent(spdlog::level::warn, "stream_not_saved",
-             {{"stream", stream->id.substr(0, 8)}, {"error", error.what()}});
+  } catch (const Error&) {  // logged by Save, or closed by somebody else
     return false;
   }
   Forget(stream->id);
@@ -308,25 +385,71 @@ void StreamHub::Close(const std::shared_ptr<LiveStream>& stream) {
             {"questions", report.questions}});
 }
 
-void StreamHub::WatchAbsent() {
-  const std::chrono::duration<double> linger(options.linger_seconds);
+void StreamHub::Watch() {
+  using Seconds = std::chrono::duration<double>;
+  const double patience = std::min(options.linger_seconds, options.first_message_seconds);
+  const Seconds period(std::min(1.0, patience / 4 + 0.01));
   std::optional<WallTime> cleaned;
   std::unique_lock lock(mutex_);
   while (!ending_) {
-    changed_.wait_for(lock, std::min(std::chrono::duration<double>(1),
-                                     linger / 4 + std::chrono::duration<double>(0.01)));
+    changed_.wait_for(lock, period, [this] { return ending_ || attention_; });
+    attention_ = false;
     lock.unlock();
-    for (const auto& stream : All()) {
-      const auto since = stream->away_since();
-      if (!since || clock.Now() - *since < linger) continue;
-      options.state_directory.empty() ? Close(stream) : Park(stream);
-    }
+    EndCalls();
+    EndStreams();
     const WallTime now = clock.Now();
     if (!options.state_directory.empty() && (!cleaned || now - *cleaned >= std::chrono::hours(1))) {
       RemoveOldFiles();
       cleaned = now;
     }
     lock.lock();
+  }
+}
+
+void StreamHub::EndCalls() {
+  std::vector<std::shared_ptr<OpenCall>> open;
+  {
+    const std::lock_guard lock(mutex_);
+    for (auto it = open_calls_.begin(); it != open_calls_.end();) {
+      auto call = it->lock();
+      it = call ? std::next(it) : open_calls_.erase(it);
+      if (call) open.push_back(std::move(call));
+    }
+  }
+  const CalendarTime today = std::chrono::system_clock::now();
+  const WallTime now = clock.Now();
+  const std::chrono::duration<double> patience(options.first_message_seconds);
+  for (const auto& call : open) {
+    const auto since = call->waiting_since();
+    if (call->account() != nullptr && call->account()->ExpiredAt(today)) {
+      call->End(
+          {grpc::StatusCode::UNAUTHENTICATED, "[call] the token has expired or was withdrawn"});
+    } else if (since && now - *since >= patience) {
+      call->End({grpc::StatusCode::DEADLINE_EXCEEDED,
+                 "[call] expected the first message within " +
+                     std::to_string(options.first_message_seconds) + " seconds of the call"});
+    }
+  }
+}
+
+void StreamHub::EndStreams() {
+  const CalendarTime today = std::chrono::system_clock::now();
+  const std::chrono::duration<double> linger(options.linger_seconds);
+  for (const auto& stream : All()) {
+    if (stream->account().ExpiredAt(today)) {
+      // Nobody can resume it now; with a state directory it waits there for a token that is valid
+      // again.
+      LogEvent(spdlog::level::info, "stream_lost_its_token", {{"stream", stream->id.substr(0, 8)}});
+      const std::lock_guard files(files_mutex_);
+      if (options.state_directory.empty() ||
+          !PutAway(stream, "[session] the token has expired or was withdrawn")) {
+        Close(stream);
+      }
+      continue;
+    }
+    const auto since = stream->away_since();
+    if (!since || clock.Now() - *since < linger) continue;
+    options.state_directory.empty() ? Close(stream) : Park(stream);
   }
 }
 

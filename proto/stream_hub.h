@@ -12,7 +12,9 @@
 #include <string>
 #include <thread>
 
+#include "proto/json_log.h"
 #include "proto/live_stream.h"
+#include "proto/open_call.h"
 #include "proto/service.h"
 #include "proto/source_opener.h"
 #include "proto/worker_pool.h"
@@ -33,8 +35,16 @@ class StreamHub {
   SourceOpener sources;
   WorkerPool& pool() { return *pool_; }
 
-  // The account behind a call's "authorization" metadata, or null.
-  std::shared_ptr<Account> Authenticate(std::string_view authorization) const;
+  // The account behind a call's "authorization" metadata; null, counted and logged, if there is
+  // none. peer: as gRPC names it.
+  std::shared_ptr<Account> Authenticate(std::string_view authorization, std::string_view peer);
+  bool needs_token() const { return access_.needs_token(); }
+  // What runs on a token that is not among these ends; the others keep what they have in use.
+  // Throws InputError, and nothing has changed, on tokens that make no sense.
+  void ReplaceTokens(const std::vector<AccessToken>& tokens);
+  // Ends the call when its token does, or when its first message does not come. Of calls that need
+  // no token few may wait at a time: the oldest makes room.
+  void LookAfter(const std::shared_ptr<OpenCall>& call);
   v1::Limits LimitsOf(const StreamBudget& budget) const;
 
   // What a stream of this budget is told, with the memory it has if the client tells nothing about
@@ -66,12 +76,16 @@ class StreamHub {
     std::atomic<bool> done = false;
   };
   void Attend(const std::shared_ptr<LiveStream>& stream);
-  void WatchAbsent();
+  void Watch();
+  void EndCalls();
+  void EndStreams();
   void Park(const std::shared_ptr<LiveStream>& stream);
   std::shared_ptr<LiveStream> Restore(const StreamId& id, const std::shared_ptr<Account>& account);
   bool PutAway(const std::shared_ptr<LiveStream>& stream, const char* line);
   void RemoveOldFiles() const;
   Counter& SavedStreams(const char* result);
+  std::string ForClient(std::string text) const;
+  std::string Redacted(std::string text, const StreamId& id) const;
   LiveStream::Terms TermsFor(const std::shared_ptr<Account>& account,
                              const std::shared_ptr<std::weak_ptr<LiveStream>>& self);
   std::filesystem::path FileOf(const StreamId& id) const;
@@ -80,16 +94,18 @@ class StreamHub {
   void PlaySource(LiveStream& stream, const v1::OpenSource& request);
 
   Metrics& metrics_;
-  const Access access_;
+  Access access_;
+  RareEvent refused_tokens_;
   std::mutex files_mutex_;  // of saved streams; taken before any other
   std::atomic<bool> draining_ = false;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::map<StreamId, std::shared_ptr<LiveStream>> streams_;
   std::list<Thread> threads_;
-  bool ending_ = false;
+  std::list<std::weak_ptr<OpenCall>> open_calls_;
+  bool ending_ = false, attention_ = false;
   std::unique_ptr<WorkerPool> pool_;
-  std::thread watcher_;  // closes streams whose clients do not come back
+  std::thread watcher_;  // ends what nobody comes back for, and what has lost its token
 };
 
 // Options of OpenSource and CaptionRequest, checked.

@@ -1,5 +1,7 @@
 #include "runtime/archive.h"
 
+#include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include <zlib.h>
 
@@ -25,6 +27,29 @@ constexpr uint64_t kTailBytes = HeadBytes(kEnd) + 4;
 
 std::string SystemError() { return std::strerror(errno); }
 
+// A new file that nobody else can read, never one that is there or that a link leads to; null and
+// errno if that cannot be.
+std::FILE* Create(const std::filesystem::path& file) {
+  constexpr int kFlags = O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC;
+  int descriptor = open(file.c_str(), kFlags, S_IRUSR | S_IWUSR);
+  // A process that was killed has left one.
+  if (descriptor < 0 && errno == EEXIST && unlink(file.c_str()) == 0) {
+    descriptor = open(file.c_str(), kFlags, S_IRUSR | S_IWUSR);
+  }
+  return descriptor < 0 ? nullptr : fdopen(descriptor, "wb");
+}
+
+// A file, but no link to one and nothing else; O_NONBLOCK, since opening a pipe would wait.
+std::FILE* OpenExisting(const std::filesystem::path& file) {
+  const int descriptor = open(file.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+  if (descriptor < 0) return nullptr;
+  struct stat info = {};
+  if (fstat(descriptor, &info) == 0 && S_ISREG(info.st_mode)) return fdopen(descriptor, "rb");
+  close(descriptor);
+  errno = EINVAL;
+  return nullptr;
+}
+
 }  // namespace
 
 uint32_t ArchiveChecksum(std::string_view bytes) {
@@ -34,7 +59,7 @@ uint32_t ArchiveChecksum(std::string_view bytes) {
 Archive::Archive(const std::filesystem::path& file, bool loading) : file_(file), loading_(loading) {
   temporary_ = file_;
   temporary_ += ".partial";
-  stream_.reset(std::fopen((loading ? file_ : temporary_).c_str(), loading ? "rb" : "wb"));
+  stream_.reset(loading ? OpenExisting(file_) : Create(temporary_));
   if (stream_) return;
   if (loading) throw InputError("[archive] cannot open " + file_.string() + ": " + SystemError());
   throw Error("[archive] cannot write " + temporary_.string() + ": " + SystemError());
@@ -60,9 +85,11 @@ Archive::~Archive() {
 }
 
 void Archive::Verify() {
-  std::error_code error;
-  const uint64_t size = std::filesystem::file_size(file_, error);
-  if (error) throw InputError("[archive] cannot read " + file_.string() + ": " + error.message());
+  struct stat info = {};
+  if (fstat(fileno(stream_.get()), &info) != 0) {
+    throw InputError("[archive] cannot read " + file_.string() + ": " + SystemError());
+  }
+  const auto size = static_cast<uint64_t>(info.st_size);
   const std::string name = "[archive] " + file_.string() + ": ";
   std::string magic(kMagic.size(), '\0');
   if (size < kMagic.size() + kTailBytes ||

@@ -33,7 +33,8 @@ uint32_t ArchiveChecksum(std::string_view bytes);
 // file, the field, what was expected and what was found.
 class Archive {
  public:
-  // Writes beside `file`, which is replaced as a whole by Finish and untouched without it.
+  // Writes beside `file`, which is replaced as a whole by Finish and untouched without it. Only its
+  // owner can read it. Links are not followed, here and in FromFile.
   static Archive ToFile(const std::filesystem::path& file);
   // Reads the file once to verify its checksum; fields are read after that.
   static Archive FromFile(const std::filesystem::path& file);

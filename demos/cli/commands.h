@@ -16,6 +16,7 @@ void AddInfo(CLI::App& app);
 void AddLoad(CLI::App& app);
 void AddRender(CLI::App& app);
 void AddServe(CLI::App& app);
+void AddToken(CLI::App& app);
 
 }  // namespace sluice::cli
 

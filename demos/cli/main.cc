@@ -48,6 +48,7 @@ int main(int argc, char** argv) {
   sluice::cli::AddRender(app);
   sluice::cli::AddServe(app);
   sluice::cli::AddLoad(app);
+  sluice::cli::AddToken(app);
 
   try {
     app.parse(argc, argv);

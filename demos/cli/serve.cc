@@ -1,11 +1,15 @@
 // sluice serve: the gRPC service, until a signal ends it.
 #include <malloc.h>
 #include <signal.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <optional>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "demos/cli/commands.h"
 #include "demos/cli/common.h"
@@ -18,25 +22,59 @@
 namespace sluice::cli {
 namespace {
 
+constexpr rlim_t kMostDescriptors = 65536;
+
 // Waits on a thread of its own, so that no handler has to be safe inside a signal. The signals are
 // blocked before other threads begin, which inherit that.
-sigset_t BlockEndSignals() {
+sigset_t BlockSignals() {
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGHUP);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   return signals;
 }
 
-void Serve(const ServerConfig& config) {
+// As many descriptors as this process may have: connections take two each.
+void RaiseDescriptorLimit() {
+  rlimit descriptors = {};
+  if (getrlimit(RLIMIT_NOFILE, &descriptors) != 0) return;
+  descriptors.rlim_cur = std::min<rlim_t>(descriptors.rlim_max, kMostDescriptors);
+  setrlimit(RLIMIT_NOFILE, &descriptors);  // what it is then is logged with the connections
+}
+
+// Reads tokens and certificates again. What makes no sense is logged, and nothing has changed.
+void Reload(const std::string& file, Service& service) {
+  try {
+    std::optional<std::vector<AccessToken>> tokens;
+    if (!file.empty()) {
+      ServerConfig config;
+      ReadServerConfig(file, config);
+      tokens = config.service.tokens;
+    }
+    service.Reload(tokens);
+    LogEvent(spdlog::level::info, "reloaded");
+  } catch (const std::exception& error) {
+    LogEvent(spdlog::level::err, "not_reloaded", {{"error", error.what()}});
+  }
+}
+
+void Serve(const ServerConfig& config, const std::string& file) {
   const ServiceOptions options = Finished(config);
-  const sigset_t signals = BlockEndSignals();
+  const sigset_t signals = BlockSignals();
   signal(SIGPIPE, SIG_IGN);
   UseJsonLog();
   // Pictures, messages and frames' keys begin on one thread and end on another. With a heap for
   // each thread, what stays gets scattered among them: 10 KiB a frame of a stream that off-loads.
   mallopt(M_ARENA_MAX, 1);
+
+  RaiseDescriptorLimit();
+  Metrics metrics;
+  std::unique_ptr<MetricsEndpoint> endpoint;  // a port that is taken is told before a model is read
+  if (!config.metrics.empty()) {
+    endpoint = std::make_unique<MetricsEndpoint>(metrics, config.metrics);
+  }
 
   EngineOptions engine_options;
   engine_options.kv_budget_bytes = config.kv_mb << 20;
@@ -57,21 +95,16 @@ void Serve(const ServerConfig& config) {
             {"quantised_tower_layers", quantised(layers.tower)},
             {"quantised_decoder_layers", quantised(layers.decoder)}});
   const SystemClock clock;
-  Metrics metrics;
   Scheduler scheduler(engine, config.scheduler, clock, metrics);
   Service service(engine->vlm(), scheduler, metrics, clock, options);
-  std::unique_ptr<MetricsEndpoint> endpoint;
-  if (!config.metrics.empty()) {
-    endpoint = std::make_unique<MetricsEndpoint>(metrics, config.metrics);
-    LogEvent(spdlog::level::info, "metrics", {{"port", endpoint->port()}});
-  }
+  if (endpoint) LogEvent(spdlog::level::info, "metrics", {{"port", endpoint->port()}});
 
   int number = 0;
-  sigwait(&signals, &number);
+  while (sigwait(&signals, &number) == 0 && number == SIGHUP) Reload(file, service);
   LogEvent(spdlog::level::info, "signal", {{"number", number}});
   std::thread([signals] {  // a second signal ends the program at once
     int again = 0;
-    sigwait(&signals, &again);
+    while (sigwait(&signals, &again) == 0 && again == SIGHUP) continue;
     std::_Exit(128 + again);
   })
       .detach();
@@ -84,10 +117,15 @@ void AddServe(CLI::App& app) {
   CLI::App* command =
       app.add_subcommand("serve", "Serve live video sessions over gRPC (docs/service.md)");
   auto config = std::make_shared<ServerConfig>();
+  auto file = std::make_shared<std::string>();
   // The file first, so that flags win over it.
   command
       ->add_option_function<std::string>(
-          "--config", [config](const std::string& file) { ReadServerConfig(file, *config); },
+          "--config",
+          [config, file](const std::string& name) {
+            ReadServerConfig(name, *config);
+            *file = name;
+          },
           "JSON file with the same settings, as \"max_streams\", and tokens")
       ->trigger_on_parse();
   command->add_option("--model", config->model,
@@ -111,7 +149,7 @@ void AddServe(CLI::App& app) {
         },
         setting.value);
   }
-  command->callback([config] { Serve(*config); });
+  command->callback([config, file] { Serve(*config, *file); });
 }
 
 }  // namespace sluice::cli

@@ -23,7 +23,9 @@ TEST(AccessTest, HashesAreThoseOfSha256sum) {
 TEST(AccessTest, OnlyAKnownTokenBehindBearerIsFound) {
   const Access access({Token("secret")});
   EXPECT_NE(access.Find("Bearer secret", kNow), nullptr);
-  for (const char* wrong : {"", "secret", "bearer secret", "Bearer ", "Bearer secre",
+  EXPECT_NE(access.Find("bearer secret", kNow), nullptr);
+  EXPECT_NE(access.Find("BEARER secret", kNow), nullptr);
+  for (const char* wrong : {"", "secret", "bearer", "bearersecret", "Bearer ", "Bearer secre",
                             "Bearer secret ", "Basic secret"}) {
     EXPECT_EQ(access.Find(wrong, kNow), nullptr) << wrong;
   }

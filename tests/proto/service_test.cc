@@ -37,6 +37,7 @@ namespace {
 
 using grpc::StatusCode;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using namespace std::chrono_literals;
 
 constexpr int kSide = 24;  // pixels of test frames
@@ -517,7 +518,9 @@ TEST_F(SavedStreamTest, OnlyWholeFilesAndRealIdsAreResumed) {
   std::filesystem::resize_file(file(id), std::filesystem::file_size(file(id)) - 9);
   const grpc::Status damaged = resume(id);
   EXPECT_EQ(damaged.error_code(), StatusCode::FAILED_PRECONDITION);
-  EXPECT_THAT(damaged.error_message(), HasSubstr(id));
+  EXPECT_THAT(damaged.error_message(), HasSubstr("checksum"));
+  EXPECT_THAT(damaged.error_message(), Not(HasSubstr(id)));
+  EXPECT_THAT(damaged.error_message(), Not(HasSubstr(directory_.string())));
   EXPECT_TRUE(std::filesystem::exists(file(id)));
 }
 
@@ -556,7 +559,8 @@ TEST_F(SavedStreamTest, ADirectoryThatIsGoneCostsTheSaveAndNothingElse) {
     client.Send(save);
     const auto refused = client.ReadUntil(v1::SessionResponse::kRefused).refused();
     EXPECT_EQ(refused.request(), "save");
-    EXPECT_THAT(refused.error(), HasSubstr(directory_.string()));
+    EXPECT_THAT(refused.error(), HasSubstr("log"));
+    EXPECT_THAT(refused.error(), Not(HasSubstr(directory_.string())));
     EXPECT_FALSE(Answer(client, 1).empty());
   });
 }
@@ -1102,9 +1106,9 @@ TEST_F(ServiceTest, OverTlsOnlyClientsWithACertificateOfTheAuthorityGetIn) {
     std::ofstream(directory / name) << text;
     return directory / name;
   };
-  options_.certificate = file("server.pem", server.CertificatePem());
-  options_.key = file("server.key", server.KeyPem());
-  options_.client_ca = file("ca.pem", authority.CertificatePem());
+  options_.tls.certificate = file("server.pem", server.CertificatePem());
+  options_.tls.key = file("server.key", server.KeyPem());
+  options_.tls.client_ca = file("ca.pem", authority.CertificatePem());
   Start();
   std::filesystem::remove_all(directory);
 
@@ -1129,12 +1133,12 @@ TEST_F(ServiceTest, OverTlsOnlyClientsWithACertificateOfTheAuthorityGetIn) {
 }
 
 TEST_F(ServiceTest, OptionsThatMakeNoSenseAreRefusedInOneLine) {
-  options_.certificate = "/nowhere/server.pem";
+  options_.tls.certificate = "/nowhere/server.pem";
   EXPECT_THROW(Start(), InputError);  // without a key
-  options_.key = "/nowhere/server.key";
+  options_.tls.key = "/nowhere/server.key";
   EXPECT_THROW(Start(), InputError);
-  options_.certificate.clear();
-  options_.key.clear();
+  options_.tls.certificate.clear();
+  options_.tls.key.clear();
   options_.workers = 0;
   EXPECT_THROW(Start(), InputError);
 }
