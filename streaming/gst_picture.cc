@@ -7,6 +7,7 @@
 #include <array>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "runtime/error.h"
 #include "streaming/gst_source.h"
@@ -72,7 +73,22 @@ int NalLengthBytes(const GstCaps* caps) {
 
 // As OnPicture wrote it.
 Orientation OrientationOf(GstBuffer* buffer) {
-  return static_cast<Orientation>(GST_BUFFER_OFFSET_END(buffer));
+  return static_cast<Orientation>(GST_BUFFER_OFFSET_END(buffer) & 0xff);
+}
+
+// How a picture's light and colours are mapped, in a byte: 0 where they stay, else the transfer
+// function and, in kWideColours, whether the primaries are BT.2020's.
+constexpr guint8 kMapped = 0x80, kWideColours = 0x40;
+
+guint8 MappingOf(const GstVideoInfo& video) {
+  const GstVideoColorimetry& colours = video.colorimetry;
+  const Transfer transfer = colours.transfer == GST_VIDEO_TRANSFER_SMPTE2084 ? Transfer::kPq
+                            : colours.transfer == GST_VIDEO_TRANSFER_ARIB_STD_B67
+                                ? Transfer::kHlg
+                                : Transfer::kOrdinary;
+  const bool wide = colours.primaries == GST_VIDEO_COLOR_PRIMARIES_BT2020;
+  if (transfer == Transfer::kOrdinary && !wide) return 0;
+  return static_cast<guint8>(kMapped | (wide ? kWideColours : 0) | static_cast<guint8>(transfer));
 }
 
 bool IsLying(Orientation how) { return how >= Orientation::kTransposed; }
@@ -168,10 +184,26 @@ FramePtr GstSource::ToFrame(GstSample* sample) {
     throw Error("[source] '" + request_.label + "': a picture cannot be read from memory");
   }
   auto frame = std::make_shared<Frame>();
-  CopyUpright(static_cast<const uint8_t*>(GST_VIDEO_FRAME_PLANE_DATA(&mapped, 0)),
-              static_cast<size_t>(GST_VIDEO_FRAME_PLANE_STRIDE(&mapped, 0)),
-              GST_VIDEO_FRAME_WIDTH(&mapped), GST_VIDEO_FRAME_HEIGHT(&mapped),
-              OrientationOf(buffer), *frame);
+  const int width = GST_VIDEO_FRAME_WIDTH(&mapped), height = GST_VIDEO_FRAME_HEIGHT(&mapped);
+  const auto* pixels = static_cast<const uint8_t*>(GST_VIDEO_FRAME_PLANE_DATA(&mapped, 0));
+  auto row_bytes = static_cast<size_t>(GST_VIDEO_FRAME_PLANE_STRIDE(&mapped, 0));
+  std::vector<uint8_t> ordinary;
+  if (GST_VIDEO_FRAME_FORMAT(&mapped) == GST_VIDEO_FORMAT_ARGB64) {
+    const auto mapping = static_cast<guint8>(GST_BUFFER_OFFSET_END(buffer) >> 8);
+    const auto transfer = static_cast<Transfer>(mapping & ~(kMapped | kWideColours));
+    const bool wide = mapping & kWideColours;
+    if (!tone_map_ || tone_map_->transfer() != transfer || tone_map_->bt2020_primaries() != wide) {
+      tone_map_.emplace(transfer, wide);
+    }
+    ordinary.resize(size_t{3} * width * height);
+    for (int y = 0; y < height; ++y) {
+      tone_map_->Convert(reinterpret_cast<const uint16_t*>(pixels + row_bytes * y),
+                         static_cast<size_t>(width), &ordinary[size_t{3} * width * y]);
+    }
+    pixels = ordinary.data();
+    row_bytes = size_t{3} * width;
+  }
+  CopyUpright(pixels, row_bytes, width, height, OrientationOf(buffer), *frame);
   gst_video_frame_unmap(&mapped);
   frame->time = time;
   frame->index = delivered_++;
@@ -266,6 +298,17 @@ std::vector<std::string> GstSource::LeftOut() const {
   return parts;
 }
 
+// Pictures whose light or colours are to be mapped leave the pipeline with 16 bits a colour.
+void GstSource::ChooseOutput(const GstVideoInfo& video) {
+  const guint8 mapping = MappingOf(video);
+  if ((mapping != 0) != (mapping_ != 0)) {
+    const CapsPtr caps(gst_caps_new_simple("video/x-raw", "format", G_TYPE_STRING,
+                                           mapping != 0 ? "ARGB64" : "RGB", nullptr));
+    gst_app_sink_set_caps(sink_, caps.get());
+  }
+  mapping_ = mapping;
+}
+
 // GStreamer's reader of MP4 passes over the range that a file's header states.
 void GstSource::ReplaceRange(GstPadProbeInfo* info, GstVideoInfo video) const {
   if (!request_.container.full_range || !GST_VIDEO_INFO_IS_YUV(&video)) return;
@@ -337,6 +380,7 @@ GstPadProbeReturn GstSource::OnDecoded(GstPad*, GstPadProbeInfo* info, gpointer 
       if (!gst_video_info_from_caps(&video, caps)) break;
       self->RefuseIfTooLarge(video.width, video.height);
       self->ReplaceRange(info, video);
+      self->ChooseOutput(video);
       self->frame_duration_ = video.fps_n > 0
                                   ? gst_util_uint64_scale(GST_SECOND, video.fps_d, video.fps_n)
                                   : GST_CLOCK_TIME_NONE;
@@ -421,8 +465,10 @@ GstPadProbeReturn GstSource::OnPicture(GstPadProbeInfo* info) {
       // These two travel with the picture in fields that no element after this one reads.
       buffer = gst_buffer_make_writable(buffer);
       GST_BUFFER_OFFSET(buffer) = static_cast<guint64>(time.nanoseconds());
-      GST_BUFFER_OFFSET_END(buffer) = static_cast<guint64>(
-          orientation_ != Orientation::kUpright ? orientation_ : coded_orientation_.load());
+      GST_BUFFER_OFFSET_END(buffer) =
+          static_cast<guint64>(orientation_ != Orientation::kUpright ? orientation_
+                                                                     : coded_orientation_.load()) |
+          guint64{mapping_} << 8;
       GST_PAD_PROBE_INFO_DATA(info) = buffer;
       return GST_PAD_PROBE_OK;
     case FrameSampler::Verdict::kEnd:

@@ -2,7 +2,8 @@
 //
 //   uridecodebin | v4l2src ! decodebin | videotestsrc      everything up to decoded pictures
 //     -> probe      picks frames by time stamp and drops the others before they cost anything more
-//     -> videoconvert ! RGB     the stream's own colour matrix and range; never scales
+//     -> videoconvert ! RGB     the stream's own colour matrix and range; never scales; 16 bits a
+//                   colour where light or colours have to be mapped to ordinary ones
 //     -> appsink    one picture waits; when it is taken, one copy, which turns it upright, makes
 //                   the Frame
 //
@@ -30,6 +31,7 @@
 #include "streaming/moving_webp.h"
 #include "streaming/picture_orientation.h"
 #include "streaming/source.h"
+#include "streaming/tone_map.h"
 #include "vision/orientation.h"
 
 namespace sluice {
@@ -148,6 +150,7 @@ class GstSource final : public Source {
   void NoteWithheld();
   void ReadOrientation(const DecoderInput& input, GstBuffer* buffer);
   void ReplaceRange(GstPadProbeInfo* info, GstVideoInfo video) const;
+  void ChooseOutput(const GstVideoInfo& video);
   bool RefuseIfTooLarge(int width, int height);
   GstClockTime MissingPts(SteadyTime now) const;
   MediaTime StreamTime(const GstSegment& segment, GstClockTime pts) const;
@@ -169,6 +172,7 @@ class GstSource final : public Source {
   State state_;
 
   bool sought_ = false;
+  std::optional<ToneMap> tone_map_;  // made when the first picture needs it
   std::atomic<bool> is_gif_ = false;
 
   // Used by the streaming thread that carries decoded pictures.
@@ -179,6 +183,7 @@ class GstSource final : public Source {
   GstClockTime previous_duration_ = 0;
   SteadyTime previous_arrival_;
   Orientation orientation_ = Orientation::kUpright;  // as the stream's tags say
+  guint8 mapping_ = 0;        // of light and colours; gst_picture.cc says how
   bool clean_ = false;        // a whole picture came since the start or the last seek
   bool new_part_ = false;     // a stream began, but no picture of it came yet
   int64_t joined_at_ns_ = 0;  // added to stream times that begin again where parts are joined

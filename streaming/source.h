@@ -37,9 +37,10 @@ struct SourceInfo {
   std::string codec;                  // "H.264 (High Profile)"
 };
 
-// A stream of frames: upright as the stream says, in the stream's own colour
-// matrix, never scaled (pixels that are not square stay so). Frame times begin at 0 with the first
-// frame of the stream, also when `begin` skips it. Used by one thread at a time, except Cancel.
+// A stream of frames: upright as the stream says, in the stream's own colour matrix, HDR and
+// BT.2020 mapped to ordinary pictures (tone_map.h), never scaled (pixels that are not square stay
+// so). Frame times begin at 0 with the first frame of the stream, also when `begin` skips it. Used
+// by one thread at a time, except Cancel.
 class Source {
  public:
   // `source`: a path, file://, http(s)://, rtsp(s)://, "camera" or "camera:/dev/videoN", "test" or

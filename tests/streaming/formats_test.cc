@@ -318,6 +318,25 @@ TEST_F(FormatsTest, ReadsEveryPictureOfAMovingWebpWithItsTime) {
   EXPECT_NE(cut.error + cut.warning, "");
 }
 
+TEST_F(FormatsTest, MapsWideLightAndColoursToOrdinaryOnes) {
+  // In PQ, HLG and BT.2020, the same white of 78 % of the signal.
+  const std::string grey =
+      "videotestsrc pattern=solid-color foreground-color=0xffc8c8c8 "
+      "num-buffers=2 ! video/x-raw,format=ARGB,width=64,height=48 ! "
+      "videoconvert ! video/x-raw,format=I420_10LE,colorimetry=";
+  const std::string rest =
+      " ! x264enc speed-preset=ultrafast qp-max=10 ! h264parse ! matroskamux ! FILE";
+  const auto read = [&](const std::string& name) {
+    const Outcome out = Read(Make(name + ".mkv", grey + name + rest));
+    EXPECT_EQ(out.error, "");
+    return out.frames.empty() ? 0.0 : Brightness(*out.frames[0]);
+  };
+  EXPECT_NEAR(read("bt709"), 200, 3);
+  EXPECT_NEAR(read("bt2020"), 200, 4);
+  EXPECT_GT(read("bt2100-pq"), 245);        // about 1500 cd/m2
+  EXPECT_NEAR(read("bt2100-hlg"), 242, 4);  // 250 cd/m2: m = 1.23, T(m) = 0.885
+}
+
 TEST_F(FormatsTest, CountsPicturesThatCannotBeDecoded) {
   std::string bytes = Bytes(Make("a.mp4", Pictures("snow", 50) + kX264 + " ! mp4mux ! FILE"));
   const size_t at = bytes.find("mdat") + bytes.size() / 3;
