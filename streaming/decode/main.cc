@@ -9,6 +9,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -37,6 +38,12 @@ extern "C" int open64(const char* path, int flags, ...) {
   }
   lseek(sluice::apart::kFileFd, 0, SEEK_SET);
   return fcntl(sluice::apart::kFileFd, F_DUPFD_CLOEXEC, 0);
+}
+extern "C" FILE* fopen64(const char* path, const char* mode) {  // as streams of the library do
+  const bool reads = mode[0] == 'r' && std::strchr(mode, '+') == nullptr;
+  const int fd = reads ? open64(path, O_RDONLY | O_CLOEXEC) : -1;
+  if (!reads) errno = EROFS;
+  return fd < 0 ? nullptr : fdopen(fd, mode);
 }
 extern "C" int connect(int socket, const sockaddr* address, socklen_t size) {
   return sluice::decode::AskedConnect(socket, address, size);
@@ -70,9 +77,9 @@ uint8_t* MapFrames(int64_t slot_bytes) {
 
 // What an element that is not on the list leaves behind reads as if it were not installed.
 std::string WithHint(const std::string& line) {
-  const bool lacking = line.find("no plugin for") != line.npos ||
-                       line.find("unsupported codec") != line.npos ||
-                       line.find("no decoder") != line.npos;
+  const bool lacking =
+      line.find("no plugin for") != line.npos || line.find("missing a plug-in") != line.npos ||
+      line.find("unsupported codec") != line.npos || line.find("no decoder") != line.npos;
   return lacking ? line +
                        "; servers take the elements of source_elements, and playlists with "
                        "source_playlists alone"
