@@ -101,22 +101,16 @@ void GstSource::ReadFormat(GstSample* sample) {
   info_.width = GST_VIDEO_INFO_WIDTH(&video);
   info_.height = GST_VIDEO_INFO_HEIGHT(&video);
   if (IsLying(OrientationOf(gst_sample_get_buffer(sample)))) std::swap(info_.width, info_.height);
+  info_.endless = info_.live;
   if (info_.live || info_.duration) return;
 
   gint64 duration = 0;
   if (gst_element_query_duration(pipeline_, GST_FORMAT_TIME, &duration) && duration > 0) {
     info_.duration = MediaTime::FromNanoseconds(duration);
   }
-  // A network camera behind plain HTTP: no length, no way back.
-  if (!info_.duration && request_.location.starts_with("http")) {
-    GstQuery* query = gst_query_new_seeking(GST_FORMAT_TIME);
-    gboolean seekable = FALSE;
-    if (gst_element_query(pipeline_, query)) {
-      gst_query_parse_seeking(query, nullptr, &seekable, nullptr, nullptr);
-    }
-    gst_query_unref(query);
-    info_.live = !seekable;
-  }
+  info_.live = !info_.duration && IsNetworkCamera();
+  const std::lock_guard lock(state_.mutex);
+  info_.endless = info_.live || (state_.in_segments && !info_.duration);
 }
 
 bool GstSource::Seek(MediaTime target) {
@@ -398,7 +392,8 @@ GstPadProbeReturn GstSource::OnDecoded(GstPad*, GstPadProbeInfo* info, gpointer 
 GstClockTime GstSource::MissingPts(SteadyTime now) const {
   if (!GST_CLOCK_TIME_IS_VALID(previous_pts_)) return segment_.start;
   if (GST_CLOCK_TIME_IS_VALID(frame_duration_)) return previous_pts_ + frame_duration_;
-  const bool recording = request_.location.starts_with("file:");
+  const bool recording = request_.kind == SourceRequest::Kind::kUri && !IsNetworkCamera() &&
+                         !request_.location.starts_with("rtsp");
   const std::chrono::nanoseconds spacing = recording ? milliseconds(40) : now - previous_arrival_;
   return previous_pts_ + static_cast<GstClockTime>(spacing.count());
 }

@@ -346,17 +346,44 @@ void GstSource::OnSourceSetup(GstElement*, GstElement* source, gpointer data) {
   }
 }
 
+void GstSource::OnPlaylistPad(GstElement*, GstPad* pad, gpointer self) {
+  if (GST_PAD_DIRECTION(pad) != GST_PAD_SRC) return;
+  gst_pad_add_probe(pad, GST_PAD_PROBE_TYPE_BUFFER, &GstSource::OnPlaylistData, self, nullptr);
+}
+
+// The first buffer of each segment carries the segment's time, the others carry none.
+GstPadProbeReturn GstSource::OnPlaylistData(GstPad*, GstPadProbeInfo* info, gpointer data) {
+  // A playlist that lies must not keep a dead stream for ever.
+  constexpr GstClockTime kLongest = 60 * GST_SECOND;
+  const GstClockTime pts = GST_BUFFER_PTS(GST_PAD_PROBE_INFO_BUFFER(info));
+  State& state = static_cast<GstSource*>(data)->state_;
+  const std::lock_guard lock(state.mutex);
+  state.last_data = std::chrono::steady_clock::now();
+  if (!GST_CLOCK_TIME_IS_VALID(pts)) return GST_PAD_PROBE_OK;
+  if (GST_CLOCK_TIME_IS_VALID(state.segment_pts) && pts > state.segment_pts) {
+    const auto length = static_cast<int64_t>(std::min(pts - state.segment_pts, kLongest));
+    state.longest_segment = std::max(state.longest_segment, std::chrono::nanoseconds(length));
+  }
+  state.segment_pts = pts;
+  return GST_PAD_PROBE_OK;
+}
+
 void GstSource::OnElementAdded(GstBin*, GstBin*, GstElement* element, gpointer data) {
   auto* self = static_cast<GstSource*>(data);
   // A camera's picture stream would otherwise be held back until two megabytes of it arrived, in
   // case another stream follows.
   if (FactoryName(element) == "multipartdemux") {
+    self->multipart_ = true;
     g_object_set(element, "single-stream", TRUE, nullptr);
   }
   const gchar* klass = gst_element_get_metadata(element, GST_ELEMENT_METADATA_KLASS);
   const std::string_view role = klass ? klass : "";
   if (IsDemuxer(gst_element_get_factory(element))) {
     g_signal_connect(element, "no-more-pads", G_CALLBACK(&GstSource::OnDemuxerNoMorePads), self);
+  }
+  if (role.find("Adaptive") != role.npos) {
+    g_signal_connect(element, "pad-added", G_CALLBACK(&GstSource::OnPlaylistPad), self);
+    self->Notify([](State& s) { s.in_segments = true; });
   }
   if (role.find("Demuxer") != role.npos || role.find("Parser") != role.npos) {
     const std::lock_guard lock(self->state_.mutex);

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "runtime/error.h"
+#include "streaming/connection_check.h"
 #include "streaming/logging.h"
 
 namespace sluice {
@@ -27,10 +28,27 @@ bool IsMissingDecoder(GstMessage* message) {
   return type && std::string_view(type) == "decoder";
 }
 
+// What a segment of a playlist is taken to last until two of them came.
+constexpr std::chrono::seconds kUsualSegment{10};
+
+// How long each step of finding out why there is no connection may take.
+constexpr milliseconds kLookingForCause{3000};
+
 }  // namespace
 
+milliseconds SilenceAllowed(milliseconds stall_timeout, bool in_segments,
+                            std::chrono::nanoseconds longest_segment) {
+  if (!in_segments) return stall_timeout;
+  const std::chrono::nanoseconds segment =
+      longest_segment.count() > 0 ? longest_segment : kUsualSegment;
+  return stall_timeout + std::chrono::duration_cast<milliseconds>(2 * segment);
+}
+
 GstSource::GstSource(SourceRequest request, const SourceOptions& options)
-    : request_(std::move(request)), options_(options), sampler_(options) {
+    : request_(std::move(request)),
+      options_(options),
+      redact_(request_.location),
+      sampler_(options) {
   gst_segment_init(&segment_, GST_FORMAT_TIME);
 }
 
@@ -44,7 +62,7 @@ GstSource::~GstSource() {
 }
 
 void GstSource::Throw(const std::string& what) const {
-  throw InputError("[source] '" + request_.label + "': " + what);
+  throw InputError(redact_("[source] '" + request_.label + "': " + what));
 }
 
 void GstSource::Start() {
@@ -59,7 +77,7 @@ void GstSource::Start() {
   info_.live = gst_element_set_state(pipeline_, GST_STATE_PAUSED) == GST_STATE_CHANGE_NO_PREROLL;
   if (info_.live) gst_element_set_state(pipeline_, GST_STATE_PLAYING);
   WaitForFormat();
-  if (info_.live && (options_.begin || options_.end)) {
+  if (info_.endless && (options_.begin || options_.end)) {
     Throw("begin and end need a recording, this is a live source; leave them out");
   }
   SeekToBegin();
@@ -93,14 +111,24 @@ bool GstSource::WaitForChange(uint64_t seen, SteadyTime asked, milliseconds at_m
     const bool failed = !state_.error.empty();
     SteadyTime since = std::max(asked, state_.last_picture);
     if (!info_.live) since = std::max(since, state_.last_data);
-    const SteadyTime deadline = since + (failed ? kAfterError : options_.stall_timeout);
     const SteadyTime now = steady_clock::now();
+    const milliseconds allowed =
+        SilenceAllowed(options_.stall_timeout, state_.in_segments, state_.longest_segment);
+    const bool may_wait = request_.pipe && !failed;  // its end shows when the writer closes it
+    const SteadyTime deadline =
+        may_wait ? now + std::chrono::hours(1) : since + (failed ? kAfterError : allowed);
     if (at_most != milliseconds::max() && now >= entered + at_most) return true;
     if (now >= deadline) {
       if (failed) return false;
       char seconds[32];
-      std::snprintf(seconds, sizeof seconds, "%.3g", options_.stall_timeout.count() * 1e-3);
+      std::snprintf(seconds, sizeof seconds, "%.3g", allowed.count() * 1e-3);
+      const bool nothing_came = !state_.video_linked && state_.demuxers.empty();
       lock.unlock();
+      if (nothing_came && CanLookForCause()) {
+        const std::string why =
+            WhyUnreachable(request_.location, std::min(allowed, kLookingForCause));
+        if (!why.empty()) Throw(why);
+      }
       Throw("nothing arrived for " + std::string(seconds) +
             " s; check that the source is up, or raise the stall timeout");
     }
@@ -126,11 +154,41 @@ std::string GstSource::DemuxerGaveUp() {
   return "";
 }
 
+bool GstSource::IsRemote() const {
+  return request_.kind == SourceRequest::Kind::kUri &&
+         (request_.location.starts_with("http") || request_.location.starts_with("rtsp"));
+}
+
+// Over HTTP a file and a camera look alike but for this. What keeps a file's format is a file, also
+// where its length is not told and nothing of it can be asked for again.
+bool GstSource::IsNetworkCamera() const {
+  return request_.location.starts_with("http") && multipart_;
+}
+
+// A source that keeps to one place may connect nowhere else, and who made its connection knows.
+bool GstSource::CanLookForCause() const { return IsRemote() && !request_.one_place; }
+
+void GstSource::ThrowNoConnection(const std::string& error) const {
+  const std::string meaning = MeaningOfStatus(error);
+  if (!meaning.empty()) Throw(meaning);
+  if (!CanLookForCause()) Throw(error);
+  const std::string why = WhyUnreachable(request_.location, kLookingForCause);
+  if (!why.empty()) Throw(why);
+  Throw("the server can be reached, but gives nothing that can be read: " + error);
+}
+
 void GstSource::WaitForFormat() {
   const SteadyTime asked = steady_clock::now();
   std::string gave_up;
   for (;;) {
     const uint64_t seen = Events();
+    {
+      std::unique_lock lock(state_.mutex);
+      if (state_.cancelled) {
+        lock.unlock();
+        Throw("was cancelled while it was opened");
+      }
+    }
     const bool ended = gst_app_sink_is_eos(sink_);
     const SamplePtr preroll(gst_app_sink_try_pull_preroll(sink_, 0));
     if (preroll && !info_.live) {  // a live one's would come again as its first sample
@@ -155,10 +213,16 @@ void GstSource::WaitForFormat() {
       hopeless |= !state_.error.empty() && !state_.video_linked;
     }
     if (hopeless || !WaitForChange(seen, asked, kBetweenLooks)) {
-      const std::lock_guard lock(state_.mutex);
+      std::unique_lock lock(state_.mutex);
       if (!state_.missing.empty()) Throw(state_.missing);
       if (!state_.video_linked && !state_.other_streams.empty()) Throw(state_.NoVideo());
-      if (!state_.error.empty()) Throw(state_.error);
+      if (!state_.error.empty()) {
+        const std::string error = state_.error;
+        const bool nothing_came = !state_.video_linked && state_.demuxers.empty();
+        lock.unlock();
+        if (nothing_came && IsRemote()) ThrowNoConnection(error);
+        Throw(error);
+      }
       if (!gave_up.empty()) Throw(gave_up);
       if (withheld_ > 0) {
         Throw("none of its " + std::to_string(withheld_) +
@@ -204,12 +268,13 @@ void GstSource::Warn(const std::vector<std::string>& left_out) {
 
 FramePtr GstSource::Finish() {
   ended_ = true;
-  std::string refusal, error;
+  std::string refusal, error, hung_up;
   bool past_end = false;
   {
     const std::lock_guard lock(state_.mutex);
     refusal = state_.refusal;
     error = state_.error;
+    hung_up = state_.hung_up;
     past_end = state_.past_end;
   }
   gst_element_set_state(pipeline_, GST_STATE_NULL);  // stops decoding what nobody will look at
@@ -221,9 +286,14 @@ FramePtr GstSource::Finish() {
 
   const MediaTime newest = MediaTime::FromNanoseconds(newest_ns_);
   const std::string so_far = std::to_string(delivered_) + " frames";
+  // A camera that hangs up has not come to an end; whether it has shows when it is opened again.
+  if (info_.live && IsNetworkCamera() && options_.reconnect.most_tries != 0) {
+    hung_up = "the server closed the connection";
+  }
+  if (error.empty() && info_.endless) error = hung_up;
   if (!error.empty()) {
     if (delivered_ == 0) Throw(error);
-    if (info_.live) Throw("the stream broke after " + so_far + ": " + error);
+    if (info_.endless) Throw("the stream broke after " + so_far + ": " + error);
     warning_ = "[source] '" + request_.label + "' is damaged and ended at " + newest.ToString() +
                " after " + so_far + ": " + error;
   } else if (!request_.container.cut_off.empty()) {
@@ -253,14 +323,19 @@ void GstSource::Cancel() {
 GstBusSyncReply GstSource::OnMessage(GstBus*, GstMessage* message, gpointer data) {
   auto* self = static_cast<GstSource*>(data);
   if (GST_MESSAGE_TYPE(message) == GST_MESSAGE_ERROR) {
-    const std::string line = Describe(message);
+    const std::string line = self->redact_(Describe(message));
     // The first error is the cause; what follows are its echoes.
     self->Notify([&](State& s) {
       if (s.error.empty()) s.error = line;
     });
     Logger()->debug("'{}': {}", self->request_.label, line);
   } else if (GST_MESSAGE_TYPE(message) == GST_MESSAGE_WARNING) {
-    Logger()->debug("'{}': {}", self->request_.label, Describe(message));
+    const std::string line = self->redact_(Describe(message));
+    // rtspsrc then ends the stream as if that were its end.
+    if (line.find("closed connection") != std::string::npos) {
+      self->Notify([&](State& s) { s.hung_up = "the server closed the connection"; });
+    }
+    Logger()->debug("'{}': {}", self->request_.label, line);
   } else if (gst_is_missing_plugin_message(message) && !IsMissingDecoder(message)) {
     const GChars what(gst_missing_plugin_message_get_description(message));
     self->Notify([&](State& s) {

@@ -30,6 +30,7 @@
 #include "streaming/gst_types.h"
 #include "streaming/moving_webp.h"
 #include "streaming/picture_orientation.h"
+#include "streaming/redact.h"
 #include "streaming/source.h"
 #include "streaming/tone_map.h"
 #include "vision/orientation.h"
@@ -44,12 +45,20 @@ struct SourceRequest {
   std::string location;     // URI, device or videotestsrc pattern
   double test_seconds = 0;  // of a test source; 0: live and endless
   ContainerFacts container = {};
+  // A pipe: its writer may take as long as it wants. `location` is fd://N, which this keeps open.
+  bool pipe = false;
+  std::shared_ptr<void> descriptor = {};
   // No redirect is followed, RTSP keeps to its one TCP connection: for URIs that were checked.
   bool one_place = false;
 };
 // What a source string means (source.h), with what can be checked without GStreamer's elements.
 // Throws InputError.
 SourceRequest ParseSource(const std::string& source);
+
+// How long a stream may be silent before it has failed. Segments of a growing playlist come whole,
+// one after the other is written: up to two more of the longest seen, or of what is usual.
+std::chrono::milliseconds SilenceAllowed(std::chrono::milliseconds stall_timeout, bool in_segments,
+                                         std::chrono::nanoseconds longest_segment);
 
 class GstSource final : public Source {
  public:
@@ -74,12 +83,16 @@ class GstSource final : public Source {
     std::condition_variable changed;
     uint64_t events = 0;  // counts whatever a reader may be waiting for
     bool cancelled = false;
-    bool past_end = false;                // the sampler wants nothing more
-    bool video_linked = false;            // a decoded video stream was found
-    std::string refusal;                  // what we refuse ourselves: size, no video; final
-    std::string error;                    // the first thing GStreamer reported
-    std::string missing;                  // a decoder or demuxer that is not installed
-    std::set<std::string> other_streams;  // media types that are not video
+    bool past_end = false;      // the sampler wants nothing more
+    bool video_linked = false;  // a decoded video stream was found
+    std::string refusal;        // what we refuse ourselves: size, no video; final
+    std::string error;          // the first thing GStreamer reported
+    std::string hung_up;        // what it said when the other side closed the connection
+    bool in_segments = false;   // a playlist's, which come whole
+    std::chrono::nanoseconds longest_segment{0};
+    GstClockTime segment_pts = GST_CLOCK_TIME_NONE;  // of the newest segment
+    std::string missing;                             // a decoder or demuxer that is not installed
+    std::set<std::string> other_streams;             // media types that are not video
     // Of the video streams that demuxers found, those to show, one after the other. While a demuxer
     // still finds streams, the last of them may give way to one that ranks higher.
     std::vector<std::string> chosen;
@@ -122,6 +135,10 @@ class GstSource final : public Source {
                      std::chrono::milliseconds at_most = std::chrono::milliseconds::max());
   void WaitForFormat();
   std::string DemuxerGaveUp();
+  bool IsRemote() const;
+  bool CanLookForCause() const;
+  bool IsNetworkCamera() const;
+  [[noreturn]] void ThrowNoConnection(const std::string& error) const;
   void SeekToBegin();
   bool Seek(MediaTime target);
   std::optional<MediaTime> FirstAfterSeek();
@@ -143,6 +160,8 @@ class GstSource final : public Source {
   static void OnSourceSetup(GstElement*, GstElement* source, gpointer self);
   static void OnElementAdded(GstBin*, GstBin*, GstElement* element, gpointer self);
   static void OnWebpWanted(GstAppSrc*, guint bytes, gpointer self);
+  static void OnPlaylistPad(GstElement*, GstPad* pad, gpointer self);
+  static GstPadProbeReturn OnPlaylistData(GstPad*, GstPadProbeInfo* info, gpointer self);
   static GstPadProbeReturn OnDecoderInput(GstPad*, GstPadProbeInfo* info, gpointer input);
   static GstPadProbeReturn OnDecoded(GstPad*, GstPadProbeInfo* info, gpointer self);
   GstPadProbeReturn OnPicture(GstPadProbeInfo* info);
@@ -157,6 +176,7 @@ class GstSource final : public Source {
 
   const SourceRequest request_;
   const SourceOptions options_;
+  const Redactor redact_;
   SourceInfo info_;
   std::optional<std::string> warning_;
   int64_t delivered_ = 0;
@@ -193,6 +213,7 @@ class GstSource final : public Source {
   std::atomic<int64_t> fed_ = 0;  // pictures given to a decoder that can be counted
   std::atomic<int64_t> decoded_ = 0;
   std::atomic<int64_t> corrupted_ = 0;          // pictures that the decoder marked as damaged
+  std::atomic<bool> multipart_ = false;         // picture after picture, as cameras send them
   std::atomic<int64_t> origin_ns_ = kNoOrigin;  // stream time of the first picture
   std::atomic<int64_t> newest_ns_ = 0;          // media time of the newest decoded picture
 };

@@ -1,6 +1,7 @@
 // What a source string means, and what can be said about it before GStreamer is asked.
 #include "streaming/source.h"
 
+#include <fcntl.h>
 #include <gst/gst.h>
 #include <unistd.h>
 
@@ -18,6 +19,8 @@
 #include "runtime/error.h"
 #include "streaming/container_file.h"
 #include "streaming/gst_source.h"
+#include "streaming/reconnecting_source.h"
+#include "streaming/redact.h"
 
 namespace sluice {
 namespace {
@@ -43,27 +46,18 @@ void InitGStreamerOnce() {
   throw InputError("[source] '" + label + "': " + what);
 }
 
-// "rtsp://user:secret@host/x" -> "rtsp://***@host/x": passwords stay out of logs.
-std::string WithoutPassword(const std::string& uri) {
-  const size_t host = uri.find("://") + 3;
-  const size_t path = std::min(uri.find('/', host), uri.size());
-  const size_t at = uri.rfind('@', path);
-  if (at == std::string::npos || at < host) return uri;
-  return uri.substr(0, host) + "***" + uri.substr(at);
-}
-
 void CheckFile(const std::string& label, const fs::path& path) {
   std::error_code error;
   const fs::file_status status = fs::status(path, error);
   if (!fs::exists(status)) {
     if (error && error != std::errc::no_such_file_or_directory) Refuse(label, error.message());
     Refuse(label,
-           "no such file; expected a video file, a URI (file, http, https, rtsp), \"camera\" or "
-           "\"test\"");
+           "no such file; expected a video file, a URI (file, http, https, rtsp), \"camera\", "
+           "\"test\" or \"-\" for standard input");
   }
   if (fs::is_directory(status)) Refuse(label, "is a directory; expected a video file");
   if (!fs::is_regular_file(status)) {
-    Refuse(label, "is not a regular file; cameras are named like \"camera:/dev/video0\"");
+    Refuse(label, "is not a regular file or a pipe; cameras are named like \"camera:/dev/video0\"");
   }
   if (fs::file_size(path, error) == 0 && !error) {
     Refuse(label, "is empty (0 bytes); expected a video file");
@@ -85,8 +79,21 @@ SourceRequest FileRequest(const std::string& label, const fs::path& path) {
   return request;
 }
 
+SourceRequest PipeRequest(const std::string& label, int descriptor) {
+  return {.label = label, .location = "fd://" + std::to_string(descriptor), .pipe = true};
+}
+
+// Opened without waiting for its writer, whose first bytes are waited for instead.
+SourceRequest FifoRequest(const std::string& path) {
+  const int descriptor = open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+  if (descriptor < 0) Refuse(path, std::strerror(errno));
+  SourceRequest request = PipeRequest(path, descriptor);
+  request.descriptor = std::shared_ptr<void>(nullptr, [descriptor](void*) { close(descriptor); });
+  return request;
+}
+
 SourceRequest UriRequest(const std::string& uri) {
-  const std::string label = WithoutPassword(uri);
+  const std::string label = RedactUrl(uri);
   const std::string_view scheme = std::string_view(uri).substr(0, uri.find("://"));
   if (scheme == "file") {
     gchar* path = g_filename_from_uri(uri.c_str(), nullptr, nullptr);
@@ -142,12 +149,14 @@ SourceRequest TestRequest(const std::string& source) {
 SourceRequest ParseSource(const std::string& source) {
   if (source.empty()) throw InputError("[source] the source is an empty string; name a file");
   if (source.find('\0') != std::string::npos) throw InputError("[source] the source holds a NUL");
+  if (source == "-") return PipeRequest("standard input", STDIN_FILENO);
   if (source == "camera" || source.starts_with("camera:")) return CameraRequest(source);
   if (source == "test" || source.starts_with("test:")) return TestRequest(source);
   if (gst_uri_is_valid(source.c_str()) && source.find("://") != std::string::npos) {
     return UriRequest(source);
   }
-  return FileRequest(source, source);
+  std::error_code error;
+  return fs::is_fifo(source, error) ? FifoRequest(source) : FileRequest(source, source);
 }
 
 std::unique_ptr<Source> Source::Open(const std::string& source, const SourceOptions& options) {
@@ -156,9 +165,17 @@ std::unique_ptr<Source> Source::Open(const std::string& source, const SourceOpti
                      std::to_string(options.stall_timeout.count()) + " ms");
   }
   InitGStreamerOnce();
-  auto opened = std::make_unique<GstSource>(ParseSource(source), options);
-  opened->Start();
-  return opened;
+  return KeepOpen(RedactUrl(source), options, [source, options](const auto& announce) {
+    auto opened = std::make_unique<GstSource>(ParseSource(source), options);
+    announce(opened.get());
+    try {
+      opened->Start();
+    } catch (...) {
+      announce(nullptr);
+      throw;
+    }
+    return opened;
+  });
 }
 
 }  // namespace sluice

@@ -357,6 +357,7 @@ class ApartSource final : public Source {
     const Report report = NextReport(steady_clock::now() + kOpenStalls * source.stall_timeout);
     if (report.kind != Report::Kind::kOpened) ThrowOdd();
     info_.live = report.live != 0;
+    info_.endless = report.endless != 0;
     if (report.duration_ns >= 0) info_.duration = MediaTime::FromNanoseconds(report.duration_ns);
     info_.width = report.width;
     info_.height = report.height;

@@ -57,6 +57,7 @@ struct Report {
   int64_t time_ns, index;
   int64_t duration_ns;   // below 0: not known
   uint32_t live;         // 0 or 1
+  uint32_t endless;      // 0 or 1
   uint32_t input_error;  // 0 or 1: kFailed is an InputError
   char text[1024];       // ends with a NUL
 };

@@ -105,6 +105,7 @@ void Decode(const apart::Request& request) {
   report.width = info.width;
   report.height = info.height;
   report.live = info.live ? 1 : 0;
+  report.endless = info.endless ? 1 : 0;
   report.duration_ns = info.duration ? info.duration->nanoseconds() : -1;
   apart::SetText(report.text, info.codec);
   if (!apart::Send(apart::kControlFd, report)) return;

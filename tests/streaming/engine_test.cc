@@ -221,6 +221,19 @@ TEST_F(RunTest, PassesOnWhatGoesWrongInTheSourceAfterTheFramesBeforeIt) {
   EXPECT_TRUE(session_->transcript.empty());
 }
 
+TEST_F(RunTest, KeepsTheAnswersThatWereGivenBeforeTheSourceFailed) {
+  FakeSource source(10);
+  source.before_frame = [](int index) {
+    if (index == 6) throw InputError("[source] the cable is out");
+  };
+  const RunResult result = Play(source, {At(0.6, "q1"), At(20, "q2"), {"q3", {}}});
+  ASSERT_THAT(result.answers, SizeIs(1));
+  EXPECT_EQ(result.answers[0].question.text, "q1");
+  EXPECT_EQ(result.error, "[source] the cable is out");
+  EXPECT_EQ(result.not_asked, 2);
+  EXPECT_EQ(result.frames, 6);
+}
+
 TEST_F(RunTest, StopsTheSourceWhenTheModelFails) {
   FakeSource source(1'000'000);
   int seen = 0;

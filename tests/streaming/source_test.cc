@@ -184,6 +184,7 @@ constexpr char kH264Mp4[] = "x264enc speed-preset=ultrafast key-int-max=15 ! h26
 SourceOptions All() {
   SourceOptions options;
   options.rate.every_nth = 1;
+  options.reconnect.most_tries = 0;
   return options;
 }
 
