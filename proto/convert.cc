@@ -104,6 +104,9 @@ std::string RunReportJson(const RunResult& result, const Tracer& tracer) {
     (*report.mutable_stages())[Utf8(name)] = ToProto(cost);
   }
   if (result.warning) report.set_warning(Utf8(*result.warning));
+  for (const std::string& line : result.warnings) report.add_warnings(Utf8(line));
+  if (!result.error.empty()) report.set_error(Utf8(result.error));
+  report.set_not_asked(Saturated(result.not_asked));
 
   google::protobuf::util::JsonPrintOptions options;
   options.preserve_proto_field_names = true;

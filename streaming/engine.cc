@@ -19,6 +19,14 @@ double SecondsSince(steady_clock::time_point begin) {
   return std::chrono::duration<double>(steady_clock::now() - begin).count();
 }
 
+std::string LineOf(const std::exception_ptr& failure) {
+  try {
+    std::rethrow_exception(failure);
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+}
+
 // Decodes `source` into `queue` on a thread of its own until the stream ends or either side stops.
 class Producer {
  public:
@@ -35,10 +43,10 @@ class Producer {
   Producer(const Producer&) = delete;
   Producer& operator=(const Producer&) = delete;
 
-  // Waits for the end and passes on what went wrong there.
-  void Finish() {
+  // Waits for the end and returns what went wrong there, if anything.
+  std::exception_ptr Finish() {
     thread_.join();
-    if (error_) std::rethrow_exception(error_);
+    return error_;
   }
 
  private:
@@ -95,6 +103,8 @@ class Player {
     Flush();
     ReadWaiting(ctx_, session_);
   }
+
+  int64_t left() const { return static_cast<int64_t>(questions_.size() - next_); }
 
   void AskTheRest(const SourceInfo& source) {
     while (next_ < questions_.size()) {
@@ -198,8 +208,13 @@ RunResult Run(ExecContext& ctx, Session& session, Source& source,
     if (live && queue.waiting() == 0) player.CatchUp();
   }
   player.Flush();
-  producer.Finish();
-  player.AskTheRest(result.source);
+  if (const std::exception_ptr failure = producer.Finish()) {
+    if (player.answers.empty()) std::rethrow_exception(failure);
+    result.error = LineOf(failure);
+    result.not_asked = player.left();
+  } else {
+    player.AskTheRest(result.source);
+  }
 
   result.answers = std::move(player.answers);
   result.queue = queue.counts();

@@ -83,6 +83,9 @@ struct RunResult {
   int64_t frames = 0;
   int64_t duplicates = 0;              // of them, held back by the duplicate filter
   std::optional<std::string> warning;  // a damaged source that ended early
+  std::vector<std::string> warnings;   // told while it ran (SourceOptions::on_warning)
+  std::string error;                   // what ended the run: the source failed; empty: nothing did
+  int64_t not_asked = 0;               // questions that were therefore never asked
 };
 
 // Plays `source` through `session`, asking each question at its time, in order of time; questions
@@ -94,10 +97,11 @@ struct RunResult {
 // oldest waiting frames are dropped and counted.
 //
 // Source::Cancel from another thread ends the run early: remaining questions are asked about what
-// has been seen. Exceptions (of the source, the model, the observer) end it at once and pass
-// through; the session then holds what was ingested before. Throws InputError when a question is
-// due before the first frame or the source gave none, and, before the first frame, on a question
-// that the context cannot hold.
+// has been seen. A source that fails after a question was answered ends the run with `error`.
+// Other exceptions (of the source, the model, the observer) end it at once and pass through; the
+// session then holds what was ingested before. Throws InputError when a question is due before the
+// first frame or the source gave none, and, before the first frame, on a question that the context
+// cannot hold.
 RunResult Run(ExecContext& ctx, Session& session, Source& source,
               std::vector<TimedQuestion> questions, const RunObserver& observer);
 

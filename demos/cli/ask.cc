@@ -1,9 +1,11 @@
 // sluice ask: plays a source and answers questions at their times.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <csignal>
 #include <cstdio>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -30,7 +32,9 @@ struct AskFlags {
   std::vector<std::string> questions;
   std::string question_file;
   SamplingRate rate;
-  std::optional<double> begin, end;
+  std::string begin, end;  // empty: none
+  double stall_seconds = 10;
+  int reconnect = ReconnectOptions().most_tries;
   int64_t max_frames = 0;
   std::optional<float> temperature, top_p;
   std::optional<int> top_k, max_new_tokens;
@@ -51,6 +55,36 @@ extern "C" void OnInterrupt(int) {
   interrupted = 1;
   std::signal(SIGINT, SIG_DFL);
 }
+
+// Of --begin and --end.
+MediaTime TimeOfFlag(const std::string& flag, const std::string& text) {
+  const std::optional<double> seconds = ParseTime(text);
+  if (!seconds) {
+    throw InputError("[ask] " + flag + ": expected a time, as 75, 75.5, 1:15 or 0:01:15.5, got '" +
+                     text + "'");
+  }
+  return MediaTime::FromSeconds(*seconds);
+}
+
+// What a source tells while it is read: at once on stderr, and all of it for the report.
+// Thread-safe.
+class Warnings {
+ public:
+  void Add(const std::string& line) {
+    constexpr size_t kMost = 1000;  // of a stream that runs for days
+    Logger()->warn("{}", line);
+    const std::lock_guard lock(mutex_);
+    if (lines_.size() < kMost) lines_.push_back(line);
+  }
+  std::vector<std::string> Take() {
+    const std::lock_guard lock(mutex_);
+    return std::move(lines_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::string> lines_;
+};
 
 // What the flags say.
 void ApplyGeneration(const AskFlags& flags, GenerateOptions& options) {
@@ -182,8 +216,13 @@ void Ask(const AskFlags& flags) {
   const std::vector<ExpectedQuestion> questions = GatherQuestions(flags);
   SourceOptions source_options;
   source_options.rate = flags.rate;
-  if (flags.begin) source_options.begin = MediaTime::FromSeconds(*flags.begin);
-  if (flags.end) source_options.end = MediaTime::FromSeconds(*flags.end);
+  if (!flags.begin.empty()) source_options.begin = TimeOfFlag("--begin", flags.begin);
+  if (!flags.end.empty()) source_options.end = TimeOfFlag("--end", flags.end);
+  source_options.stall_timeout =
+      std::chrono::milliseconds(std::llround(flags.stall_seconds * 1000));
+  source_options.reconnect.most_tries = flags.reconnect;
+  Warnings warnings;
+  source_options.on_warning = [&warnings](const std::string& line) { warnings.Add(line); };
   source_options.max_frames = flags.max_frames;
   // The source first: a mistyped path should not wait for a large checkpoint.
   const std::unique_ptr<Source> source = Source::Open(flags.source, source_options);
@@ -229,6 +268,8 @@ void Ask(const AskFlags& flags) {
   narrator.Finish();
   std::signal(SIGINT, SIG_DFL);
 
+  for (const std::string& line : result.warnings) Logger()->warn("{}", line);  // of a server
+  for (std::string& line : warnings.Take()) result.warnings.push_back(std::move(line));
   if (result.warning) Logger()->warn("{}", *result.warning);
   for (const TimedAnswer& answer : result.answers) {
     if (!answer.note.empty()) Logger()->warn("{}", answer.note);
@@ -245,6 +286,10 @@ void Ask(const AskFlags& flags) {
   if (narrator.judged() > 0 && !flags.json) {
     std::printf("\n%d of %d answers are right\n", narrator.right(), narrator.judged());
   }
+  if (!result.error.empty()) {
+    throw Error(result.error +
+                " (questions that were not asked: " + std::to_string(result.not_asked) + ")");
+  }
   if (narrator.right() < flags.require_right) {
     throw Error("[ask] expected at least " + std::to_string(flags.require_right) +
                 " right answers, got " + std::to_string(narrator.right()) + " of " +
@@ -260,7 +305,8 @@ void AddAsk(CLI::App& app) {
   auto flags = std::make_shared<AskFlags>();
   command
       ->add_option("--source", flags->source,
-                   "File, file://, http(s)://, rtsp://, camera[:/dev/videoN] or test[:PATTERN[:S]]")
+                   "File, named pipe, - (standard input), file://, http(s)://, rtsp://, "
+                   "camera[:/dev/videoN] or test[:PATTERN[:S]]")
       ->required();
   command
       ->add_option(
@@ -291,10 +337,21 @@ void AddAsk(CLI::App& app) {
   command->add_option("--every-nth", flags->rate.every_nth, "Look at every N-th frame instead")
       ->check(CLI::Range(1, 1000000))
       ->excludes(fps);
-  command->add_option("--begin", flags->begin, "Begin at this second of a file")
-      ->check(FiniteRange(0.0, 1e8));
-  command->add_option("--end", flags->end, "End at this second of a file")
-      ->check(FiniteRange(0.0, 1e8));
+  command->add_option("--begin", flags->begin,
+                      "Begin at this time of a file: seconds or [HOURS:]MINUTES:SECONDS");
+  command->add_option("--end", flags->end, "End at this time of a file");
+  command
+      ->add_option("--stall-seconds", flags->stall_seconds,
+                   "A source that delivers nothing for so long has failed; pipes are waited for")
+      ->capture_default_str()
+      ->check(FiniteRange(0.1, 86400.0));
+  command
+      ->add_option(
+          "--reconnect", flags->reconnect,
+          "How often in a row a live source that broke is opened again, after pauses of 1, "
+          "2, 4 to 30 s; 0: never, -1: for ever")
+      ->capture_default_str()
+      ->check(CLI::Range(-1, 1000000));
   command->add_option("--max-frames", flags->max_frames, "End after so many frames")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
   command

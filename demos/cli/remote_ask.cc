@@ -112,7 +112,7 @@ class RemoteRun {
     }
     if (message->has_answer()) OnAnswer(message->answer());
     if (message->has_refused()) throw InputError(message->refused().error());
-    if (message->has_warning()) result_.warning = message->warning().line();
+    if (message->has_warning()) result_.warnings.push_back(message->warning().line());
     closed_ |= message->has_closed();
   }
 
@@ -192,13 +192,23 @@ RunResult RunRemote(const RemoteServer& server, const v1::ModelOptions& options,
     if (observer.on_open) observer.on_open(result.source);
     RemoteRun run(session, observer, result);
     auto next = questions.begin();
-    while (const FramePtr frame = source.Next()) {
+    const auto next_frame = [&]() -> FramePtr {
+      try {
+        return source.Next();
+      } catch (const Error& error) {
+        if (result.answers.empty()) throw;
+        result.error = error.what();
+        return nullptr;
+      }
+    };
+    while (const FramePtr frame = next_frame()) {
       for (; next != questions.end() && next->at && *next->at < frame->time; ++next) {
         run.Ask(*next);
       }
       run.Push(*frame);
     }
-    for (; next != questions.end(); ++next) run.Ask(*next, &result.source);
+    if (!result.error.empty()) result.not_asked = questions.end() - next;
+    for (; result.error.empty() && next != questions.end(); ++next) run.Ask(*next, &result.source);
     run.Close();
     if (source.warning()) result.warning = source.warning();
     return result;

@@ -105,9 +105,15 @@ TEST(ConvertTest, TextThatIsNotUtf8IsRepaired) {
   RunResult result = SampleResult();
   result.source.codec = "a\xFF\xC3";            // a stray byte and a sequence cut short
   result.warning = "\xED\xA0\x80 caf\xC3\xA9";  // a surrogate, then good text
+  result.warnings = {"was away for 7 s", "\xFF"};
+  result.error = "the cable is out";
+  result.not_asked = 2;
   const json report = json::parse(RunReportJson(result, Tracer()));
   EXPECT_EQ(report["source"]["codec"], "a\uFFFD\uFFFD");
   EXPECT_EQ(report["warning"], "\uFFFD\uFFFD\uFFFD caf\u00E9");
+  EXPECT_EQ(report["warnings"], (nlohmann::json{"was away for 7 s", "\uFFFD"}));
+  EXPECT_EQ(report["error"], "the cable is out");
+  EXPECT_EQ(report["not_asked"], 2);
 }
 
 }  // namespace
