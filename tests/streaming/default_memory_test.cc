@@ -82,9 +82,9 @@ TEST_F(DefaultMemoryTest, AStreamLongerThanTheContextIsAnsweredAboutWithEvidence
     SessionOptions plain = Options(1600);
     if (compresses) plain.compressors = {"stc-pruner=0.5"};
     const auto none = engine_.NewSession(plain);
-    EXPECT_LT(Show(*none, 0, 480), 480);
+    EXPECT_LT(Show(*none, 0, 400), 400);
     const auto session = engine_.NewSession(WithMemory(plain));
-    for (int i = 0; i < 480; i += 100) {
+    for (int i = 0; i < 400; i += 100) {
       ASSERT_EQ(Show(*session, i, 100), i + 100);
       ASSERT_LE(session->cache.Reach(), 1600);
       const Generated answer = Ask(*ctx_, *session, "What is there?", nullptr);
@@ -93,7 +93,7 @@ TEST_F(DefaultMemoryTest, AStreamLongerThanTheContextIsAnsweredAboutWithEvidence
       EXPECT_EQ(answer.no_evidence.empty(), session->cache.gone() > 0);
     }
     EXPECT_GT(session->cache.gone(), 0);
-    EXPECT_EQ(session->frames_seen, 480);
+    EXPECT_EQ(session->frames_seen, 400);
     // The present and, thinned, all of the past can be recalled.
     EXPECT_LT(session->memory->blocks().front().time.seconds(), 60);
   }
@@ -102,7 +102,7 @@ TEST_F(DefaultMemoryTest, AStreamLongerThanTheContextIsAnsweredAboutWithEvidence
 TEST_F(DefaultMemoryTest, AQuestionThatTheFullContextHasNoRoomForMakesRoom) {
   const SessionOptions plain = Options(1600);
   const auto none = engine_.NewSession(plain), session = engine_.NewSession(WithMemory(plain));
-  const int full = Show(*none, 0, 480);
+  const int full = Show(*none, 0, 400);
   Show(*session, 0, full);
   ASSERT_EQ(session->cache.gone(), 0);
   const std::string text = "What is there, " + std::string(300, 'x') + "?";

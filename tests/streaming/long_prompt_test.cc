@@ -278,6 +278,7 @@ TEST(PromptByLayersTest, InPiecesSaysWhatItSaysAtOnce) {
   replay.pyramid = ParsePyramid("replay=0.5");
   replay.pyramid.replay_frames = 8;
   question.pyramid = ParsePyramid("question=0.5");
+  replay.pyramid.stages = question.pyramid.stages = 3;  // a model of three layers
   recall.memory = MemoryOptions{.window_tokens = 200, .recall_blocks = 4};
   const std::string text = "What did you see there before, and was it as large as this one?";
   for (SessionOptions* options : {&replay, &question, &recall}) {
