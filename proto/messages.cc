@@ -406,17 +406,20 @@ MediaTime MediaTimeOf(double seconds) {
 }
 
 void FromProto(const v1::Frame& message, int64_t max_pixels, Frame& frame) {
+  // Coefficients of a progressive JPEG, the picture and the picture upright take 14 bytes a pixel.
+  ImageLimits limits{.pixels = max_pixels};
+  limits.bytes = std::max(limits.bytes, 16 * max_pixels);
   frame.time = MediaTimeOf(message.media_seconds());
   switch (message.picture_case()) {
     case v1::Frame::kJpeg:
-      return DecodeImage(ImageFormat::kJpeg, message.jpeg(), max_pixels, frame);
+      return DecodeImage(ImageFormat::kJpeg, message.jpeg(), limits, frame);
     case v1::Frame::kPng:
-      return DecodeImage(ImageFormat::kPng, message.png(), max_pixels, frame);
+      return DecodeImage(ImageFormat::kPng, message.png(), limits, frame);
     case v1::Frame::kWebp:
-      return DecodeImage(ImageFormat::kWebp, message.webp(), max_pixels, frame);
+      return DecodeImage(ImageFormat::kWebp, message.webp(), limits, frame);
     case v1::Frame::kRgb:
       return TakeRawImage(message.rgb().width(), message.rgb().height(), message.rgb().data(),
-                          max_pixels, frame);
+                          limits, frame);
     case v1::Frame::PICTURE_NOT_SET:
       break;
   }

@@ -19,7 +19,7 @@ LAST = ["demos", "tests"]
 WORLD = ("demos/world/", "models/training/")
 # Where a third-party header may first appear on the street.
 FIRST_FOLDER = {"gst/": "streaming", "glib": "streaming", "google/protobuf/": "proto",
-                "sluice/": "proto", "grpc": "proto", "opencv2/": "proto",
+                "sluice/": "proto", "grpc": "proto", "jpeglib.h": "proto", "webp/": "streaming",
                 "openssl/": "proto", "boost/": "proto", "CLI/": "demos"}
 QUOTED_THIRD_PARTY = ("hwy/",)  # Highway's own documentation quotes its headers
 GENERATED = re.compile(r"sluice/v\d+/[\w.]+\.pb\.h$")

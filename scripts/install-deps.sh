@@ -17,7 +17,7 @@ core=(libeigen3-dev libdnnl-dev ocl-icd-opencl-dev opencl-c-headers libhwy-dev n
 service=(libgstreamer1.0-dev libgstreamer-plugins-base1.0-dev gstreamer1.0-plugins-base
          gstreamer1.0-plugins-good gstreamer1.0-plugins-bad gstreamer1.0-plugins-ugly
          gstreamer1.0-libav libcli11-dev libspdlog-dev libprotobuf-dev protobuf-compiler
-         libgrpc++-dev protobuf-compiler-grpc libssl-dev libboost-dev libopencv-imgcodecs-dev
+         libgrpc++-dev protobuf-compiler-grpc libssl-dev libboost-dev libjpeg-dev
          libwebp-dev libpng-dev libseccomp-dev)
 
 packages=("${tools[@]}" "${core[@]}" "${service[@]}")

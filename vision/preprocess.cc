@@ -14,14 +14,13 @@
 namespace sluice {
 namespace {
 
-// Far beyond any picture, small enough that products of a few such numbers fit 64 bits.
-constexpr int kMaxSide = 1 << 20;
-constexpr int kMaxCropSide = 2000;  // times kMaxSide is less than 2^31
+constexpr int kMaxCropSide = 2000;
+static_assert(int64_t{kMaxCropSide} * kMaxPictureSide < int64_t{1} << 31);
 
 void CheckPicture(const char* place, size_t bytes, int width, int height) {
-  if (width < 1 || height < 1 || width > kMaxSide || height > kMaxSide) {
+  if (width < 1 || height < 1 || width > kMaxPictureSide || height > kMaxPictureSide) {
     throw InputError(std::string("[") + place + "] picture sizes must be 1.." +
-                     std::to_string(kMaxSide) + ", got " + std::to_string(width) + "x" +
+                     std::to_string(kMaxPictureSide) + ", got " + std::to_string(width) + "x" +
                      std::to_string(height));
   }
   const int64_t expected = int64_t{3} * width * height;

@@ -14,6 +14,9 @@
 
 namespace sluice {
 
+// Longer sides are refused: with this, what resizing a picture costs is bounded whatever its shape.
+constexpr int kMaxPictureSide = 1 << 14;
+
 // How a picture fills the tower's input.
 enum class PictureFit {
   kStretch,     // resized to it; the aspect ratio is not kept

@@ -5,7 +5,6 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <opencv2/imgcodecs.hpp>
 #include <random>
 #include <string>
 #include <vector>
@@ -17,6 +16,7 @@
 #include "streaming/pipeline.h"
 #include "streaming/session_file.h"
 #include "tests/fuzz/targets.h"
+#include "tests/support/picture_files.h"
 
 namespace sluice {
 namespace {
@@ -96,25 +96,23 @@ class Seeds {
   }
 
   void Images() const {
-    const FramePtr frame = Noise(9, 1);
-    std::vector<uint8_t> rgb = frame->rgb;
-    const cv::Mat image(9, 9, CV_8UC3, rgb.data());
-    const char* const extensions[] = {".jpg", ".png", ".webp"};
-    for (char format = 0; format < 3; ++format) {
-      std::vector<uint8_t> bytes;
-      cv::imencode(extensions[static_cast<int>(format)], image, bytes);
-      Write("image", extensions[static_cast<int>(format)] + 1,
-            format + std::string(bytes.begin(), bytes.end()));
-    }
-    Write("image", "raw", std::string("\x03\x09\0\x09\0", 5) + std::string(rgb.begin(), rgb.end()));
-  }
-
-  void SourceUrls() const {
-    Write("source_url", "rtsp",
-          "rtsp://user:se%40cret@cam.example.com:8554/live/main?channel=1&sub=0");
-    Write("source_url", "https6", "https://[2001:db8::1]:8443/a%20b/c.mp4");
-    Write("source_url", "http4", "http://192.0.2.1/x;y=1,2/!$&(*)+=:@~_-.mp4?q=/?");
-    Write("source_url", "file", "file:///srv/video/a%3Fb.mp4");
+    const Frame noise = *Noise(9, 1), smooth = SmoothPicture(24, 17);
+    const std::string tiff = OrientationTiff(6);
+    Write("jpeg", "baseline", JpegFile(noise));
+    Write("jpeg", "progressive", ProgressiveJpegFile(smooth));
+    Write("jpeg", "turned",
+          WithJpegSegment(JpegFile(smooth), 0xE1, std::string("Exif\0\0", 6) + tiff));
+    Write("jpeg", "ycck",
+          JpegFile(4, 4, JCS_CMYK, noise.rgb.data(),
+                   [](jpeg_compress_struct& info) { jpeg_set_colorspace(&info, JCS_YCCK); }));
+    Write("png", "rgb", PngFile(noise));
+    Write("png", "interlaced", PngFile(smooth, /*interlaced=*/true));
+    Write("png", "turned", WithPngChunks(PngFile(smooth), PngChunk("eXIf", tiff)));
+    Write("png", "palette", PngFile(9, 9, PNG_COLOR_TYPE_PALETTE, 4, noise.rgb, 5));
+    Write("png", "deep", PngFile(4, 4, PNG_COLOR_TYPE_RGB_ALPHA, 16, noise.rgb, 32));
+    Write("webp", "lossy", WebpFile(smooth, false));
+    Write("webp", "lossless", WebpFile(noise, true));
+    Write("webp", "turned", WithWebpExif(smooth, WebpFile(smooth, true), tiff));
   }
 
   void Requests() const {

@@ -16,9 +16,10 @@ void FuzzTokenizer(std::string_view bytes);
 void FuzzConfig(std::string_view bytes);
 // A stream's file. Its last four bytes are replaced with the right checksum.
 void FuzzSessionFile(std::string_view bytes);
-// A picture: the first byte tells the format; raw pictures have width and height (16 bits each,
-// little-endian) behind it.
-void FuzzImage(std::string_view bytes);
+// A picture's file.
+void FuzzJpeg(std::string_view bytes);
+void FuzzPng(std::string_view bytes);
+void FuzzWebp(std::string_view bytes);
 // A SessionRequest as it comes from the network.
 void FuzzRequest(std::string_view bytes);
 // The URL of a source: what we accept GLib and GStreamer read the same way.
@@ -30,8 +31,14 @@ struct FuzzTarget {
 };
 
 inline constexpr FuzzTarget kFuzzTargets[] = {
-    {"safetensors", FuzzSafetensors},  {"tokenizer", FuzzTokenizer}, {"config", FuzzConfig},
-    {"session_file", FuzzSessionFile}, {"image", FuzzImage},         {"request", FuzzRequest},
+    {"safetensors", FuzzSafetensors},
+    {"tokenizer", FuzzTokenizer},
+    {"config", FuzzConfig},
+    {"session_file", FuzzSessionFile},
+    {"jpeg", FuzzJpeg},
+    {"png", FuzzPng},
+    {"webp", FuzzWebp},
+    {"request", FuzzRequest},
     {"source_url", FuzzSourceUrl},
 };
 
