@@ -18,8 +18,9 @@
 
 namespace sluice {
 
-// A question, a system prompt and an instruction have at most so many bytes, as text of any language
-// that fills a context of 32,768 tokens has: tokenized in a tenth of a second, whatever they hold.
+// A question, a system prompt and an instruction have at most so many bytes, as text of any
+// language that fills a context of 32,768 tokens has: tokenized in a tenth of a second, whatever
+// they hold.
 inline constexpr size_t kMostPromptBytes = size_t{128} << 10;
 
 class PromptFormat {
