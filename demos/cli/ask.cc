@@ -255,11 +255,12 @@ void Ask(const AskFlags& flags) {
     const Engine engine = OpenEngine(flags.model);
     session_options.generate = RecommendedGeneration(engine.vlm()->generation_defaults());
     ApplyGeneration(flags, session_options.generate);
+    std::optional<std::string> no_memory;
     if (default_memory) {
-      const auto none = AddDefaultMemory(*engine.vlm(), BlockStoreOptions(), 0, session_options);
-      if (none) Logger()->warn("{}", *none);
+      no_memory = AddDefaultMemory(*engine.vlm(), BlockStoreOptions(), 0, session_options);
     }
     const auto session = engine.NewSession(session_options);
+    if (no_memory) Logger()->warn("{}", *no_memory);
     const auto context = engine.NewContext();
     std::signal(SIGINT, OnInterrupt);
     result = Run(*context, *session, *source, timed, narrator.Observer());
