@@ -193,13 +193,18 @@ TEST(PreprocessTest, CentreCropsAreCutOutOfTheWholeResizedPicture) {
           << c.in.width << "x" << c.in.height << " at " << i;
     }
   }
-  // What would be resized to 21 x 22 million pixels is never made.
-  auto line = std::make_shared<Frame>();
-  line->width = 1;
-  line->height = 1 << 20;
-  line->rgb = RandomPicture({1, 1 << 20}, 3);
-  const std::vector<FramePtr> lines = {line};
+  // What would be resized to 21 x 344,064 pixels is never made; a longer side is refused.
+  const auto line_of = [](int height) {
+    auto line = std::make_shared<Frame>();
+    line->width = 1;
+    line->height = height;
+    line->rgb = RandomPicture({1, height}, 3);
+    return std::vector<FramePtr>{line};
+  };
+  const std::vector<FramePtr> lines = line_of(kMaxPictureSide);
   Preprocess(ctx, lines, config, out.view().Slice(0, 1));
+  EXPECT_THROW(Preprocess(ctx, line_of(kMaxPictureSide + 1), config, out.view().Slice(0, 1)),
+               InputError);
 
   Tensor flat(DType::kF32, {1, 3, 20, 21});
   config.height = 20;
