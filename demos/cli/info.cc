@@ -9,7 +9,6 @@
 #include "demos/cli/common.h"
 #include "llm/family_registry.h"
 #include "runtime/ops/attention.h"
-#include "runtime/ops/bf16_rows.h"
 #include "runtime/ops/cuda/device.h"
 #include "runtime/ops/linear.h"
 
@@ -116,12 +115,9 @@ Json FastPaths(const Vlm& vlm, const CpuInfo& cpu) {
   const int head_dim = vlm.decoder().kv_geometry().head_dim;
   const int64_t seen = 16 * tokens;
   const bool native_bf16 = cpu.avx512_bf16 || cpu.amx_bf16;
-  const Bf16Rows bf16_rows = FastestBf16Rows();
   const auto linear = [&](int64_t rows) {
-    return WidensRows(rows, dtype, bf16_rows)
-               ? "onednn (f32 from bf16 weights)"
-               : Name(ChooseLinear(rows, width, width, dtype, native_bf16, cpu.amx_bf16,
-                                   /*reference=*/false));
+    return Name(ChooseLinear(rows, width, width, dtype, native_bf16, cpu.amx_bf16,
+                             /*reference=*/false));
   };
   const int group = vlm.decoder().num_heads() / vlm.decoder().kv_geometry().kv_heads;
   const auto attention = [&](int64_t queries, int64_t keys, AttentionPrecision precision) {
@@ -129,8 +125,7 @@ Json FastPaths(const Vlm& vlm, const CpuInfo& cpu) {
                                          /*reference=*/false, precision, cpu.Int8Dot()),
                          precision);
   };
-  return {{"many_bf16_rows", Name(bf16_rows)},
-          {"encode_linear", linear(patches)},
+  return {{"encode_linear", linear(patches)},
           {"encode_attention", attention(patches, patches, tower)},
           {"prefill_linear", linear(tokens)},
           {"prefill_attention", attention(tokens * group, seen, decoder)},

@@ -5,7 +5,6 @@
 
 #include "runtime/error.h"
 #include "runtime/ops/activation.h"
-#include "runtime/ops/bf16_rows.h"
 #include "runtime/ops/cpu/amx.h"
 #include "runtime/ops/cpu/linear.h"
 #include "runtime/ops/cpu/weight_memory.h"
@@ -458,44 +457,6 @@ LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, bool nat
   return amx ? LinearKernel::kAmx : LinearKernel::kOneDnn;
 }
 
-const char* Name(Bf16Rows rows) {
-  switch (rows) {
-    case Bf16Rows::kAmx:
-      return "amx";
-    case Bf16Rows::kNative:
-      return "avx512_bf16";
-    case Bf16Rows::kWidened:
-      return "f32 (measured: faster than avx512_bf16)";
-    case Bf16Rows::kPlain:
-      return "f32 (no native bf16)";
-  }
-  return "?";
-}
-
-Bf16Rows FastestBf16Rows() {
-  static const Bf16Rows rows = cpu::AmxAllowed()    ? Bf16Rows::kAmx
-                               : !OneDnnHasBf16()   ? Bf16Rows::kPlain
-                               : WideningIsFaster() ? Bf16Rows::kWidened
-                                                    : Bf16Rows::kNative;
-  return rows;
-}
-
-bool WidensRows(int64_t m, DType dtype, Bf16Rows rows) {
-  // Until here reading bf16 once for every four rows costs less than widening it. Measured on one
-  // core of an EPYC with AVX2, microseconds vector / widened / f32 weights (M x N x K):
-  //   8 x 896 x 896: 281 / 372 / 197   16 x 896 x 896: 564 / 460 / 383   64 x 896 x 896: - / 1322 /
-  //   1193 8 x 896 x 4864: 1560 / 1792 / 1505   16 x 896 x 4864: 3343 / 2394 / 2460
-  constexpr int64_t kFewRows = 12;
-  return dtype == DType::kBF16 && m > kFewRows &&
-         (rows == Bf16Rows::kWidened || rows == Bf16Rows::kPlain);
-}
-
-void RunMany(ExecContext& ctx, bool widened, ConstTensorView x, const LinearWeight& weight,
-             TensorView y, const LinearOptions& options) {
-  const LinearArgs args = LinearImpl::Args(x, weight, y, options);
-  widened ? LinearWidened(ctx, args) : LinearOneDnn(ctx, args);
-}
-
 const char* Name(GpuLinearKernel kernel) {
   switch (kernel) {
     case GpuLinearKernel::kFewRows:
@@ -580,11 +541,6 @@ void Linear(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight, Ten
     x = rows;
   }
   const LinearArgs args = LinearImpl::Args(x, weight, y, options);
-  // f32 does not wait for the measurement.
-  if (!paired && args.dtype == DType::kBF16 && !ctx.reference_kernels() &&
-      WidensRows(args.m, args.dtype, FastestBf16Rows())) {
-    return LinearWidened(ctx, args);
-  }
   static const bool native_bf16 = OneDnnHasBf16();
   const LinearKernel kernel = ChooseLinear(args.m, args.n, args.k, args.dtype, native_bf16,
                                            cpu::AmxAllowed(), ctx.reference_kernels());

@@ -77,7 +77,7 @@ TEST_P(GenerationGoldenTest, EveryFieldThatIsFollowedGivesTheReferenceIds) {
   const Case& param = GetParam();
   const nlohmann::json rules = ReadRules(param.rules);
   CheckpointCopy copy(kSource / param.checkpoint);
-  ExecContext ctx({.num_threads = 1});
+  ExecContext ctx({.num_threads = 2});
   std::unique_ptr<Prompt> prompt;
   for (const nlohmann::json& row : rules["answers"]) {
     nlohmann::json config = row["fields"];

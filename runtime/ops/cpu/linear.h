@@ -34,11 +34,10 @@ inline constexpr int64_t kPackedInputs = 32;   // K is padded to a multiple of t
 struct LinearArgs {
   int64_t m = 0, n = 0, k = 0;
   ConstTensorView x;
-  const void* weight = nullptr;   // f32: [N, K]; bf16: packed as above
-  DType dtype = DType::kF32;      // of x and weight
-  bool weight_by_inputs = false;  // f32 for LinearOneDnn: [K, N] instead
-  const float* bias = nullptr;    // [N] or null
-  TensorView y;                   // [M, N]
+  const void* weight = nullptr;  // f32: [N, K]; bf16: packed as above
+  DType dtype = DType::kF32;     // of x and weight
+  const float* bias = nullptr;   // [N] or null
+  TensorView y;                  // [M, N]
   LinearOptions options;
 };
 
@@ -53,19 +52,11 @@ void LinearReference(const LinearArgs& args);
 // Reads the weight once for up to four rows.
 void LinearVector(ExecContext& ctx, const LinearArgs& args);
 void LinearOneDnn(ExecContext& ctx, const LinearArgs& args);
-// bf16 weights and rows multiplied as f32.
-void LinearWidened(ExecContext& ctx, const LinearArgs& args);
 // bf16 on AMX tiles; the only one that takes kSiluMul, for N / 2 a multiple of 16. REQUIRES:
 // cpu::AmxAllowed() (runtime/ops/cpu/amx.h).
 void LinearAmx(ExecContext& ctx, const LinearArgs& args);
 // Whether oneDNN multiplies bf16 natively here.
 bool OneDnnHasBf16();
-// Whether LinearWidened takes less time than LinearOneDnn for many rows of bf16: measured on one
-// thread, in some 30 ms. REQUIRES: OneDnnHasBf16().
-bool WideningIsFaster();
-// A product of bf16 in one of these two, whichever is faster: for measuring and testing them.
-void RunMany(ExecContext& ctx, bool widened, ConstTensorView x, const LinearWeight& weight,
-             TensorView y, const LinearOptions& options = {});
 
 // Packs rows [row, row + rows) of a matrix of `total_rows` rows. source: [rows, K] bf16, rows
 // contiguous but possibly not aligned. On several threads.

@@ -17,9 +17,7 @@ Product MakeProduct(const dnnl::engine& engine, const ProductKey& key) {
   const dnnl::memory::desc x({key.m, key.k}, Type(key.x), Tag::ab);
   // oneDNN's weight is [K, N]: "ba" is our row-major [N, K].
   const dnnl::memory::desc weight({key.k, key.n}, Type(key.x),
-                                  key.x == DType::kBF16  ? Tag::BA16a64b2a
-                                  : key.weight_by_inputs ? Tag::ab
-                                                         : Tag::ba);
+                                  key.x == DType::kBF16 ? Tag::BA16a64b2a : Tag::ba);
   const dnnl::memory::desc bias({1, key.n}, dnnl::memory::data_type::f32, Tag::ab);
   const dnnl::memory::desc y({key.m, key.n}, Type(key.y), Tag::ab);
 
@@ -64,7 +62,6 @@ void LinearOneDnn(ExecContext& ctx, const LinearArgs& args) {
   key.y = args.y.dtype();
   key.bias = args.bias != nullptr;
   key.accumulate = args.options.accumulate;
-  key.weight_by_inputs = args.weight_by_inputs;
   key.activation = args.options.activation;
 
   ctx.UseThreads();

@@ -18,7 +18,6 @@ struct ProductKey {
   DType x = DType::kF32, y = DType::kF32;
   bool bias = false;
   bool accumulate = false;
-  bool weight_by_inputs = false;
   Activation activation = Activation::kNone;
 
   bool operator==(const ProductKey&) const = default;
