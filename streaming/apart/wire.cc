@@ -68,10 +68,12 @@ size_t ReceiveBytes(int socket, void* bytes, size_t size, Waiting waiting, Uniqu
     message.msg_controllen = sizeof control;
   }
   ssize_t received = -1;
+  // ECONNRESET: the other end has closed with messages of ours unread. The kernel says so once,
+  // before it hands out what the other end sent last.
   do {
     received = recvmsg(socket, &message,
                        MSG_CMSG_CLOEXEC | (waiting == Waiting::kNoWait ? MSG_DONTWAIT : 0));
-  } while (received < 0 && errno == EINTR);
+  } while (received < 0 && (errno == EINTR || errno == ECONNRESET));
   if (received <= 0) {
     if (received == 0) errno = ECONNRESET;
     return 0;
