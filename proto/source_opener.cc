@@ -3,6 +3,8 @@
 #include "proto/json_log.h"
 #include "runtime/error.h"
 #include "streaming/apart/elements.h"
+#include "streaming/reconnecting_source.h"
+#include "streaming/redact.h"
 
 namespace sluice {
 
@@ -25,8 +27,15 @@ SourceOpener::SourceOpener(const SourceRules& rules, const ApartOptions& decoder
 
 std::shared_ptr<Source> SourceOpener::Open(const std::string& url, const SourceOptions& options) {
   try {
-    ApartInput input = CheckSource(url, rules_);
-    std::shared_ptr<Source> source = OpenApart(std::move(input), options, decoder_);
+    SourceOptions kept = options;
+    kept.reconnect.reconnections =
+        &metrics_.counter("sluice_source_reconnections_total",
+                          "Sources without an end that broke and were opened again.");
+    // The rules are asked again each time: a name may lead elsewhere by then.
+    std::shared_ptr<Source> source = KeepOpen(RedactUrl(url), kept, [this, url, kept](const auto&) {
+      ApartInput input = CheckSource(url, rules_);
+      return OpenApart(std::move(input), kept, decoder_);
+    });
     Sources(decoder_.filtered ? "opened_filtered" : "opened_unfiltered").Add();
     return source;
   } catch (const InputError&) {

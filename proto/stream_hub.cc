@@ -488,7 +488,8 @@ void StreamHub::PlaySource(LiveStream& stream, const v1::OpenSource& request) {
   v1::SessionResponse end;
   v1::SourceEnded& ended = *end.mutable_source_ended();
   try {
-    const SourceOptions source_options = SourceOptionsOf(request.fps());
+    SourceOptions source_options = SourceOptionsOf(request.fps());
+    source_options.on_warning = [&stream](const std::string& line) { stream.OnWarning(line); };
     const std::shared_ptr<Source> source = sources.Open(request.url(), source_options);
     const SourceInfo& info = source->info();
     if (stream.SourceIsOpen(source)) {

@@ -19,7 +19,7 @@ std::string Seconds(std::chrono::nanoseconds time) {
 }  // namespace
 
 ReconnectingSource::ReconnectingSource(std::string label, std::unique_ptr<Source> first,
-                                       SourceOpener open, const SourceOptions& options,
+                                       StreamOpener open, const SourceOptions& options,
                                        const Clock& clock, Pause pause)
     : label_(std::move(label)),
       open_(std::move(open)),
@@ -109,7 +109,7 @@ bool ReconnectingSource::OpenAgain(const std::string& broke) {
 }
 
 std::unique_ptr<Source> KeepOpen(const std::string& label, const SourceOptions& options,
-                                 const SourceOpener& open) {
+                                 const StreamOpener& open) {
   static const SystemClock clock;
   std::unique_ptr<Source> first = open([](Source*) {});
   if (!first->info().endless || options.reconnect.most_tries == 0) return first;

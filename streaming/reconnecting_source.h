@@ -16,7 +16,7 @@ namespace sluice {
 
 // Opens the stream anew, or throws InputError. Calls `announce` with the source before it waits for
 // anything, so that it can be cancelled, and with null once that source is gone because it failed.
-using SourceOpener =
+using StreamOpener =
     std::function<std::unique_ptr<Source>(const std::function<void(Source*)>& announce)>;
 
 // Frames go on in number and in time: the media time between the last frame before a gap and the
@@ -27,7 +27,7 @@ class ReconnectingSource final : public Source {
 
   // `label` names the source in messages. `clock` outlives this. `pause` waits, and is left early
   // by Cancel; tests replace it.
-  ReconnectingSource(std::string label, std::unique_ptr<Source> first, SourceOpener open,
+  ReconnectingSource(std::string label, std::unique_ptr<Source> first, StreamOpener open,
                      const SourceOptions& options, const Clock& clock, Pause pause = {});
 
   const SourceInfo& info() const override { return info_; }
@@ -44,7 +44,7 @@ class ReconnectingSource final : public Source {
   void Warn(const std::string& line) const;
 
   const std::string label_;
-  const SourceOpener open_;
+  const StreamOpener open_;
   const SourceOptions options_;
   const Clock& clock_;
   const Pause pause_;
@@ -65,7 +65,7 @@ class ReconnectingSource final : public Source {
 
 // Opens the stream, and again whenever it breaks if it is one without an end of its own.
 std::unique_ptr<Source> KeepOpen(const std::string& label, const SourceOptions& options,
-                                 const SourceOpener& open);
+                                 const StreamOpener& open);
 
 }  // namespace sluice
 
