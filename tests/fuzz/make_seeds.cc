@@ -156,7 +156,35 @@ class Seeds {
     Write("request", "ask", request.SerializeAsString());
   }
 
+  void Calls() const {
+    v1::SessionRequest open, frame, ask, standing, cancel, close, now;
+    open.mutable_open();
+    frame.mutable_frame()->mutable_rgb()->set_width(2);
+    frame.mutable_frame()->mutable_rgb()->set_height(1);
+    frame.mutable_frame()->mutable_rgb()->set_data("abcdef");
+    ask.mutable_ask()->set_question_id(1);
+    ask.mutable_ask()->set_text("What is there?");
+    standing.mutable_standing_question()->mutable_ask()->set_question_id(2);
+    standing.mutable_standing_question()->mutable_ask()->set_text("Is it on?");
+    cancel.mutable_cancel()->set_question_id(1);
+    close.mutable_close();
+    now.mutable_close()->set_at_once(true);
+    const std::string begin = Step(open) + Step(frame) + Step(ask);
+    Write("call", "close", begin + Step(close));
+    Write("call", "close_at_once", begin + Step(standing) + Step(now));
+    Write("call", "half_close", begin + static_cast<char>(kCallHalfClose));
+    Write("call", "cancel", begin + Step(cancel) + static_cast<char>(kCallCancel));
+    Write("call", "break_write", begin + static_cast<char>(kCallBreakWrite) + Step(ask));
+    Write("call", "lose_token", begin + static_cast<char>(kCallLoseToken));
+    Write("call", "message_before_open", Step(ask));
+  }
+
  private:
+  static std::string Step(const v1::SessionRequest& request) {
+    const std::string bytes = request.SerializeAsString();
+    return std::string(1, '\0') + static_cast<char>(bytes.size() & 0xFF) +
+           static_cast<char>(bytes.size() >> 8) + bytes;
+  }
   void Session(ExecContext& ctx, const Engine& engine, const SessionOptions& options,
                const std::string& name, int frames) const {
     const auto session = engine.NewSession(options);
@@ -193,4 +221,5 @@ int main(int argc, char** argv) {
   seeds.Images();
   seeds.Requests();
   seeds.SourceUrls();
+  seeds.Calls();
 }

@@ -25,6 +25,11 @@ void FuzzRequest(std::string_view bytes);
 // The URL of a source: what we accept GLib and GStreamer read the same way.
 void FuzzSourceUrl(std::string_view bytes);
 
+// A client's whole call of Session: steps of one byte that tells the kind, by its remainder of 8
+// (one of those below, else a message: its size in 16 bits, little-endian, and its bytes).
+void FuzzCall(std::string_view bytes);
+enum CallStep { kCallHalfClose = 4, kCallCancel = 5, kCallBreakWrite = 6, kCallLoseToken = 7 };
+
 struct FuzzTarget {
   const char* name;  // of its corpus and its program
   void (*run)(std::string_view bytes);
@@ -40,6 +45,7 @@ inline constexpr FuzzTarget kFuzzTargets[] = {
     {"webp", FuzzWebp},
     {"request", FuzzRequest},
     {"source_url", FuzzSourceUrl},
+    {"call", FuzzCall},
 };
 
 // The choices of FuzzConfig's first byte: file number `byte % 8` of checkpoint `byte / 8 % 5`.
