@@ -183,8 +183,11 @@ void CaptionCall::Run() {
     const SessionOptions options = hub_.OptionsOf(request_.options(), hub_.options.budget, note);
     if (!note.empty()) LogEvent(spdlog::level::info, "caption_memory", {{"note", note}});
     const auto lease = Account::Open(account_);
-    const std::shared_ptr<Source> source =
-        hub_.sources.Open(request_.url(), SourceOptionsOf(request_.fps()));
+    SourceOptions source_options = SourceOptionsOf(request_.fps(), hub_.options);
+    source_options.on_warning = [](const std::string& line) {
+      LogEvent(spdlog::level::warn, "caption_source", {{"warning", line}});
+    };
+    const std::shared_ptr<Source> source = hub_.sources.Open(request_.url(), source_options);
     bool wanted = false;
     {
       const std::lock_guard lock(mutex_);

@@ -143,6 +143,11 @@ std::vector<Setting> SettingsOf(ServerConfig& c) {
        &c.source_isolation},
       {"source_decoder", "The program that decodes sources; empty: sluice-decode beside this one",
        &c.source_decoder},
+      {"source_stall_seconds", "A source that delivers nothing for so long has failed",
+       &c.service.source_stall_seconds},
+      {"source_reconnect",
+       "Tries in a row to open a live source again that broke; 0: none, -1: for ever",
+       &c.service.source_reconnect},
       {"source_memory_mb", "MiB of memory of one source's decoder", &c.source_memory_mb},
       {"source_cpu_seconds", "CPU time that a decoder may take for one picture",
        &c.service.decoder.frame_cpu_seconds},
@@ -283,6 +288,8 @@ ServiceOptions Finished(const ServerConfig& c) {
         "make one with sluice token, or set allow_everybody");
   }
   Range("outgoing_kb", static_cast<double>(c.outgoing_kb), 1, kMany);
+  Range("source_stall_seconds", c.service.source_stall_seconds, 0.1, 86400);
+  Range("source_reconnect", c.service.source_reconnect, ReconnectOptions::kForever, 1e6);
   Range("source_memory_mb", static_cast<double>(c.source_memory_mb), 64, 1 << 20);
   Range("source_cpu_seconds", c.service.decoder.frame_cpu_seconds, 0.1, kMany);
   if (c.source_isolation != "required" && c.source_isolation != "off") {

@@ -49,11 +49,13 @@ struct ServiceOptions {
   double linger_seconds = 60;          // that a stream waits for its client to come back
   // Where streams are saved; empty: nowhere. Made, for this user alone, if it is not there.
   std::filesystem::path state_directory;
-  double state_days = 7;          // that a saved stream waits
-  double drain_seconds = 10;      // for what is under way at shutdown
-  double keepalive_seconds = 20;  // of silence, until the other end is asked
-  int max_sources = 16;           // open at a time
-  int workers = 2;                // threads that decode pictures
+  double state_days = 7;             // that a saved stream waits
+  double drain_seconds = 10;         // for what is under way at shutdown
+  double keepalive_seconds = 20;     // of silence, until the other end is asked
+  int max_sources = 16;              // open at a time
+  double source_stall_seconds = 10;  // without a frame, until a source has failed
+  int source_reconnect = 10;         // as ReconnectOptions::most_tries
+  int workers = 2;                   // threads that decode pictures
 };
 
 // Throws InputError, in one line that tells which setting allows it, on an address that others can

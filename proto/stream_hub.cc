@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <vector>
 
 #include "proto/convert.h"
@@ -46,12 +47,15 @@ const ServiceOptions& WithDirectory(const ServiceOptions& options) {
 
 }  // namespace
 
-SourceOptions SourceOptionsOf(double fps) {
+SourceOptions SourceOptionsOf(double fps, const ServiceOptions& service) {
   if (!(fps >= 0 && fps <= 1000)) {
     throw InputError("[source] expected fps in (0, 1000], got " + std::to_string(fps));
   }
   SourceOptions options;
   options.rate.fps = fps == 0 ? kDefaultFps : fps;
+  options.stall_timeout =
+      std::chrono::milliseconds(std::llround(service.source_stall_seconds * 1e3));
+  options.reconnect.most_tries = service.source_reconnect;
   return options;
 }
 
@@ -488,7 +492,7 @@ void StreamHub::PlaySource(LiveStream& stream, const v1::OpenSource& request) {
   v1::SessionResponse end;
   v1::SourceEnded& ended = *end.mutable_source_ended();
   try {
-    SourceOptions source_options = SourceOptionsOf(request.fps());
+    SourceOptions source_options = SourceOptionsOf(request.fps(), options);
     source_options.on_warning = [&stream](const std::string& line) { stream.OnWarning(line); };
     const std::shared_ptr<Source> source = sources.Open(request.url(), source_options);
     const SourceInfo& info = source->info();

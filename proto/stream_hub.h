@@ -109,7 +109,7 @@ class StreamHub {
 };
 
 // Options of OpenSource and CaptionRequest, checked.
-SourceOptions SourceOptionsOf(double fps);
+SourceOptions SourceOptionsOf(double fps, const ServiceOptions& service);
 
 }  // namespace sluice
 

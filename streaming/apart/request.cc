@@ -67,6 +67,7 @@ Request RequestFrom(std::string_view text) {
     o.max_frames = j.at("max_frames");
     o.stall_timeout = std::chrono::milliseconds(j.at("stall_ms").get<int64_t>());
     o.max_side_pixels = j.at("max_side_pixels");
+    o.reconnect.most_tries = 0;  // whoever asked opens it again, in another process
     return r;
   } catch (const json::exception& error) {
     throw Error("[decode] the request cannot be read: " + std::string(error.what()));
