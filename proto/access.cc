@@ -60,6 +60,15 @@ bool Account::TakeFrame(int64_t bytes, WallTime now) {
   return true;
 }
 
+int Account::sources(int otherwise) const {
+  return token_.sources > 0 ? token_.sources : otherwise;
+}
+
+SavedLimits Account::saved(const SavedLimits& otherwise) const {
+  return {.streams = token_.saved_streams > 0 ? token_.saved_streams : otherwise.streams,
+          .bytes = token_.saved_mb > 0 ? token_.saved_mb << 20 : otherwise.bytes};
+}
+
 std::shared_ptr<Account::Lease> Account::Open(const std::shared_ptr<Account>& account) {
   const std::lock_guard lock(account->mutex_);
   const int most = account->token_.sessions;

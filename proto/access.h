@@ -12,6 +12,7 @@
 #include <string_view>
 #include <vector>
 
+#include "proto/saved_streams.h"
 #include "runtime/clock.h"
 
 namespace sluice {
@@ -25,8 +26,11 @@ struct AccessToken {
   std::optional<CalendarTime> expires = {};
   // 0: no limit.
   int sessions = 0;              // at a time, those that wait for their client included
-  double frames_per_second = 0;  // of all its sessions together
+  double frames_per_second = 0;  // of all its sessions together, and of sources
   double bytes_per_second = 0;   // of messages
+  int sources = 0;               // that the server opens for it at a time
+  int saved_streams = 0;         // that wait on the disk, and their MiB
+  int64_t saved_mb = 0;
 };
 
 std::string Sha256Hex(std::string_view text);
@@ -47,6 +51,9 @@ class Account {
   // Whether a frame in a message of so many bytes is within the quotas, and if so counts it. About
   // a second's worth may come at once.
   bool TakeFrame(int64_t bytes, WallTime now);
+  // Of the token; what it leaves open is the server's.
+  int sources(int otherwise) const;
+  SavedLimits saved(const SavedLimits& otherwise) const;
 
   // Counts one session as long as it lives.
   class Lease {
@@ -56,6 +63,7 @@ class Account {
     Lease(const Lease&) = delete;
     Lease& operator=(const Lease&) = delete;
     Account& account() const { return *account_; }
+    const std::shared_ptr<Account>& shared() const { return account_; }
 
    private:
     std::shared_ptr<Account> account_;

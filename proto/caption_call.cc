@@ -108,7 +108,7 @@ void CaptionCall::OnReadDone(bool ok) {
     running_ = true;
   }
   try {
-    hub_.Spawn([call = shared_from_this()] { call->Run(); });
+    hub_.Spawn(account_, [call = shared_from_this()] { call->Run(); });
   } catch (const ResourceExhausted& error) {
     {
       const std::lock_guard lock(mutex_);
@@ -214,6 +214,11 @@ void CaptionCall::Run() {
   Finish(status);
 }
 
+bool CaptionCall::Pause() {
+  std::unique_lock lock(mutex_);
+  return !changed_.wait_for(lock, kPace, [this] { return cancelled_; });
+}
+
 void CaptionCall::Play(Source& source, const StreamId& stream, Events& events) {
   const double asked = request_.interval_media_seconds();
   if (!(asked >= 0)) throw InputError("[caption] expected interval_media_seconds above 0");
@@ -245,6 +250,15 @@ void CaptionCall::Play(Source& source, const StreamId& stream, Events& events) {
     FramePtr frame = source.Next();
     if (!frame) break;
     if (hub_.draining()) throw Error("[caption] the server shuts down");
+    bool within = account_->TakeFrame(0, hub_.clock.Now());
+    while (!within && !source.info().live && !hub_.draining() && Pause()) {
+      within = account_->TakeFrame(0, hub_.clock.Now());
+    }
+    if (!within && source.info().live) {  // nothing of it can wait
+      hub_.CountRefusedFrame("quota");
+      continue;
+    }
+    if (!within) return;
     if (!begin) begin = frame->time;
     if (frame->time >= *begin + interval) {  // about everything before this frame
       if (!caption()) return;

@@ -37,6 +37,7 @@ class CaptionCall final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc:
   class Events;
   CaptionCall(StreamHub& hub, std::shared_ptr<Account> account);
   void Run();
+  bool Pause();  // until its account may have another frame, perhaps. False: it was cancelled
   void Play(Source& source, const StreamId& stream, Events& events);
   bool Write(const v1::CaptionResponse& caption);  // waits; false: the call has ended
 

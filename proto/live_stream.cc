@@ -304,6 +304,11 @@ bool LiveStream::WaitForRoom() {
   return !stopping_;
 }
 
+bool LiveStream::Pause(std::chrono::milliseconds time) {
+  std::unique_lock lock(mutex_);
+  return !changed_.wait_for(lock, time, [this] { return stopping_; });
+}
+
 bool LiveStream::Settled() const { return under_way_ == 0 && questions_.empty() && !source_busy_; }
 
 void LiveStream::CloseWhenSettled() {

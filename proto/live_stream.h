@@ -52,7 +52,8 @@ class LiveStream final : public StreamEvents {
 
   StreamId id;  // set once, before anybody else sees the stream
   const StreamBudget& budget() const { return terms_.budget; }
-  const Account& account() const { return terms_.lease->account(); }
+  Account& account() const { return terms_.lease->account(); }
+  const std::shared_ptr<Account>& shared_account() const { return terms_.lease->shared(); }
   GenerateOptions generate() const;
   void SetGenerate(const GenerateOptions& generate);
 
@@ -97,6 +98,8 @@ class LiveStream final : public StreamEvents {
   void StopSource();
   // Waits until less than the budget's queue is under way. False: the stream ends.
   bool WaitForRoom();
+  // Waits for so long. False: the stream ends.
+  bool Pause(std::chrono::milliseconds time);
 
   // What the client wants when all that was pushed and asked is done.
   void CloseWhenSettled();

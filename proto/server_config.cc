@@ -8,9 +8,11 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <string_view>
+#include <system_error>
 #include <type_traits>
 #include <utility>
 
+#include "proto/memory_defaults.h"
 #include "proto/source_opener.h"
 #include "runtime/error.h"
 
@@ -58,6 +60,8 @@ CalendarTime ParseTime(const std::string& place, const std::string& text) {
   return sys_days(date) + hours(hour) + minutes(minute) + seconds(second);
 }
 
+constexpr int64_t kMostSavedMb = int64_t{1} << 30;
+
 AccessToken ParseToken(const std::string& place, const json& object) {
   AccessToken token{.name = {}, .sha256 = {}, .expires = {}};
   if (!object.is_object()) throw InputError(place + ": expected each of tokens to be an object");
@@ -74,13 +78,21 @@ AccessToken ParseToken(const std::string& place, const json& object) {
       token.frames_per_second = value.get<double>();
     } else if (name == "bytes_per_second") {
       token.bytes_per_second = value.get<double>();
+    } else if (name == "sources") {
+      token.sources = value.get<int>();
+    } else if (name == "saved_streams") {
+      token.saved_streams = value.get<int>();
+    } else if (name == "saved_mb") {
+      token.saved_mb = value.get<int64_t>();
     } else {
-      RefuseName(
-          place + ": tokens", name,
-          {"name", "sha256", "expires", "sessions", "frames_per_second", "bytes_per_second"});
+      RefuseName(place + ": tokens", name,
+                 {"name", "sha256", "expires", "sessions", "frames_per_second", "bytes_per_second",
+                  "sources", "saved_streams", "saved_mb"});
     }
   }
-  if (token.sessions < 0 || !(token.frames_per_second >= 0) || !(token.bytes_per_second >= 0)) {
+  if (token.sessions < 0 || !(token.frames_per_second >= 0) || !(token.bytes_per_second >= 0) ||
+      token.sources < 0 || token.saved_streams < 0 || token.saved_mb < 0 ||
+      token.saved_mb > kMostSavedMb) {
     throw InputError(place + ": token '" + token.name + "': expected quotas from 0");
   }
   return token;
@@ -100,6 +112,18 @@ void Set(const Setting& setting, const json& value) {
         *target = value.get<T>();
       },
       setting.value);
+}
+
+// On the disk of a directory that may have to be made yet.
+int64_t FreeBytes(std::filesystem::path directory) {
+  if (directory.empty()) return 0;
+  std::error_code error;
+  directory = std::filesystem::absolute(directory, error);
+  while (!std::filesystem::exists(directory, error) && directory.has_relative_path()) {
+    directory = directory.parent_path();
+  }
+  const auto space = std::filesystem::space(directory, error);
+  return error ? 0 : static_cast<int64_t>(space.available);
 }
 
 void Range(const char* name, double value, double low, double high) {
@@ -152,11 +176,19 @@ std::vector<Setting> SettingsOf(ServerConfig& c) {
       {"source_cpu_seconds", "CPU time that a decoder may take for one picture",
        &c.service.decoder.frame_cpu_seconds},
       {"max_sources", "Sources open at a time", &c.service.max_sources},
+      {"account_sources", "Of one token; 0: half of max_sources where there are several tokens",
+       &c.service.account_sources},
       {"max_streams", "Streams at a time", &c.scheduler.max_streams},
       {"frames_per_round", "Frames encoded together, at most", &c.scheduler.frames_per_round},
-      {"kv_mb", "MiB of KV cache of all streams together; 0: no limit", &c.kv_mb},
+      {"kv_mb",
+       "MiB of KV cache of all streams together; 0: half of the memory that the weights leave (on "
+       "a GPU: no limit)",
+       &c.kv_mb},
       {"stream_kv_mb", "MiB of KV cache of one stream; 0: no limit", &c.stream_kv_mb},
-      {"stream_host_mb", "MiB of host memory for one stream's earlier frames", &c.stream_host_mb},
+      {"stream_host_mb",
+       "MiB of host memory for one stream's earlier frames; -1: a quarter of the memory that the "
+       "weights leave, divided by max_streams",
+       &c.stream_host_mb},
       {"stream_disk_mb", "MiB of disk for those that do not fit there; needs memory_directory",
        &c.stream_disk_mb},
       {"memory_directory", "Where; the files have no name and go away with the program",
@@ -195,6 +227,12 @@ std::vector<Setting> SettingsOf(ServerConfig& c) {
        "Serve others than this machine without tokens or client_ca, or with an empty list of "
        "tokens",
        &c.service.allow_everybody},
+      {"saved_streams", "Saved streams of one token; 0: twice max_streams", &c.saved_streams},
+      {"saved_mb", "Their MiB; 0: half of all_saved_mb", &c.saved_mb},
+      {"all_saved_streams", "Saved streams of all tokens; 0: eight times max_streams",
+       &c.all_saved_streams},
+      {"all_saved_mb", "Their MiB; 0: half of what is free in state_directory at the start",
+       &c.all_saved_mb},
       {"drain_seconds", "For what is under way at shutdown", &c.service.drain_seconds},
       {"keepalive_seconds", "Of silence, until a client is asked whether it is there",
        &c.service.keepalive_seconds},
@@ -244,6 +282,13 @@ void ReadServerConfig(const std::filesystem::path& file, ServerConfig& config) {
   }
 }
 
+ServerConfig WithMemory(ServerConfig config, int64_t memory_bytes, int64_t weight_bytes, bool gpu) {
+  const MemoryShares shares = SharesOf(memory_bytes, weight_bytes, config.scheduler.max_streams);
+  if (config.kv_mb == 0 && !gpu) config.kv_mb = shares.kv_mb;
+  if (config.stream_host_mb < 0) config.stream_host_mb = shares.stream_host_mb;
+  return config;
+}
+
 ServiceOptions Finished(const ServerConfig& c) {
   constexpr double kMany = 1e9;
   const StreamBudget& budget = c.service.budget;
@@ -259,7 +304,7 @@ ServiceOptions Finished(const ServerConfig& c) {
   Range("threads", c.threads, 0, 1024);
   Range("kv_mb", static_cast<double>(c.kv_mb), 0, kMany);
   Range("stream_kv_mb", static_cast<double>(c.stream_kv_mb), 0, kMany);
-  Range("stream_host_mb", static_cast<double>(c.stream_host_mb), 0, kMany);
+  Range("stream_host_mb", static_cast<double>(c.stream_host_mb), -1, kMany);
   Range("stream_disk_mb", static_cast<double>(c.stream_disk_mb), 0, kMany);
   if (c.stream_disk_mb > 0 && !std::filesystem::is_directory(c.memory_directory)) {
     throw InputError("[serve] memory_directory: expected a directory for stream_disk_mb, got '" +
@@ -272,6 +317,11 @@ ServiceOptions Finished(const ServerConfig& c) {
   Range("answer_tokens", budget.answer_tokens, 1, kMany);
   Range("answer_seconds", budget.answer_seconds, 0.001, kMany);
   Range("frames_per_second", budget.frames_per_second, 0, kMany);
+  Range("account_sources", c.service.account_sources, 0, 1e6);
+  Range("saved_streams", c.saved_streams, 0, kMany);
+  Range("all_saved_streams", c.all_saved_streams, 0, kMany);
+  Range("saved_mb", static_cast<double>(c.saved_mb), 0, kMostSavedMb);
+  Range("all_saved_mb", static_cast<double>(c.all_saved_mb), 0, kMostSavedMb);
   Range("state_days", c.service.state_days, 0.001, 1e6);
   Range("max_message_mb", static_cast<double>(c.max_message_mb), 1, 1024);
   Range("network_mb", static_cast<double>(c.network_mb), 2 * static_cast<double>(c.max_message_mb),
@@ -303,10 +353,20 @@ ServiceOptions Finished(const ServerConfig& c) {
   options.decoder.frame_pixels = c.service.frame_pixels;
   options.decoder.playlists = c.service.sources.playlists;
   options.budget.kv_bytes = c.stream_kv_mb << 20;
-  options.memory.host_bytes = c.stream_host_mb << 20;
+  options.memory.host_bytes = std::max<int64_t>(0, c.stream_host_mb) << 20;
   options.memory.disk_bytes = c.stream_disk_mb << 20;
   options.memory.disk_directory = c.memory_directory;
   options.state_directory = c.state_directory;
+  const int streams = std::min(c.scheduler.max_streams, 1 << 20);
+  options.saved.streams = c.saved_streams > 0 ? c.saved_streams : 2 * streams;
+  options.all_saved.streams = c.all_saved_streams > 0 ? c.all_saved_streams : 8 * streams;
+  options.all_saved.bytes =
+      c.all_saved_mb > 0 ? c.all_saved_mb << 20 : FreeBytes(c.state_directory) / 2;
+  options.saved.bytes = c.saved_mb > 0 ? c.saved_mb << 20 : options.all_saved.bytes / 2;
+  if (options.account_sources == 0) {
+    const bool shared = options.tokens.size() > 1;
+    options.account_sources = shared ? std::max(1, options.max_sources / 2) : options.max_sources;
+  }
   options.message_bytes = c.max_message_mb << 20;
   options.outgoing_bytes = c.outgoing_kb << 10;
   options.network_bytes = c.network_mb << 20;

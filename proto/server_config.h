@@ -19,11 +19,13 @@ struct ServerConfig {
   std::string device;               // "cpu", "cuda"; empty: a GPU if there is one
   std::string weights;              // "bf16", "fp8", "int8"; empty: bf16
   std::string attention = "exact";  // or "sage", or a file by sluice calibrate
-  int64_t kv_mb = 0;                // of all streams together; 0: no limit
+  int64_t kv_mb = 0;                // of all streams together; 0: by memory_defaults.h
   int64_t stream_kv_mb = 0;
-  int64_t stream_host_mb = 1024;
+  int64_t stream_host_mb = -1;  // -1: by memory_defaults.h
   int64_t stream_disk_mb = 0;
   std::string memory_directory, state_directory;
+  int saved_streams = 0, all_saved_streams = 0;
+  int64_t saved_mb = 0, all_saved_mb = 0;
   std::string metrics = "127.0.0.1:9464";  // empty: none
   int64_t max_message_mb = 8;
   int64_t outgoing_kb = 1024;
@@ -49,6 +51,10 @@ std::vector<Setting> SettingsOf(ServerConfig& config);
 // Sets what the file tells. Throws InputError in one line naming the file, and for an unknown name
 // the nearest known one.
 void ReadServerConfig(const std::filesystem::path& file, ServerConfig& config);
+
+// The same with the shares of the memory that is there in place of what is left open.
+// On a GPU keys and values lie in its memory, not in this.
+ServerConfig WithMemory(ServerConfig config, int64_t memory_bytes, int64_t weight_bytes, bool gpu);
 
 // The service's options with everything in place. Throws InputError on values out of range, and as
 // CheckExposure on what must be said to be meant.

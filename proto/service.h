@@ -18,6 +18,7 @@
 #include "llm/vlm.h"
 #include "proto/access.h"
 #include "proto/connections.h"
+#include "proto/saved_streams.h"
 #include "proto/source_rules.h"
 #include "proto/tls.h"
 #include "runtime/clock.h"
@@ -52,7 +53,9 @@ struct ServiceOptions {
   double state_days = 7;             // that a saved stream waits
   double drain_seconds = 10;         // for what is under way at shutdown
   double keepalive_seconds = 20;     // of silence, until the other end is asked
+  SavedLimits saved, all_saved;      // of one token that says nothing else, of all
   int max_sources = 16;              // open at a time
+  int account_sources = 0;           // of one token that says nothing else; 0: all of them
   double source_stall_seconds = 10;  // without a frame, until a source has failed
   int source_reconnect = 10;         // as ReconnectOptions::most_tries
   int workers = 2;                   // threads that decode pictures

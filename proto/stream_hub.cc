@@ -17,7 +17,6 @@ namespace sluice {
 namespace {
 
 constexpr double kDefaultFps = 2;
-constexpr char kSuffix[] = ".stream";
 // Calls without a token whose message is waited for: each may make gRPC keep a message of the
 // longest kind.
 constexpr int kMostStrangers = 8;
@@ -69,6 +68,7 @@ StreamHub::StreamHub(std::shared_ptr<const Vlm> model, Scheduler& streams, Metri
       sources(options.sources, options.decoder, metrics),
       metrics_(metrics),
       access_(service_options.tokens),
+      saved_(options.state_directory, options.all_saved),
       pool_(std::make_unique<WorkerPool>(service_options.workers)),
       watcher_([this] { Watch(); }) {}
 
@@ -213,29 +213,28 @@ std::shared_ptr<LiveStream> StreamHub::Find(const StreamId& id,
 
 // ---- Saved streams ---------------------------------------------------------------------------
 
-// Ids come from clients: nothing but an id may become part of a path.
-std::filesystem::path StreamHub::FileOf(const StreamId& id) const {
-  const bool is_id = id.size() == 32 && id.find_first_not_of("0123456789abcdef") == id.npos;
-  return is_id && !options.state_directory.empty() ? options.state_directory / (id + kSuffix)
-                                                   : std::filesystem::path();
-}
-
 void StreamHub::Save(LiveStream& stream) {
-  const auto file = FileOf(stream.id);
+  std::string owner = stream.account().owner();
+  const auto file = saved_.FileOf(stream.id, owner);
   if (file.empty()) throw InputError("[save] this server has no directory for saved streams");
   try {
+    saved_.Admit(stream.id, owner, stream.account().saved(options.saved));
+  } catch (const ResourceExhausted&) {  // whose line names the limit and nothing else
+    SavedCounter("refused").Add();
+    throw;
+  }
+  try {
     scheduler.Save(stream.id, file, [&](Archive& archive) {
-      std::string owner = stream.account().owner();
       archive.Text("owner", owner);
       stream.Persist(archive);
     });
   } catch (const Error& error) {
-    SavedStreams("failed").Add();
+    SavedCounter("failed").Add();
     LogEvent(spdlog::level::warn, "stream_not_saved",
              {{"stream", stream.id.substr(0, 8)}, {"error", Redacted(error.what(), stream.id)}});
     throw Error("[save] the stream could not be saved; the server's log tells why");
   }
-  SavedStreams("saved").Add();
+  SavedCounter("saved").Add();
 }
 
 // For the log: ids whole would let its readers resume streams.
@@ -249,7 +248,7 @@ std::string StreamHub::ForClient(std::string text) const {
   return directory.empty() ? text : ReplacedAll(std::move(text), directory, "memory_directory");
 }
 
-Counter& StreamHub::SavedStreams(const char* result) {
+Counter& StreamHub::SavedCounter(const char* result) {
   return metrics_.counter("sluice_streams_saved_total", "Streams written to the state directory.",
                           {{"result", result}});
 }
@@ -257,7 +256,7 @@ Counter& StreamHub::SavedStreams(const char* result) {
 // REQUIRES: files_mutex_.
 std::shared_ptr<LiveStream> StreamHub::Restore(const StreamId& id,
                                                const std::shared_ptr<Account>& account) {
-  const auto file = FileOf(id);
+  const auto file = saved_.FileOf(id, account->owner());
   std::error_code none;  // whatever cannot be looked at is not there
   if (file.empty() || !std::filesystem::exists(std::filesystem::symlink_status(file, none))) {
     return nullptr;
@@ -324,20 +323,6 @@ bool StreamHub::PutAway(const std::shared_ptr<LiveStream>& stream, const char* l
   return true;
 }
 
-void StreamHub::RemoveOldFiles() const {
-  using Time = std::filesystem::file_time_type;
-  const auto oldest = Time::clock::now() -
-                      std::chrono::duration_cast<Time::duration>(
-                          std::chrono::duration<double, std::ratio<86400>>(options.state_days));
-  std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator(options.state_directory, error)) {
-    // Half-written ones of a process that was killed go with them.
-    if (entry.path().filename().string().find(kSuffix) == std::string::npos) continue;
-    const Time time = entry.last_write_time(error);
-    if (!error && time < oldest) std::filesystem::remove(entry.path(), error);
-  }
-}
-
 void StreamHub::Forget(const StreamId& id) {
   const std::lock_guard lock(mutex_);
   streams_.erase(id);
@@ -366,7 +351,7 @@ void StreamHub::Close(const std::shared_ptr<LiveStream>& stream) {
     Forget(stream->id);
     return;
   }
-  if (const auto file = FileOf(stream->id); !file.empty()) {
+  if (const auto file = saved_.FileOf(stream->id, stream->account().owner()); !file.empty()) {
     std::error_code ignored;  // it may never have been saved
     std::filesystem::remove(file, ignored);
   }
@@ -403,7 +388,7 @@ void StreamHub::Watch() {
     EndStreams();
     const WallTime now = clock.Now();
     if (!options.state_directory.empty() && (!cleaned || now - *cleaned >= std::chrono::hours(1))) {
-      RemoveOldFiles();
+      saved_.RemoveOld(options.state_days);
       cleaned = now;
     }
     lock.lock();
@@ -457,11 +442,15 @@ void StreamHub::EndStreams() {
   }
 }
 
-void StreamHub::Spawn(std::function<void()> job) {
+void StreamHub::Spawn(std::shared_ptr<Account> account, std::function<void()> job) {
   const std::lock_guard lock(mutex_);
+  int of_account = 0;
   for (auto it = threads_.begin(); it != threads_.end();) {
     const auto thread = it++;
-    if (!thread->done) continue;
+    if (!thread->done) {
+      of_account += thread->account->owner() == account->owner() ? 1 : 0;
+      continue;
+    }
     thread->thread.join();
     threads_.erase(thread);
   }
@@ -469,7 +458,13 @@ void StreamHub::Spawn(std::function<void()> job) {
     throw ResourceExhausted("[source] expected at most " + std::to_string(options.max_sources) +
                             " sources of this server at a time; try again later");
   }
+  const int most = account->sources(options.account_sources);
+  if (most > 0 && of_account >= most) {
+    throw ResourceExhausted("[source] expected at most " + std::to_string(most) +
+                            " sources of this token at a time; end one first");
+  }
   Thread& thread = threads_.emplace_back();
+  thread.account = std::move(account);
   thread.thread = std::thread([&thread, job = std::move(job)]() mutable {
     job();
     job = nullptr;
@@ -485,7 +480,7 @@ void StreamHub::CountRefusedFrame(const char* reason) {
 }
 
 void StreamHub::Play(const std::shared_ptr<LiveStream>& stream, const v1::OpenSource& request) {
-  Spawn([this, stream, request] { PlaySource(*stream, request); });
+  Spawn(stream->shared_account(), [this, stream, request] { PlaySource(*stream, request); });
 }
 
 void StreamHub::PlaySource(LiveStream& stream, const v1::OpenSource& request) {
@@ -509,6 +504,19 @@ void StreamHub::PlaySource(LiveStream& stream, const v1::OpenSource& request) {
       while (info.live || stream.WaitForRoom()) {
         FramePtr frame = source->Next();
         if (!frame) break;
+        // A recording waits for its account's rate; of what is live nothing can wait.
+        bool within = stream.account().TakeFrame(0, clock.Now());
+        while (!within && !info.live && stream.Pause(kPace)) {
+          within = stream.account().TakeFrame(0, clock.Now());
+        }
+        if (!within && !info.live) break;
+        if (!within) {
+          CountRefusedFrame("quota");
+          stream.FrameReceived();
+          stream.FrameRefused(static_cast<FrameNumber>(number++), frame->time.seconds(),
+                              v1::DROP_REASON_QUOTA, "");
+          continue;
+        }
         stream.FrameReceived();
         scheduler.Push(stream.id, static_cast<FrameNumber>(number++), std::move(frame));
       }

@@ -3,6 +3,7 @@
 #define SLUICE_PROTO_STREAM_HUB_H_
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <list>
@@ -15,11 +16,15 @@
 #include "proto/json_log.h"
 #include "proto/live_stream.h"
 #include "proto/open_call.h"
+#include "proto/saved_streams.h"
 #include "proto/service.h"
 #include "proto/source_opener.h"
 #include "proto/worker_pool.h"
 
 namespace sluice {
+
+// Between two looks at whether an account may have another frame of a recording.
+inline constexpr std::chrono::milliseconds kPace{20};
 
 class StreamHub {
  public:
@@ -62,8 +67,8 @@ class StreamHub {
   void Save(LiveStream& stream);
   // Plays a source into a stream on a thread of its own. Throws ResourceExhausted.
   void Play(const std::shared_ptr<LiveStream>& stream, const v1::OpenSource& request);
-  // Runs `job` on a thread of its own, of which there are max_sources.
-  void Spawn(std::function<void()> job);
+  // Runs `job` on a thread of its own, of which there are max_sources, and fewer for one account.
+  void Spawn(std::shared_ptr<Account> account, std::function<void()> job);
   void CountRefusedFrame(const char* reason);
 
   bool draining() const { return draining_; }
@@ -73,6 +78,7 @@ class StreamHub {
  private:
   struct Thread {
     std::thread thread;
+    std::shared_ptr<const Account> account;
     std::atomic<bool> done = false;
   };
   void Attend(const std::shared_ptr<LiveStream>& stream);
@@ -82,13 +88,11 @@ class StreamHub {
   void Park(const std::shared_ptr<LiveStream>& stream);
   std::shared_ptr<LiveStream> Restore(const StreamId& id, const std::shared_ptr<Account>& account);
   bool PutAway(const std::shared_ptr<LiveStream>& stream, const char* line);
-  void RemoveOldFiles() const;
-  Counter& SavedStreams(const char* result);
+  Counter& SavedCounter(const char* result);
   std::string ForClient(std::string text) const;
   std::string Redacted(std::string text, const StreamId& id) const;
   LiveStream::Terms TermsFor(const std::shared_ptr<Account>& account,
                              const std::shared_ptr<std::weak_ptr<LiveStream>>& self);
-  std::filesystem::path FileOf(const StreamId& id) const;
   void Forget(const StreamId& id);
   std::vector<std::shared_ptr<LiveStream>> All() const;
   void PlaySource(LiveStream& stream, const v1::OpenSource& request);
@@ -96,6 +100,7 @@ class StreamHub {
   Metrics& metrics_;
   Access access_;
   RareEvent refused_tokens_;
+  const SavedStreams saved_;
   std::mutex files_mutex_;  // of saved streams; taken before any other
   std::atomic<bool> draining_ = false;
   mutable std::mutex mutex_;

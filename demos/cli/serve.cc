@@ -5,9 +5,11 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -17,7 +19,9 @@
 #include "proto/metrics_endpoint.h"
 #include "proto/server_config.h"
 #include "proto/service.h"
+#include "runtime/cpu_info.h"
 #include "runtime/error.h"
+#include "runtime/ops/cuda/device.h"
 
 namespace sluice::cli {
 namespace {
@@ -60,11 +64,43 @@ void Reload(const std::string& file, Service& service) {
   }
 }
 
-void Serve(const ServerConfig& config, const std::string& file) {
+int64_t WeightBytes(const std::filesystem::path& model) {
+  int64_t bytes = 0;
+  std::error_code error;  // a model that is not there is refused where it is opened
+  for (const auto& file : std::filesystem::directory_iterator(model, error)) {
+    if (file.path().extension() == ".safetensors") bytes += static_cast<int64_t>(file.file_size());
+  }
+  return bytes;
+}
+
+void LogLimits(const ServerConfig& config, const ServiceOptions& options) {
+  LogEvent(spdlog::level::info, "limits",
+           {{"max_streams", config.scheduler.max_streams},
+            {"kv_mb", config.kv_mb},
+            {"stream_kv_mb", config.stream_kv_mb},
+            {"stream_host_mb", config.stream_host_mb},
+            {"stream_disk_mb", config.stream_disk_mb},
+            {"max_sources", options.max_sources},
+            {"account_sources", options.account_sources},
+            {"saved_streams", options.saved.streams},
+            {"saved_mb", options.saved.bytes >> 20},
+            {"all_saved_streams", options.all_saved.streams},
+            {"all_saved_mb", options.all_saved.bytes >> 20}});
+}
+
+void Serve(const ServerConfig& given, const std::string& file) {
+  Finished(given);  // what makes no sense is refused first
+  const bool gpu = given.device.empty() ? cuda::DeviceCount() > 0 : given.device == "cuda";
+  const ServerConfig config =
+      WithMemory(given, CpuInfo::Detect().memory_bytes,
+                 WeightBytes(given.model.empty() ? BundledPath("models/sluice-mini")
+                                                 : std::filesystem::path(given.model)),
+                 gpu);
   const ServiceOptions options = Finished(config);
   const sigset_t signals = BlockSignals();
   signal(SIGPIPE, SIG_IGN);
   UseJsonLog();
+  LogLimits(config, options);
   // Pictures, messages and frames' keys begin on one thread and end on another. With a heap for
   // each thread, what stays gets scattered among them: 10 KiB a frame of a stream that off-loads.
   mallopt(M_ARENA_MAX, 1);

@@ -27,6 +27,7 @@
 #include <thread>
 #include <vector>
 
+#include "proto/saved_streams.h"
 #include "runtime/error.h"
 #include "sluice/v1/service.grpc.pb.h"
 #include "streaming/engine.h"
@@ -372,7 +373,9 @@ class SavedStreamTest : public ServiceTest {
   size_t files() const {
     return static_cast<size_t>(std::distance(std::filesystem::directory_iterator(directory_), {}));
   }
-  std::filesystem::path file(const std::string& id) const { return directory_ / (id + ".stream"); }
+  std::filesystem::path file(const std::string& id) const {
+    return SavedStreams(directory_, {}).FileOf(id, "everybody");
+  }
 
   // With a memory that recalls, so that everything a stream can have is there.
   std::string OpenWithMemory(Client& client) {
@@ -546,6 +549,35 @@ TEST_F(SavedStreamTest, AnotherAccountsStreamIsNotFound) {
   Client owner(port(), "one");
   owner.Resume(id);
   EXPECT_EQ(owner.opened.last_frame(), 2u);
+}
+
+TEST_F(SavedStreamTest, AnAccountThatOpensAndSavesAgainAndAgainReachesItsQuota) {
+  Stop();
+  // Of "one".
+  options_.tokens = {
+      {.name = "first",
+       .sha256 = "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"}};
+  options_.tokens[0].saved_streams = 1;
+  Start();
+  v1::SessionRequest save;
+  save.mutable_save();
+  Client first(port(), "one"), second(port(), "one");
+  OpenWithMemory(first);
+  Push(first, 0, 1);
+  OpenWithMemory(second);
+  Push(second, 0, 1);
+  for (int i = 0; i < 2; ++i) {  // the same stream again costs nothing
+    first.Send(save);
+    first.ReadUntil(v1::SessionResponse::kSaved);
+  }
+  second.Send(save);
+  EXPECT_THAT(second.ReadUntil(v1::SessionResponse::kRefused).refused().error(),
+              HasSubstr("expected at most 1 saved streams of this token"));
+  EXPECT_EQ(files(), 1u);
+  first.Close();  // and its file goes
+  EXPECT_TRUE(first.Finish().ok());
+  second.Send(save);
+  second.ReadUntil(v1::SessionResponse::kSaved);
 }
 
 TEST_F(SavedStreamTest, ADirectoryThatIsGoneCostsTheSaveAndNothingElse) {
@@ -943,6 +975,33 @@ TEST_F(ServiceTest, SourcesThatTheRulesDoNotAllowAreNotOpened) {
     client.Close();
     EXPECT_TRUE(client.Finish().ok());
   });
+}
+
+TEST_F(ServiceTest, AnAccountsSourcesAreCountedAndFollowItsRate) {
+#ifdef __SANITIZE_THREAD__
+  GTEST_SKIP() << "GStreamer is not instrumented, each of its handovers would look like a race";
+#endif
+  options_.sources.urls = {"test:*"};
+  // Of "one".
+  options_.tokens = {
+      {.name = "first",
+       .sha256 = "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"}};
+  options_.tokens[0].sources = 1;
+  options_.tokens[0].frames_per_second = 1e-6;  // one, and none for a long time
+  Start();
+  v1::SessionRequest request;
+  request.mutable_open_source()->set_url("test:ball");  // live
+  Client first(port(), "one"), second(port(), "one");
+  first.Open();
+  second.Open();
+  first.Send(request);
+  first.ReadUntil(v1::SessionResponse::kSourceOpened);
+  second.Send(request);
+  EXPECT_THAT(second.ReadUntil(v1::SessionResponse::kRefused).refused().error(),
+              HasSubstr("expected at most 1 sources of this token"));
+  const auto dropped = first.ReadUntil(v1::SessionResponse::kFrameDropped).frame_dropped();
+  EXPECT_EQ(dropped.number(), 1u);
+  EXPECT_EQ(dropped.reason(), v1::DROP_REASON_QUOTA);
 }
 
 TEST_F(ServiceTest, ASourceOfTheServersOwnIsPlayedAndCaptioned) {

@@ -1,0 +1,22 @@
+// What streams may take where the operator says nothing: shares of the memory that is there.
+#ifndef SLUICE_PROTO_MEMORY_DEFAULTS_H_
+#define SLUICE_PROTO_MEMORY_DEFAULTS_H_
+
+#include <cstdint>
+
+namespace sluice {
+
+struct MemoryShares {
+  int64_t kv_mb = 0;           // of all streams together
+  int64_t stream_host_mb = 0;  // of one stream's earlier frames
+};
+
+// `memory_bytes`: what this process may use; `weight_bytes`: the checkpoint's files, which may take
+// twice that once they are converted. Of what is left half goes to keys and values, a quarter to
+// earlier frames of `max_streams` streams (1 GiB each, at most), and the rest stays free for
+// pictures, messages and scratch. At least 1 MiB each.
+MemoryShares SharesOf(int64_t memory_bytes, int64_t weight_bytes, int max_streams);
+
+}  // namespace sluice
+
+#endif  // SLUICE_PROTO_MEMORY_DEFAULTS_H_
