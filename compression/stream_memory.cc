@@ -438,6 +438,8 @@ std::vector<Evidence> StreamRecall::evidence() const {
     }
     piece.layers = static_cast<int>(std::count(layers.begin(), layers.end(), true));
   }
+  constexpr double kLeast = 1e-3;  // what got less of the attention supports nothing
+  std::erase_if(evidence, [](const Evidence& piece) { return piece.weight < kLeast; });
   return evidence;
 }
 

@@ -33,6 +33,7 @@ struct VlmOptions {
 struct VlmInfo {
   std::string name;          // the directory's, or that of the hub's repository
   std::string architecture;  // "LlavaOnevisionForConditionalGeneration"
+  std::string notice;        // what users must know of it: notice.txt, one line; may be empty
   int64_t parameters = 0;
   int64_t file_bytes = 0;
   int64_t weight_bytes = 0;  // in the compute dtype, of projections as `weights` says

@@ -180,6 +180,7 @@ std::shared_ptr<LiveStream> StreamHub::Open(const v1::Open& open,
   LogEvent(spdlog::level::info, "stream_opened",
            {{"stream", stream->id.substr(0, 8)}, {"account", account->name()}});
   if (!note.empty()) stream->OnWarning(note);
+  if (!vlm->info().notice.empty()) stream->OnWarning(vlm->info().notice);
   return stream;
 }
 

@@ -260,7 +260,9 @@ void Ask(const AskFlags& flags) {
       no_memory = AddDefaultMemory(*engine.vlm(), BlockStoreOptions(), 0, session_options);
     }
     const auto session = engine.NewSession(session_options);
-    if (no_memory) Logger()->warn("{}", *no_memory);
+    for (const std::string& line : {no_memory.value_or(""), engine.vlm()->info().notice}) {
+      if (!line.empty()) warnings.Add(line);
+    }
     const auto context = engine.NewContext();
     std::signal(SIGINT, OnInterrupt);
     result = Run(*context, *session, *source, timed, narrator.Observer());

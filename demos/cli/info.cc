@@ -1,6 +1,7 @@
 // sluice info: what a checkpoint is, what this machine offers, which fast paths will be used.
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
@@ -35,6 +36,7 @@ Json Describe(const Vlm& vlm) {
   return {
       {"name", info.name},
       {"architecture", info.architecture},
+      {"notice", info.notice},
       {"parameters", info.parameters},
       {"file_bytes", info.file_bytes},
       {"file_dtype", Name(info.file_type)},
@@ -133,8 +135,21 @@ Json FastPaths(const Vlm& vlm, const CpuInfo& cpu) {
           {"decode_attention", attention(group, seen, decoder)}};
 }
 
-std::string Text(const Json& value) {
-  return value.is_string() ? value.get<std::string>() : value.dump();
+// For people: bytes in the unit that fits, four digits of what was measured.
+std::string Text(const std::string& key, const Json& value) {
+  if (value.is_string()) return value.get<std::string>();
+  char text[32];
+  if (key.find("bytes") != key.npos && value.is_number()) {
+    double number = value.get<double>();
+    const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+    size_t unit = 0;
+    for (; number >= 1024 && unit + 1 < std::size(units); ++unit) number /= 1024;
+    std::snprintf(text, sizeof text, unit == 0 ? "%.0f %s" : "%.1f %s", number, units[unit]);
+    return text;
+  }
+  if (!value.is_number_float()) return value.dump();
+  std::snprintf(text, sizeof text, "%.4g", value.get<double>());
+  return text;
 }
 
 void PrintSection(const char* title, const Json& section) {
@@ -142,10 +157,10 @@ void PrintSection(const char* title, const Json& section) {
   for (const auto& [key, value] : section.items()) {
     if (value.is_object()) {
       for (const auto& [inner, number] : value.items()) {
-        std::printf("  %-28s %s\n", (key + "." + inner).c_str(), Text(number).c_str());
+        std::printf("  %-28s %s\n", (key + "." + inner).c_str(), Text(inner, number).c_str());
       }
     } else {
-      std::printf("  %-28s %s\n", key.c_str(), Text(value).c_str());
+      std::printf("  %-28s %s\n", key.c_str(), Text(key, value).c_str());
     }
   }
 }

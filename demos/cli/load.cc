@@ -206,12 +206,25 @@ class LoadSession {
   bool closed_ = false, ended_ = false;
 };
 
-// Of values in any order; 0 of none.
-double Quantile(std::vector<double> values, double share) {
-  if (values.empty()) return 0;
+// Of values in any order, in milliseconds; null of none.
+Json Quantile(std::vector<double> values, double share) {
+  if (values.empty()) return nullptr;
   std::sort(values.begin(), values.end());
   const double at = std::ceil(share * static_cast<double>(values.size())) - 1;
-  return values[static_cast<size_t>(std::max(at, 0.0))];
+  return 1e3 * values[static_cast<size_t>(std::max(at, 0.0))];
+}
+
+Json Quantiles(const std::vector<double>& seconds) {
+  return {{"p50", Quantile(seconds, 0.5)}, {"p99", Quantile(seconds, 0.99)}};
+}
+
+void PrintQuantiles(const char* what, const Json& ms) {
+  if (ms["p50"].is_null()) {
+    std::printf("%s: none\n", what);
+    return;
+  }
+  std::printf("%s: %.0f ms (p50), %.0f ms (p99)\n", what, ms["p50"].get<double>(),
+              ms["p99"].get<double>());
 }
 
 std::vector<std::string> Pictures(const std::string& name, double fps) {
@@ -278,11 +291,8 @@ void Load(const LoadFlags& flags) {
       {"frames_per_second", static_cast<double>(all.encoded) / seconds},
       {"answers", all.answered},
       {"answer_tokens_per_second", static_cast<double>(all.answer_tokens) / seconds},
-      {"first_text_ms",
-       {{"p50", 1e3 * Quantile(all.first_text, 0.5)},
-        {"p99", 1e3 * Quantile(all.first_text, 0.99)}}},
-      {"frame_taken_ms",
-       {{"p50", 1e3 * Quantile(all.taken, 0.5)}, {"p99", 1e3 * Quantile(all.taken, 0.99)}}}};
+      {"first_text_ms", Quantiles(all.first_text)},
+      {"frame_taken_ms", Quantiles(all.taken)}};
   if (flags.json) {
     PrintJson(json);
   } else {
@@ -297,10 +307,8 @@ void Load(const LoadFlags& flags) {
     }
     std::printf("answers: %lld, %.1f tokens a second\n", static_cast<long long>(all.answered),
                 static_cast<double>(all.answer_tokens) / seconds);
-    std::printf("from asking to the first text: %.0f ms (p50), %.0f ms (p99)\n",
-                1e3 * Quantile(all.first_text, 0.5), 1e3 * Quantile(all.first_text, 0.99));
-    std::printf("from pushing a frame to its place in memory: %.0f ms (p50), %.0f ms (p99)\n",
-                1e3 * Quantile(all.taken, 0.5), 1e3 * Quantile(all.taken, 0.99));
+    PrintQuantiles("from asking to the first text", report["first_text_ms"]);
+    PrintQuantiles("from pushing a frame to its place in memory", report["frame_taken_ms"]);
   }
   if (failed > 0) throw Error(all.error);
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <fstream>
 #include <map>
 #include <utility>
 
@@ -62,12 +63,26 @@ class Llava : public Vlm {
   Tensor newline_;  // [E] f32, or empty
 };
 
+// The first line of notice.txt, if there is one and it is no longer than a line may be.
+std::string ReadNotice(const std::filesystem::path& directory) {
+  constexpr std::streamsize kMostBytes = 512;
+  std::ifstream file(directory / "notice.txt", std::ios::binary);
+  std::string text(kMostBytes, '\0');
+  file.read(text.data(), kMostBytes);
+  text.resize(static_cast<size_t>(file.gcount()));
+  text.resize(std::min(text.size(), text.find('\n')));
+  std::replace_if(
+      text.begin(), text.end(), [](unsigned char c) { return c < ' ' || c > '~'; }, '?');
+  return text;
+}
+
 Llava::Llava(const std::filesystem::path& directory, const VlmOptions& options,
              const LlavaParts& parts)
     : prompt_format_(PromptFormat::Load(directory)) {
   const auto begin = std::chrono::steady_clock::now();
   info_.name = CheckpointName(directory);
   info_.architecture = parts.architecture;
+  info_.notice = ReadNotice(directory);
   info_.device = options.device;
   info_.weights = options.weights;
   info_.compute_type = options.compute_type              ? *options.compute_type

@@ -18,7 +18,9 @@ namespace sluice {
 namespace {
 
 using nlohmann::json;
+using ::testing::ContainsRegex;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 struct Outcome {
   int exit_code = -1;
@@ -311,6 +313,21 @@ TEST_F(ProgramTest, BundledModelAnswersTheBundledClip) {
   const Outcome outcome = Sluice("ask --no-dialogue --require-right 12 --source " + clip +
                                  ".mp4 --questions " + clip + ".jsonl");
   EXPECT_EQ(outcome.exit_code, 0) << outcome.out << outcome.err;
+  EXPECT_THAT(outcome.err, HasSubstr("knows the painted world of the demo only"));
+}
+
+TEST_F(ProgramTest, AskSaysInJsonWhatTheBundledModelKnows) {
+  const Outcome outcome =
+      Sluice("ask --json --source test:smpte:1 --max-new-tokens 1 --question x");
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  EXPECT_THAT(json::parse(outcome.out)["warnings"].dump(), HasSubstr("--model DIR"));
+}
+
+TEST_F(ProgramTest, InfoIsReadable) {
+  const Outcome outcome = Sluice("info");
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  EXPECT_THAT(outcome.out, ContainsRegex("file_bytes +[0-9.]+ MiB"));
+  EXPECT_THAT(outcome.out, Not(ContainsRegex("[0-9]\\.[0-9]{6}")));
 }
 
 TEST_F(ProgramTest, MethodsSaveWorkAndSayHowMuch) {
@@ -420,6 +437,10 @@ TEST_F(ProgramTest, BenchMeasuresEveryStageAgainstThePeak) {
   EXPECT_GT(report["encode"]["percent_of_peak"], 0.0);
   EXPECT_GT(report["prefill"]["percent_of_peak"], 0.0);
   EXPECT_GT(report["decode"]["percent_of_read_bandwidth"], 0.0);
+  for (const char* stage : {"encode", "prefill", "question"}) {
+    EXPECT_LE(report[stage]["percent_of_peak"], 100.0) << stage;
+  }
+  EXPECT_LE(report["decode"]["percent_of_read_bandwidth"], 100.0);
   EXPECT_EQ(report["compress"]["ms_per_frame"], 0.0);
   EXPECT_EQ(report["compress"]["tokens_per_frame"], 9.0);
   const std::string few = "bench --json --seconds 0 --batch 3 --context-frames 4 --threads 1 ";
