@@ -237,13 +237,16 @@ void SessionCall::HandleOpen(const v1::Open& open) {
   *opened.mutable_limits() = hub_.LimitsOf(stream->budget());
   opened.set_resumed(resumes);
   if (resumes) stream->AddCounts(message);
+  bool nobody_knows_it = false;
   {
     // Both or neither: a call that ended in between leaves a stream that waits for its client.
     const std::lock_guard lock(mutex_);
     stream_ = stream;
     stream->Attach(shared_from_this(), std::move(message), awaited);
     if (done_) stream->Detach(this, std::nullopt, hub_.clock.Now());
+    nobody_knows_it = done_ && !resumes;
   }
+  if (nobody_knows_it) return hub_.Close(stream);
   Wake();
 }
 

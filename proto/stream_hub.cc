@@ -79,6 +79,7 @@ StreamHub::~StreamHub() {
   }
   changed_.notify_all();
   watcher_.join();
+  pool_->WaitUntilIdle();  // what a call asked for last may open a stream
   for (const auto& stream : All()) Close(stream);
   for (Thread& thread : threads_) thread.thread.join();
   pool_.reset();

@@ -36,6 +36,12 @@ class WorkerPool {
     changed_.notify_one();
   }
 
+  // Returns when nothing is posted or under way.
+  void WaitUntilIdle() {
+    std::unique_lock lock(mutex_);
+    idle_.wait(lock, [this] { return jobs_.empty() && busy_ == 0; });
+  }
+
  private:
   void Work() {
     std::unique_lock lock(mutex_);
@@ -44,16 +50,20 @@ class WorkerPool {
       if (jobs_.empty()) return;
       auto job = std::move(jobs_.front());
       jobs_.pop_front();
+      ++busy_;
       lock.unlock();
       job();
       job = nullptr;  // what it held is let go without the lock
       lock.lock();
+      --busy_;
+      if (jobs_.empty() && busy_ == 0) idle_.notify_all();
     }
   }
 
   std::mutex mutex_;
-  std::condition_variable changed_;
+  std::condition_variable changed_, idle_;
   std::deque<std::function<void()>> jobs_;
+  int busy_ = 0;
   bool ending_ = false;
   std::vector<std::thread> threads_;
 };

@@ -11,6 +11,7 @@
 
 #include "demos/cli/commands.h"
 #include "demos/cli/common.h"
+#include "demos/cli/help.h"
 #include "demos/cli/methods.h"
 #include "demos/cli/questions.h"
 #include "demos/cli/remote_ask.h"
@@ -375,6 +376,8 @@ void AddAsk(CLI::App& app) {
   command->add_flag("--json", flags->json,
                     "Print one JSON object (sluice.v1.RunReport) at the end");
   command->add_flag("--stats", flags->stats, "Print what each stage cost");
+  ShowFirst(*command, {"--source", "--question", "--model", "--device", "--server", "--token-file",
+                       "--fps", "--preset", "--max-new-tokens", "--system", "--json"});
   command->callback([flags] { Ask(*flags); });
 }
 

@@ -18,6 +18,7 @@
 #include "compression/registry.h"
 #include "demos/cli/commands.h"
 #include "demos/cli/common.h"
+#include "demos/cli/help.h"
 #include "demos/cli/methods.h"
 #include "demos/world/random.h"
 #include "runtime/error.h"
@@ -654,6 +655,7 @@ void AddBench(CLI::App& app) {
       ->capture_default_str()
       ->check(CLI::Range(0.0, 600.0));
   command->add_flag("--json", flags->json, "Print one JSON object");
+  ShowFirst(*command, {"--model", "--device", "--dtype", "--threads", "--preset", "--json"});
   command->callback([flags] { Bench(*flags); });
 }
 

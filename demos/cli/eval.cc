@@ -10,6 +10,7 @@
 #include "demos/cli/common.h"
 #include "demos/cli/evaluation.h"
 #include "demos/cli/footage.h"
+#include "demos/cli/help.h"
 #include "demos/cli/methods.h"
 #include "demos/cli/recall.h"
 #include "demos/cli/sweep.h"
@@ -201,6 +202,8 @@ void AddEval(CLI::App& app) {
       ->excludes(sweep)
       ->excludes(footage);
   command->add_flag("--json", flags->json, "Print one JSON object");
+  ShowFirst(*command, {"--model", "--device", "--clips", "--frames", "--seed", "--preset",
+                       "--source", "--json"});
   command->callback([flags] { Eval(*flags); });
 }
 

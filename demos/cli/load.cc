@@ -15,6 +15,7 @@
 
 #include "demos/cli/commands.h"
 #include "demos/cli/common.h"
+#include "demos/cli/help.h"
 #include "demos/cli/methods.h"
 #include "demos/cli/remote_ask.h"
 #include "demos/clients/cpp/client.h"
@@ -307,8 +308,8 @@ void Load(const LoadFlags& flags) {
     }
     std::printf("answers: %lld, %.1f tokens a second\n", static_cast<long long>(all.answered),
                 static_cast<double>(all.answer_tokens) / seconds);
-    PrintQuantiles("from asking to the first text", report["first_text_ms"]);
-    PrintQuantiles("from pushing a frame to its place in memory", report["frame_taken_ms"]);
+    PrintQuantiles("from asking to the first text", json["first_text_ms"]);
+    PrintQuantiles("from pushing a frame to its place in memory", json["frame_taken_ms"]);
   }
   if (failed > 0) throw Error(all.error);
 }
@@ -349,6 +350,8 @@ void AddLoad(CLI::App& app) {
       ->excludes(seconds);
   AddMethodFlags(*command, flags->methods);
   command->add_flag("--json", flags->json, "Print one JSON object");
+  ShowFirst(*command, {"--server", "--token-file", "--source", "--sessions", "--fps", "--seconds",
+                       "--question", "--json"});
   command->callback([flags] { Load(*flags); });
 }
 

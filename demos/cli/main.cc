@@ -7,6 +7,7 @@
 #include <string>
 
 #include "demos/cli/commands.h"
+#include "demos/cli/help.h"
 #include "runtime/error.h"
 
 namespace {
@@ -39,7 +40,7 @@ int main(int argc, char** argv) {
   CLI::App app("Watches video and answers questions about it, on your own machine.", "sluice");
   app.set_version_flag("--version", "sluice " SLUICE_VERSION);
   app.require_subcommand(1);
-  app.get_formatter()->column_width(36);
+  sluice::cli::SetHelp(app);
   sluice::cli::AddAsk(app);
   sluice::cli::AddInfo(app);
   sluice::cli::AddBench(app);

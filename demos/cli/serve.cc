@@ -15,6 +15,7 @@
 
 #include "demos/cli/commands.h"
 #include "demos/cli/common.h"
+#include "demos/cli/help.h"
 #include "proto/json_log.h"
 #include "proto/metrics_endpoint.h"
 #include "proto/server_config.h"
@@ -100,7 +101,6 @@ void Serve(const ServerConfig& given, const std::string& file) {
   const sigset_t signals = BlockSignals();
   signal(SIGPIPE, SIG_IGN);
   UseJsonLog();
-  LogLimits(config, options);
   // Pictures, messages and frames' keys begin on one thread and end on another. With a heap for
   // each thread, what stays gets scattered among them: 10 KiB a frame of a stream that off-loads.
   mallopt(M_ARENA_MAX, 1);
@@ -111,6 +111,7 @@ void Serve(const ServerConfig& given, const std::string& file) {
   if (!config.metrics.empty()) {
     endpoint = std::make_unique<MetricsEndpoint>(metrics, config.metrics);
   }
+  LogLimits(config, options);
 
   EngineOptions engine_options;
   engine_options.kv_budget_bytes = config.kv_mb << 20;
@@ -185,6 +186,9 @@ void AddServe(CLI::App& app) {
         },
         setting.value);
   }
+  ShowFirst(*command, {"--config", "--listen", "--model", "--device", "--certificate", "--key",
+                       "--allow-plain-text", "--allow-everybody", "--source-urls",
+                       "--source-directories", "--state-directory", "--max-streams", "--metrics"});
   command->callback([config, file] { Serve(*config, *file); });
 }
 

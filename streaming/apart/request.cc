@@ -40,6 +40,7 @@ std::string ToText(const Request& r) {
               {"end_ns", Nanoseconds(o.end)},
               {"max_frames", o.max_frames},
               {"stall_ms", o.stall_timeout.count()},
+              {"most_tries", o.reconnect.most_tries},
               {"max_side_pixels", o.max_side_pixels}}
       .dump(-1, ' ', true, json::error_handler_t::replace);
 }
@@ -67,7 +68,8 @@ Request RequestFrom(std::string_view text) {
     o.max_frames = j.at("max_frames");
     o.stall_timeout = std::chrono::milliseconds(j.at("stall_ms").get<int64_t>());
     o.max_side_pixels = j.at("max_side_pixels");
-    o.reconnect.most_tries = 0;  // whoever asked opens it again, in another process
+    // Whoever asked opens it again, in another process; here a hang-up then is no end.
+    o.reconnect.most_tries = j.at("most_tries");
     return r;
   } catch (const json::exception& error) {
     throw Error("[decode] the request cannot be read: " + std::string(error.what()));

@@ -75,6 +75,24 @@ TEST_F(ProgramTest, HelpNamesEverySubcommand) {
   }
 }
 
+TEST_F(ProgramTest, HelpShowsWhatEverybodyNeedsFirstAndAllOfItWhenAsked) {
+  for (const char* command : {"ask", "bench", "eval", "load", "serve"}) {
+    SCOPED_TRACE(command);
+    const Outcome first = Sluice(std::string(command) + " --help");
+    const Outcome all = Sluice(std::string(command) + " --help-all");
+    EXPECT_EQ(first.exit_code, 0);
+    EXPECT_EQ(all.exit_code, 0);
+    EXPECT_LE(std::count(first.out.begin(), first.out.end(), '\n'), 40) << first.out;
+    EXPECT_THAT(first.out,
+                HasSubstr("more options: sluice " + std::string(command) + " --help-all"));
+    EXPECT_GT(all.out.size(), 2 * first.out.size());
+  }
+  EXPECT_THAT(Sluice("ask --help").out, Not(HasSubstr("--pyramid-quota")));
+  EXPECT_THAT(Sluice("ask --help-all").out, HasSubstr("--pyramid-quota"));
+  EXPECT_THAT(Sluice("ask --help").out, HasSubstr("--question"));
+  EXPECT_THAT(Sluice("token --help").out, Not(HasSubstr("more options")));
+}
+
 TEST_F(ProgramTest, WrongUsageIsOneLineAndExitCodeTwo) {
   ExpectRefused("", "subcommand");
   ExpectRefused("frobnicate", "frobnicate");

@@ -1,4 +1,5 @@
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <optional>
@@ -34,8 +35,10 @@ ServiceOptions Options() {
   return options;
 }
 
-void Require(bool held) {
-  if (!held) std::abort();
+void Require(bool held, const char* what) {
+  if (held) return;
+  std::fprintf(stderr, "does not hold: %s\n", what);
+  std::abort();
 }
 
 // The client's side of the wire. What is asked of it is answered on the fuzzer's own thread.
@@ -43,25 +46,27 @@ class FakeWire final : public SessionWire {
  public:
   void Read(grpc::ByteBuffer* message) override {
     Set([&] {
-      Require(!ended_ && reading_ == nullptr);
+      Require(!ended_ && reading_ == nullptr, "one read at a time, none after the end");
       reading_ = message;
     });
   }
   void Write(const grpc::ByteBuffer* message) override {
     Set([&] {
-      Require(!ended_ && !writing_);
+      Require(!ended_ && !writing_, "one write at a time, none after the end");
       writing_ = true;
       grpc::ByteBuffer copy(*message);
       v1::SessionResponse response;
-      Require(grpc::SerializationTraits<v1::SessionResponse>::Deserialize(&copy, &response).ok());
-      Require(response.message_case() != v1::SessionResponse::MESSAGE_NOT_SET);
-      Require(response.has_opened() == (messages_ == 0));
+      Require(grpc::SerializationTraits<v1::SessionResponse>::Deserialize(&copy, &response).ok(),
+              "a response can be read");
+      Require(response.message_case() != v1::SessionResponse::MESSAGE_NOT_SET,
+              "a response says something");
+      Require(response.has_opened() == (messages_ == 0), "Opened comes first, and once");
       ++messages_;
     });
   }
   void EndWith(const grpc::Status&) override {
     Set([&] {
-      Require(!ended_);
+      Require(!ended_, "a call ends once");
       ended_ = true;
     });
   }
@@ -201,8 +206,8 @@ void FuzzCall(std::string_view bytes) {
       wire.WaitForEnd(*call);
     }
   }
-  Require(scheduler.streams().empty());
-  Require(metrics.gauge("sluice_calls_open", "").value() == 0);
+  Require(scheduler.streams().empty(), "no stream is left");
+  Require(metrics.gauge("sluice_calls_open", "").value() == 0, "no call is left");
   if (refused) throw Error(*refused);
 }
 

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <future>
@@ -169,11 +170,16 @@ TEST(ApartSourceTest, ADecoderEndsWithTheProcessThatStartedIt) {
   ASSERT_EQ(pipe(pipes), 0);
   const pid_t parent = fork();
   if (parent == 0) {
-    const auto source = OpenApart(TestInput("test"), Every(1000), {});
-    const pid_t decoder = *Decoders().begin();
-    if (write(pipes[1], &decoder, sizeof decoder) != sizeof decoder) _exit(1);
-    pause();
+    try {
+      const auto source = OpenApart(TestInput("test"), Every(1000), {});
+      const pid_t decoder = *Decoders().begin();
+      if (write(pipes[1], &decoder, sizeof decoder) == sizeof decoder) pause();
+    } catch (const Error& error) {
+      std::fprintf(stderr, "%s\n", error.what());
+    }
+    _exit(1);
   }
+  close(pipes[1]);
   pid_t decoder = 0;
   ASSERT_EQ(read(pipes[0], &decoder, sizeof decoder), static_cast<ssize_t>(sizeof decoder));
   const apart::UniqueFd handle(static_cast<int>(syscall(SYS_pidfd_open, decoder, 0)));
