@@ -58,14 +58,14 @@ TEST_P(CorpusTest, WhatWasFoundIsTakenOrRefused) {
 }
 
 TEST_P(CorpusTest, DamagedSeedsAreTakenOrRefused) {
-  constexpr int kEach = 8;
+  const int each = GetParam().damaged;
   std::mt19937 random(1);
   for (const Input& input : Corpus(GetParam().name)) {
     if (!input.seed()) continue;
-    for (int i = 0; i < 2 * kEach; ++i) {
+    for (int i = 0; i < 2 * each; ++i) {
       std::string bytes = input.bytes;
-      if (i < kEach) {
-        bytes.resize(bytes.size() * i / kEach);
+      if (i < each) {
+        bytes.resize(bytes.size() * i / each);
       } else if (!bytes.empty()) {
         bytes[random() % bytes.size()] ^= static_cast<char>(1 << random() % 8);
       }

@@ -179,6 +179,15 @@ class Seeds {
     Write("call", "message_before_open", Step(ask));
   }
 
+  void Playlists() const {
+    const std::string media =
+        "#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-TARGETDURATION:12\n#EXT-X-PLAYLIST-TYPE:VOD\n"
+        "#EXT-X-PROGRAM-DATE-TIME:2026-01-01T00:00:00Z\n#EXTINF:12,one\n{listed}/clip.mp4\n"
+        "#EXT-X-DISCONTINUITY\n#EXT-X-BYTERANGE:100@0\n#EXTINF:12,\nclip.mp4\n#EXT-X-ENDLIST\n";
+    Write("playlist", "media", media);
+    Write("playlist", "media_elsewhere", media + "#EXTINF:12,\n{unlisted}/clip.mp4\n");
+  }
+
  private:
   static std::string Step(const v1::SessionRequest& request) {
     const std::string bytes = request.SerializeAsString();
@@ -222,4 +231,5 @@ int main(int argc, char** argv) {
   seeds.Requests();
   seeds.SourceUrls();
   seeds.Calls();
+  seeds.Playlists();
 }

@@ -24,6 +24,8 @@ void FuzzWebp(std::string_view bytes);
 void FuzzRequest(std::string_view bytes);
 // The URL of a source: what we accept GLib and GStreamer read the same way.
 void FuzzSourceUrl(std::string_view bytes);
+// A playlist that a source plays.
+void FuzzPlaylist(std::string_view bytes);
 
 // A client's whole call of Session: steps of one byte that tells the kind, by its remainder of 8
 // (one of those below, else a message: its size in 16 bits, little-endian, and its bytes).
@@ -33,6 +35,7 @@ enum CallStep { kCallHalfClose = 4, kCallCancel = 5, kCallBreakWrite = 6, kCallL
 struct FuzzTarget {
   const char* name;  // of its corpus and its program
   void (*run)(std::string_view bytes);
+  int damaged = 8;  // how often corpus_test cuts and changes each seed
 };
 
 inline constexpr FuzzTarget kFuzzTargets[] = {
@@ -45,6 +48,7 @@ inline constexpr FuzzTarget kFuzzTargets[] = {
     {"webp", FuzzWebp},
     {"request", FuzzRequest},
     {"source_url", FuzzSourceUrl},
+    {"playlist", FuzzPlaylist, 1},
     {"call", FuzzCall},
 };
 
