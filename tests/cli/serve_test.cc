@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "demos/clients/cpp/client.h"
+#include "proto/access.h"
 
 namespace sluice {
 namespace {
@@ -56,15 +57,7 @@ class Server {
       execv(argv[0], argv.data());
       _exit(127);
     }
-    for (int i = 0; i < 3000 && port_ == 0; ++i) {
-      std::this_thread::sleep_for(10ms);
-      std::ifstream in(log_);
-      for (std::string line; std::getline(in, line);) {
-        const json event = json::parse(line, nullptr, false);
-        if (event.is_object() && event.value("event", "") == "listening") port_ = event["port"];
-      }
-    }
-    if (port_ == 0) throw std::runtime_error("the server does not listen: " + ReadFile(log_));
+    port_ = WaitForEvent("listening")["port"];
   }
   ~Server() {
     if (pid_ <= 0) return;
@@ -72,6 +65,18 @@ class Server {
     Wait();
   }
   std::string address() const { return "127.0.0.1:" + std::to_string(port_); }
+  // The first of this name in its log, once it is there.
+  json WaitForEvent(const std::string& name) const {
+    for (int i = 0; i < 3000; ++i) {
+      std::this_thread::sleep_for(10ms);
+      std::ifstream in(log_);
+      for (std::string line; std::getline(in, line);) {
+        json event = json::parse(line, nullptr, false);
+        if (event.is_object() && event.value("event", "") == name) return event;
+      }
+    }
+    throw std::runtime_error("the server does not tell " + name + ": " + ReadFile(log_));
+  }
   void Signal(int number) const { kill(pid_, number); }
   int Wait() {  // for its end
     int status = 0;
@@ -186,6 +191,34 @@ TEST_F(ServeTest, ASecondSignalEndsItAtOnce) {
   const int status = server.Wait();
   EXPECT_TRUE(WIFEXITED(status));
   EXPECT_EQ(WEXITSTATUS(status), 128 + SIGTERM);
+}
+
+TEST_F(ServeTest, ASignalReadsTokensAgainAndAFileThatMakesNoSenseChangesNothing) {
+  const auto config = directory_ / "serve.json";
+  const auto write = [&config](const std::string& token) {
+    const json file = {{"tokens", {{{"name", "client"}, {"sha256", Sha256Hex(token)}}}}};
+    std::ofstream(config) << file.dump();
+  };
+  write("old");
+  Server server(directory_, {"--config", config.string()});
+  const auto target = [&server](const char* token) {
+    return client::Target{.server = server.address(), .token = token, .ca = ""};
+  };
+  client::Session session(target("old"), WithMemory());
+  EXPECT_THROW(client::Session(target("new"), WithMemory()), client::Refused);
+
+  write("new");
+  server.Signal(SIGHUP);
+  server.WaitForEvent("reloaded");
+  while (session.Read()) continue;  // what runs with a token that is gone ends
+  EXPECT_THROW(session.Finish(), client::Refused);
+  EXPECT_THROW(client::Session(target("old"), WithMemory()), client::Refused);
+  const client::Session after(target("new"), WithMemory());
+
+  std::ofstream(config) << "{";
+  server.Signal(SIGHUP);
+  EXPECT_THAT(server.WaitForEvent("not_reloaded")["error"], HasSubstr("serve.json"));
+  const client::Session still(target("new"), WithMemory());
 }
 
 TEST_F(ServeTest, TheClientOfOnePageGetsItsAnswer) {
