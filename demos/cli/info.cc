@@ -116,10 +116,9 @@ Json FastPaths(const Vlm& vlm, const CpuInfo& cpu) {
   const int64_t tokens = vlm.encoder().tokens_per_frame();
   const int head_dim = vlm.decoder().kv_geometry().head_dim;
   const int64_t seen = 16 * tokens;
-  const bool native_bf16 = cpu.avx512_bf16 || cpu.amx_bf16;
+  const Bf16Rows bf16_rows = FastestBf16Rows();
   const auto linear = [&](int64_t rows) {
-    return Name(ChooseLinear(rows, width, width, dtype, native_bf16, cpu.amx_bf16,
-                             /*reference=*/false));
+    return Name(ChooseLinear(rows, width, width, dtype, bf16_rows, /*reference=*/false));
   };
   const int group = vlm.decoder().num_heads() / vlm.decoder().kv_geometry().kv_heads;
   const auto attention = [&](int64_t queries, int64_t keys, AttentionPrecision precision) {
@@ -127,7 +126,8 @@ Json FastPaths(const Vlm& vlm, const CpuInfo& cpu) {
                                          /*reference=*/false, precision, cpu.Int8Dot()),
                          precision);
   };
-  return {{"encode_linear", linear(patches)},
+  return {{"many_bf16_rows", Name(bf16_rows)},
+          {"encode_linear", linear(patches)},
           {"encode_attention", attention(patches, patches, tower)},
           {"prefill_linear", linear(tokens)},
           {"prefill_attention", attention(tokens * group, seen, decoder)},

@@ -5,7 +5,6 @@
 
 #include "runtime/error.h"
 #include "runtime/ops/activation.h"
-#include "runtime/ops/cpu/amx.h"
 #include "runtime/ops/cpu/linear.h"
 #include "runtime/ops/cpu/weight_memory.h"
 #include "runtime/ops/cuda/activation.h"
@@ -437,10 +436,16 @@ const char* Name(LinearKernel kernel) {
   return "?";
 }
 
-LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, bool native_bf16, bool amx,
+LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, Bf16Rows bf16_rows,
                           bool reference) {
   if (reference) return LinearKernel::kReference;
-  if (dtype == DType::kBF16 && !native_bf16) return LinearKernel::kVector;
+  // However many rows, the vectors' product of bf16 is not behind that of f32. Measured on one core
+  // of an EPYC (Zen 3, AVX2), microseconds bf16 / f32 (M x N x K):
+  //   8 x 896 x 896: 146 / 193      64 x 896 x 896: 1082 / 1138   256 x 896 x 896: 4694 / 4677
+  //   8 x 896 x 4864: 813 / 1462    64 x 896 x 4864: 6386 / 6745  256 x 896 x 4864: 25725 / 25412
+  // The limit, 103 GFLOP/s of multiply-adds, allows 997 for 64 x 896 x 896.
+  const bool widens = bf16_rows == Bf16Rows::kWidened || bf16_rows == Bf16Rows::kPlain;
+  if (dtype == DType::kBF16 && widens) return LinearKernel::kVector;
   // Measured on two cores with AMX, microseconds vector / oneDNN (m rows, N x K):
   //   weights in memory: bf16 9728 x 896    1: 539 / 715   4: 604 / 715    8: 1046 / 741
   //                      bf16 896 x 4864    1: 264 / 350   4: 289 / 350    8: 852 / 358
@@ -454,7 +459,7 @@ LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, bool nat
   constexpr int64_t kInMemory = int64_t{4} << 20;  // bytes of one weight
   const bool in_memory = n * k * static_cast<int64_t>(SizeOf(dtype)) >= kInMemory;
   if (m <= 4 && in_memory) return LinearKernel::kVector;
-  return amx ? LinearKernel::kAmx : LinearKernel::kOneDnn;
+  return bf16_rows == Bf16Rows::kAmx ? LinearKernel::kAmx : LinearKernel::kOneDnn;
 }
 
 const char* Name(GpuLinearKernel kernel) {
@@ -541,9 +546,11 @@ void Linear(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight, Ten
     x = rows;
   }
   const LinearArgs args = LinearImpl::Args(x, weight, y, options);
-  static const bool native_bf16 = OneDnnHasBf16();
-  const LinearKernel kernel = ChooseLinear(args.m, args.n, args.k, args.dtype, native_bf16,
-                                           cpu::AmxAllowed(), ctx.reference_kernels());
+  // f32 does not wait for the measurement.
+  const bool asks = args.dtype == DType::kBF16 && !ctx.reference_kernels();
+  const LinearKernel kernel =
+      ChooseLinear(args.m, args.n, args.k, args.dtype, asks ? FastestBf16Rows() : Bf16Rows::kPlain,
+                   ctx.reference_kernels());
   if (paired && (kernel != LinearKernel::kAmx || args.n % 32 != 0)) {
     const TensorView gate_up = ctx.workspace().Allocate(x.dtype(), {args.m, args.n});
     Linear(ctx, x, weight, gate_up);

@@ -1,9 +1,9 @@
 // y = act(x W^T + b), optionally added to what y holds: every projection of every model.
-// Products of several rows go through AMX tiles (bf16 where the machine has them) or oneDNN, in the
-// weight's dtype with f32 accumulation; one to few rows (decoding) through our own bandwidth-bound
-// matrix-vector product. On a GPU few rows go through a kernel of ours that reads the weight once,
-// more of them through cuBLASLt. There a weight may be kept in 8 bits: few rows are multiplied with
-// it in bf16, more of them are quantised as well, row by row.
+// Products of several rows go through AMX tiles (bf16 where the machine has them), oneDNN, or,
+// where bf16 is not the faster type (runtime/ops/bf16_rows.h), our own product on vectors, which
+// one to few rows (decoding) take everywhere; sums are f32. On a GPU few rows go through a kernel
+// of ours that reads the weight once, more of them through cuBLASLt. There a weight may be kept in
+// 8 bits: few rows are multiplied with it in bf16, more of them are quantised as well, row by row.
 #ifndef SLUICE_RUNTIME_OPS_LINEAR_H_
 #define SLUICE_RUNTIME_OPS_LINEAR_H_
 
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "runtime/exec_context.h"
+#include "runtime/ops/bf16_rows.h"
 #include "runtime/ops/linear_options.h"
 #include "runtime/tensor.h"
 #include "runtime/weight_format.h"
@@ -93,11 +94,10 @@ void Linear(ExecContext& ctx, ConstTensorView x, const LinearWeight& weight, Ten
             const LinearOptions& options = {});
 
 // Which implementation Linear takes, as a pure function that can be printed and tested.
-// `native_bf16`: this machine multiplies bf16 (AVX512-BF16 or AMX); without it oneDNN has no usable
-// bf16 product and ours takes any number of rows. `amx`: this process may use AMX-BF16 tiles.
+// bf16_rows: of no consequence to f32.
 enum class LinearKernel { kReference, kVector, kOneDnn, kAmx };
 const char* Name(LinearKernel kernel);
-LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, bool native_bf16, bool amx,
+LinearKernel ChooseLinear(int64_t m, int64_t n, int64_t k, DType dtype, Bf16Rows bf16_rows,
                           bool reference);
 
 // Likewise on a GPU. aligned: the rows of x begin at multiples of 16 bytes, before a norm as well.

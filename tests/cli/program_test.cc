@@ -133,6 +133,8 @@ TEST_F(ProgramTest, InfoDescribesCheckpointAndMachine) {
   EXPECT_GT(info["checkpoint"]["parameters"], 0);
   EXPECT_GE(info["machine"]["physical_cores"], 1);
   EXPECT_TRUE(info["fast_paths"].contains("decode_linear"));
+  EXPECT_THAT(info["fast_paths"]["many_bf16_rows"].get<std::string>(),
+              ::testing::AnyOf("amx", "avx512_bf16", HasSubstr("f32")));
   EXPECT_EQ(info["families"]["llava_onevision"], "LlavaOnevisionForConditionalGeneration");
   EXPECT_EQ(info["families"]["llava_next_video"], "LlavaNextVideoForConditionalGeneration");
   const Outcome text = Sluice("info" + model_);

@@ -237,26 +237,6 @@ INSTANTIATE_TEST_SUITE_P(AllKernels, LinearTest,
                                   (fast ? "_fast" : "_reference");
                          });
 
-TEST(LinearVectorTest, TakesManyRowsWhereOneDnnCannotMultiplyBf16) {
-  ExecContext context({.num_threads = 2});
-  const int64_t m = 37, n = 75, k = 4865;
-  const Tensor w = RandomTensor(DType::kBF16, {n, k}, 1), x = RandomTensor(DType::kBF16, {m, k}, 2);
-  std::vector<BFloat16> packed((n + 63) / 64 * 64 * ((k + 31) / 32 * 32));
-  PackRows(w.view().raw(), 0, n, k, packed.data());
-  const Tensor y(DType::kF32, {m, n});
-  LinearVector(context, {.m = m,
-                         .n = n,
-                         .k = k,
-                         .x = x,
-                         .weight = packed.data(),
-                         .dtype = DType::kBF16,
-                         .bias = nullptr,
-                         .y = y,
-                         .options = {}});
-  ExpectClose(y, Expected(x, w, Tensor(), Activation::kNone), Relative(DType::kF32),
-              PerElement(DType::kF32), "37 x 75 x 4865");
-}
-
 TEST(LinearWeightTest, PacksUnalignedRowsAnywhereInAMatrix) {
   // Rows 5 to 88 of 90, from an odd address, K on no boundary.
   const int64_t n = 90, k = 45, padded_k = 64;
@@ -414,31 +394,36 @@ TEST(ProductCacheTest, IsBoundedAndDropsWhatWasUsedLongestAgo) {
 }
 
 TEST(ChooseLinearTest, FollowsItsTable) {
+  constexpr auto kAmx = Bf16Rows::kAmx, kNative = Bf16Rows::kNative;
+  constexpr auto kWidened = Bf16Rows::kWidened, kPlain = Bf16Rows::kPlain;
   struct Row {
     int64_t m, n, k;
     DType dtype;
-    bool native_bf16, amx, reference;
+    Bf16Rows bf16_rows;
+    bool reference;
     LinearKernel want;
   };
   const Row rows[] = {
-      {1, 320, 320, DType::kBF16, true, false, false, LinearKernel::kVector},
-      {2, 320, 320, DType::kBF16, true, false, false, LinearKernel::kOneDnn},
-      {4, 9728, 896, DType::kBF16, true, false, false, LinearKernel::kVector},
-      {5, 9728, 896, DType::kBF16, true, false, false, LinearKernel::kOneDnn},
-      {8, 320, 320, DType::kF32, true, false, false, LinearKernel::kVector},
-      {9, 320, 320, DType::kF32, false, false, false, LinearKernel::kOneDnn},
-      {64, 896, 896, DType::kBF16, false, false, false, LinearKernel::kVector},
-      {64, 896, 896, DType::kBF16, true, true, true, LinearKernel::kReference},
-      {1, 320, 320, DType::kBF16, true, true, false, LinearKernel::kVector},
-      {4, 9728, 896, DType::kBF16, true, true, false, LinearKernel::kVector},
-      {2, 320, 320, DType::kBF16, true, true, false, LinearKernel::kAmx},
-      {729, 1152, 4304, DType::kBF16, true, true, false, LinearKernel::kAmx},
-      {729, 1152, 4304, DType::kF32, true, true, false, LinearKernel::kOneDnn},
+      {1, 320, 320, DType::kBF16, kNative, false, LinearKernel::kVector},
+      {2, 320, 320, DType::kBF16, kNative, false, LinearKernel::kOneDnn},
+      {4, 9728, 896, DType::kBF16, kNative, false, LinearKernel::kVector},
+      {5, 9728, 896, DType::kBF16, kNative, false, LinearKernel::kOneDnn},
+      {8, 320, 320, DType::kF32, kNative, false, LinearKernel::kVector},
+      {9, 320, 320, DType::kF32, kPlain, false, LinearKernel::kOneDnn},
+      {64, 896, 896, DType::kBF16, kPlain, false, LinearKernel::kVector},
+      {1, 896, 896, DType::kBF16, kWidened, false, LinearKernel::kVector},
+      {729, 1152, 4304, DType::kBF16, kWidened, false, LinearKernel::kVector},
+      {729, 1152, 4304, DType::kF32, kWidened, false, LinearKernel::kOneDnn},
+      {64, 896, 896, DType::kBF16, kAmx, true, LinearKernel::kReference},
+      {1, 320, 320, DType::kBF16, kAmx, false, LinearKernel::kVector},
+      {4, 9728, 896, DType::kBF16, kAmx, false, LinearKernel::kVector},
+      {2, 320, 320, DType::kBF16, kAmx, false, LinearKernel::kAmx},
+      {729, 1152, 4304, DType::kBF16, kAmx, false, LinearKernel::kAmx},
+      {729, 1152, 4304, DType::kF32, kAmx, false, LinearKernel::kOneDnn},
   };
   for (const Row& row : rows) {
-    EXPECT_EQ(ChooseLinear(row.m, row.n, row.k, row.dtype, row.native_bf16, row.amx, row.reference),
-              row.want)
-        << row.m << " rows of " << Name(row.dtype);
+    EXPECT_EQ(ChooseLinear(row.m, row.n, row.k, row.dtype, row.bf16_rows, row.reference), row.want)
+        << row.m << " rows of " << Name(row.dtype) << ", " << Name(row.bf16_rows);
   }
   EXPECT_STREQ(Name(LinearKernel::kVector), "vector");
 }

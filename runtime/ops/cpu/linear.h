@@ -49,7 +49,8 @@ inline int64_t PackedIndex(int64_t n, int64_t k, int64_t k_size) {
 }
 
 void LinearReference(const LinearArgs& args);
-// Reads the weight once for up to four rows.
+// Reads a weight from memory once: bf16 for any number of rows, f32 for up to four. Every output of
+// bf16 weights is the same bits with any number of threads and whichever rows are beside it.
 void LinearVector(ExecContext& ctx, const LinearArgs& args);
 void LinearOneDnn(ExecContext& ctx, const LinearArgs& args);
 // bf16 on AMX tiles; the only one that takes kSiluMul, for N / 2 a multiple of 16. REQUIRES:

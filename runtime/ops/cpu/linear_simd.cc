@@ -1,6 +1,17 @@
-// Matrix-vector products: y[m] = act(W x[m] + b) for few rows m, limited by reading W once.
-// A row of x is broadcast (packed bf16: a vector holds 16 outputs) or read along with the weight's
-// row (f32: a vector holds 16 inputs). Bytes moved: N * K * SizeOf(weight), plus x and y.
+// Products on vectors: y[m] = act(W x[m] + b). Few rows are limited by reading W once, many rows of
+// bf16 by the arithmetic, which is f32 here: nothing but AMX and AVX512-BF16 multiplies bf16.
+//
+//   bf16: W is packed, a vector holds kLanes outputs of one input, and an input of x is broadcast.
+//   A tile of up to 6 rows of x and 16 to 64 outputs keeps its sums in registers; weights are
+//   widened there (a shift, a mask) as often as a tile is begun, which is hidden under the
+//   multiply-adds. A group of rows goes over a block of 64 outputs, so that it is read from memory
+//   once and stays in the second-level cache.
+//   f32: W is plain, a vector holds kLanes inputs, read along with as many of a row of x.
+//
+// The sum of an output in bf16 is sum + w[k] x[k] for k = 0, 1, .. from 0, whatever the tile, its
+// place, the rows beside it, the number of threads and the width of vectors are: the same bits
+// alone and in every batch. Products of bf16 numbers are exact in f32 (but beyond its range), so
+// fma changes nothing. Bytes moved: N * K * SizeOf(weight), plus x and y.
 #include <cmath>
 #include <cstring>
 
@@ -11,15 +22,22 @@
 #define SLUICE_RUNTIME_OPS_CPU_LINEAR_SIMD_CC_ONCE_
 namespace sluice {
 
-inline constexpr int64_t kRowsAtOnce = 4;
-inline constexpr int64_t kStrip = 32;  // outputs that stay on one thread
+inline constexpr int64_t kPlainRows = 4;   // f32: rows in one pass over the weight
+inline constexpr int64_t kStrip = 32;      // outputs that stay on one thread
+inline constexpr int64_t kTileRows = 6;    // bf16: rows whose sums fit into 16 registers
+inline constexpr int64_t kGroupTiles = 8;  // bf16: tiles whose sums of a block stay near: 12 KB
+// bf16: pairs of inputs in one pass over a block, 16 KB of weights. Tiles of a few outputs go over
+// it several times and read memory page by page. Longer passes (512) save a twentieth of 64 x 896 x
+// 896 from the caches, and take half as long again for 8 x 9728 x 896 from memory.
+inline constexpr int64_t kPassPairs = 64;
 
 // A product with its inputs as the kernels want them.
 struct VectorJob {
   const LinearArgs* args = nullptr;
-  const float* x = nullptr;  // rows of f32, `x_stride` apart; packed: an even number, zero padded
+  const float* x = nullptr;  // rows of f32, `x_stride` apart; bf16: an even number, zero padded
   int64_t x_stride = 0;
-  float* sums = nullptr;  // [M, sums_stride] scratch
+  int64_t tiles = 0;      // bf16 only: of rows, [M t / tiles, M (t + 1) / tiles)
+  float* sums = nullptr;  // f32 only: [M, sums_stride] scratch
   int64_t sums_stride = 0;
 };
 
@@ -44,80 +62,87 @@ namespace HWY_NAMESPACE {
 
 constexpr int64_t kLanes = hn::MaxLanes(DF());
 
-// sums[m][0, 16 * Vectors) = sum over k of W[n, k] x[m][k], for the outputs of one packed block
-// that begin at `block`. x: rows of 2 * pairs f32, `x_stride` apart.
+// Adds pairs of inputs [0, pairs) to sums[m][0, kLanes * Vectors), or begins them. `lines`: a part
+// of a packed block, prefetched `ahead` pairs ahead. x: rows of 2 * pairs f32, `x_stride` apart.
+// sums: rows of kPackedOutputs.
 template <int Rows, int Vectors>
-HWY_INLINE void PackedStrip(const BFloat16* HWY_RESTRICT block, int64_t pairs,
-                            const float* HWY_RESTRICT x, int64_t x_stride, float* HWY_RESTRICT sums,
-                            int64_t sums_stride) {
+HWY_INLINE void PackedTile(const BFloat16* HWY_RESTRICT lines, int64_t pairs, int64_t ahead,
+                           const float* HWY_RESTRICT x, int64_t x_stride, bool begins,
+                           float* HWY_RESTRICT sums) {
   const DF d;
   const DU32 du;
-  // Two chains of additions for each sum where registers allow, to cover the latency of one.
-  constexpr int kChains = Rows * Vectors * 2 <= 16 && kLanes >= 16 ? 2 : 1;
-  VF acc[Rows][Vectors][kChains];
+  VF acc[Rows][Vectors];
   for (int m = 0; m < Rows; ++m) {
     for (int v = 0; v < Vectors; ++v) {
-      for (int c = 0; c < kChains; ++c) acc[m][v][c] = hn::Zero(d);
+      acc[m][v] = begins ? hn::Zero(d) : hn::LoadU(d, sums + m * kPackedOutputs + v * kLanes);
     }
   }
   const auto upper_half = hn::Set(du, 0xffff0000u);
-  for (int64_t p = 0; p < pairs; ++p) {
-    const uint32_t* line = reinterpret_cast<const uint32_t*>(block + p * 2 * kPackedOutputs);
-    // Hardware prefetch stops at every 4 KB; this runs 1.5 KB ahead (from 1 to 2 KB is alike).
-    for (int v = 0; v < Vectors; v += 16 / kLanes) hwy::Prefetch(line + v * kLanes + 384);
+  const uint32_t* HWY_RESTRICT line = reinterpret_cast<const uint32_t*>(lines);
+  for (int64_t p = 0; p < pairs; ++p, line += kPackedOutputs, x += 2) {
+    for (int v = 0; v < Vectors * kLanes; v += 16) {
+      hwy::Prefetch(line + ahead * kPackedOutputs + v);
+    }
+    // The even inputs, then the odd ones: the weights of both would not fit beside the sums.
+    VF w[Vectors];
     for (int v = 0; v < Vectors; ++v) {
-      const auto both = hn::LoadU(du, line + v * kLanes);
-      const VF even = hn::BitCast(d, hn::ShiftLeft<16>(both));
-      const VF odd = hn::BitCast(d, hn::And(both, upper_half));
-      for (int m = 0; m < Rows; ++m) {
-        const float* xm = x + m * x_stride + 2 * p;
-        acc[m][v][0] = hn::MulAdd(even, hn::Set(d, xm[0]), acc[m][v][0]);
-        acc[m][v][kChains - 1] = hn::MulAdd(odd, hn::Set(d, xm[1]), acc[m][v][kChains - 1]);
-      }
+      w[v] = hn::BitCast(d, hn::ShiftLeft<16>(hn::LoadU(du, line + v * kLanes)));
+    }
+    for (int m = 0; m < Rows; ++m) {
+      const VF xm = hn::Set(d, x[m * x_stride]);
+      for (int v = 0; v < Vectors; ++v) acc[m][v] = hn::MulAdd(w[v], xm, acc[m][v]);
+    }
+    for (int v = 0; v < Vectors; ++v) {
+      w[v] = hn::BitCast(d, hn::And(hn::LoadU(du, line + v * kLanes), upper_half));
+    }
+    for (int m = 0; m < Rows; ++m) {
+      const VF xm = hn::Set(d, x[m * x_stride + 1]);
+      for (int v = 0; v < Vectors; ++v) acc[m][v] = hn::MulAdd(w[v], xm, acc[m][v]);
     }
   }
   for (int m = 0; m < Rows; ++m) {
     for (int v = 0; v < Vectors; ++v) {
-      VF sum = acc[m][v][0];
-      if (kChains == 2) sum = hn::Add(sum, acc[m][v][kChains - 1]);
-      hn::StoreU(sum, d, sums + m * sums_stride + v * kLanes);
+      hn::StoreU(acc[m][v], d, sums + m * kPackedOutputs + v * kLanes);
     }
   }
 }
 
-// Outputs [begin, end) of a packed weight for `Rows` rows; begin and end lie on multiples of the
-// strip (32 outputs) or at the end of the matrix. sums: rows of `sums_stride` f32, from output 0.
+// The same for all `outputs` (32 or 64) from `lines` on, in tiles as wide as registers allow.
 template <int Rows>
-void PackedOutputs(const BFloat16* weight, int64_t k, int64_t begin, int64_t end, const float* x,
-                   int64_t x_stride, float* sums, int64_t sums_stride) {
-  constexpr int kWide = kPackedOutputs / kLanes;
-  // Vectors at once: as many as the registers of the instruction set hold sums for.
-  constexpr int kVectors = kLanes >= 16 ? kWide : (Rows <= 2 ? 4 : 2);
-  const int64_t pairs = (k + 1) / 2;
-  for (int64_t n = begin; n < end;) {
-    const BFloat16* block = weight + PackedIndex(n, 0, k);
-    const int64_t left = kPackedOutputs - n % kPackedOutputs;
-    if (kVectors * kLanes <= std::min(left, end - n + kLanes - 1)) {
-      PackedStrip<Rows, kVectors>(block, pairs, x, x_stride, sums + n, sums_stride);
-      n += kVectors * kLanes;
-    } else {
-      PackedStrip<Rows, 1>(block, pairs, x, x_stride, sums + n, sums_stride);
-      n += kLanes;
-    }
+void PackedTiles(const BFloat16* lines, int64_t pairs, int64_t outputs, const float* x,
+                 int64_t x_stride, bool begins, float* sums) {
+  // Eight and more sums cover the latency of one; with 16 registers more than twelve do not fit.
+  constexpr int kMost = kLanes >= 16 ? 4 : Rows == 1 ? 8 : Rows <= 3 ? 4 : 2;
+  constexpr int kHalf = static_cast<int>(kStrip / kLanes);
+  constexpr int kVectors = std::min(kMost, static_cast<int>(kPackedOutputs / kLanes));
+  constexpr int kNarrow = std::min(kVectors, kHalf);
+  // Hardware prefetch stops at every 4 KB; this runs 1.5 KB ahead (from 1 to 2 KB is alike). Where
+  // several tiles make up a block, each fetches its part of the next pass.
+  const int64_t ahead = kVectors * kLanes == outputs ? 6 : kPassPairs;
+  int64_t n = 0;
+  for (; n + kVectors * kLanes <= outputs; n += kVectors * kLanes) {
+    PackedTile<Rows, kVectors>(lines + n * 2, pairs, ahead, x, x_stride, begins, sums + n);
+  }
+  for (; n < outputs; n += kNarrow * kLanes) {
+    PackedTile<Rows, kNarrow>(lines + n * 2, pairs, ahead, x, x_stride, begins, sums + n);
   }
 }
 
-void PackedRows(const BFloat16* weight, int64_t k, int64_t begin, int64_t end, const float* x,
-                int64_t x_stride, int64_t rows, float* sums, int64_t sums_stride) {
+void PackedTilesOf(int64_t rows, const BFloat16* lines, int64_t pairs, int64_t outputs,
+                   const float* x, int64_t x_stride, bool begins, float* sums) {
   switch (rows) {
     case 1:
-      return PackedOutputs<1>(weight, k, begin, end, x, x_stride, sums, sums_stride);
+      return PackedTiles<1>(lines, pairs, outputs, x, x_stride, begins, sums);
     case 2:
-      return PackedOutputs<2>(weight, k, begin, end, x, x_stride, sums, sums_stride);
+      return PackedTiles<2>(lines, pairs, outputs, x, x_stride, begins, sums);
     case 3:
-      return PackedOutputs<3>(weight, k, begin, end, x, x_stride, sums, sums_stride);
+      return PackedTiles<3>(lines, pairs, outputs, x, x_stride, begins, sums);
+    case 4:
+      return PackedTiles<4>(lines, pairs, outputs, x, x_stride, begins, sums);
+    case 5:
+      return PackedTiles<5>(lines, pairs, outputs, x, x_stride, begins, sums);
     default:
-      return PackedOutputs<4>(weight, k, begin, end, x, x_stride, sums, sums_stride);
+      return PackedTiles<6>(lines, pairs, outputs, x, x_stride, begins, sums);
   }
 }
 
@@ -218,39 +243,67 @@ HWY_INLINE void FinishRun(const float* sums, const float* bias, const LinearOpti
   }
 }
 
-void Outputs(const VectorJob& job, int64_t begin, int64_t end) {
+// Puts `sums` of row m and outputs [begin, begin + count) where they belong.
+HWY_INLINE void Finish(const LinearArgs& args, const float* sums, int64_t m, int64_t begin,
+                       int64_t count) {
+  const float* bias = args.bias ? args.bias + begin : nullptr;
+  const int64_t at = m * args.n + begin;
+  if (args.y.dtype() == DType::kBF16) {
+    FinishRun(sums, bias, args.options, count, args.y.data<BFloat16>() + at);
+  } else {
+    FinishRun(sums, bias, args.options, count, args.y.data<float>() + at);
+  }
+}
+
+// Tiles of rows [begin, end), at most kGroupTiles, and outputs [first, last) with bf16 weights.
+// `first` is a multiple of kStrip, and so is `last`, but at the end of the matrix.
+void PackedOutputs(const VectorJob& job, int64_t begin, int64_t end, int64_t first, int64_t last) {
   const LinearArgs& args = *job.args;
-  const bool packed = args.dtype == DType::kBF16;
+  const int64_t pairs = (args.k + 1) / 2;
+  const auto row = [&](int64_t tile) { return args.m * tile / job.tiles; };
+  const int64_t first_row = row(begin), last_row = row(end);
+  alignas(64) float sums[kGroupTiles * kTileRows * kPackedOutputs];
+  while (first < last) {
+    const int64_t block_end = std::min(last, (first / kPackedOutputs + 1) * kPackedOutputs);
+    // The padding of a block is multiplied as well; it is zero.
+    const int64_t outputs = (block_end - first + kStrip - 1) / kStrip * kStrip;
+    const BFloat16* block =
+        static_cast<const BFloat16*>(args.weight) + PackedIndex(first, 0, args.k);
+    for (int64_t p = 0; p < pairs; p += kPassPairs) {
+      const int64_t count = std::min(kPassPairs, pairs - p);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t m = row(tile);
+        PackedTilesOf(row(tile + 1) - m, block + p * 2 * kPackedOutputs, count, outputs,
+                      job.x + m * job.x_stride + 2 * p, job.x_stride, p == 0,
+                      sums + (m - first_row) * kPackedOutputs);
+      }
+    }
+    for (int64_t m = first_row; m < last_row; ++m) {
+      Finish(args, sums + (m - first_row) * kPackedOutputs, m, first, block_end - first);
+    }
+    first = block_end;
+  }
+}
+
+// Outputs [begin, end) of all rows with f32 weights.
+void PlainOutputsOf(const VectorJob& job, int64_t begin, int64_t end) {
+  const LinearArgs& args = *job.args;
   // With more rows than one pass takes, passes go over a part of the weight that stays in the
   // second-level cache.
-  const int64_t output_bytes = args.k * static_cast<int64_t>(SizeOf(args.dtype));
-  const int64_t part = args.m <= kRowsAtOnce
+  const int64_t output_bytes = args.k * static_cast<int64_t>(sizeof(float));
+  const int64_t part = args.m <= kPlainRows
                            ? end - begin
                            : std::max<int64_t>(1, (512 << 10) / (output_bytes * kStrip)) * kStrip;
   for (int64_t n = begin; n < end; n += part) {
     const int64_t n_end = std::min(n + part, end);
-    for (int64_t m = 0; m < args.m; m += kRowsAtOnce) {
-      const int64_t rows = std::min<int64_t>(kRowsAtOnce, args.m - m);
-      const float* x = job.x + m * job.x_stride;
-      float* sums = job.sums + m * job.sums_stride;
-      if (packed) {
-        PackedRows(static_cast<const BFloat16*>(args.weight), args.k, n, n_end, x, job.x_stride,
-                   rows, sums, job.sums_stride);
-      } else {
-        PlainRows(static_cast<const float*>(args.weight), args.k, n, n_end, x, rows, sums,
-                  job.sums_stride);
-      }
+    for (int64_t m = 0; m < args.m; m += kPlainRows) {
+      PlainRows(static_cast<const float*>(args.weight), args.k, n, n_end, job.x + m * job.x_stride,
+                std::min<int64_t>(kPlainRows, args.m - m), job.sums + m * job.sums_stride,
+                job.sums_stride);
     }
   }
   for (int64_t m = 0; m < args.m; ++m) {
-    const float* sums = job.sums + m * job.sums_stride + begin;
-    const float* bias = args.bias ? args.bias + begin : nullptr;
-    const int64_t at = m * args.n + begin;
-    if (args.y.dtype() == DType::kBF16) {
-      FinishRun(sums, bias, args.options, end - begin, args.y.data<BFloat16>() + at);
-    } else {
-      FinishRun(sums, bias, args.options, end - begin, args.y.data<float>() + at);
-    }
+    Finish(args, job.sums + m * job.sums_stride + begin, m, begin, end - begin);
   }
 }
 
@@ -325,39 +378,77 @@ HWY_AFTER_NAMESPACE();
 #include "runtime/load_threads.h"
 
 namespace sluice {
-HWY_EXPORT(Outputs);
+HWY_EXPORT(PackedOutputs);
+HWY_EXPORT(PlainOutputsOf);
 HWY_EXPORT(PackRange);
 
-void LinearVector(ExecContext& ctx, const LinearArgs& args) {
-  const bool packed = args.dtype == DType::kBF16;
-  Workspace::Scope scope(ctx.workspace());
-  const int64_t padded_n = (args.n + kPackedOutputs - 1) / kPackedOutputs * kPackedOutputs;
+namespace {
+
+// Threads take whole strips; one needs some 64 KB of weight, each of them read for `rows`, to be
+// worth waking.
+int64_t StripGrain(const LinearArgs& args, int64_t rows) {
+  const int64_t strip_bytes = kStrip * args.k * static_cast<int64_t>(SizeOf(args.dtype));
+  return std::max<int64_t>(1, 65536 / (strip_bytes * rows));
+}
+
+void PackedProduct(ExecContext& ctx, const LinearArgs& args) {
   VectorJob job;
   job.args = &args;
-  job.sums_stride = padded_n;
-  job.sums = ctx.workspace().Allocate(DType::kF32, {args.m, padded_n}).data<float>();
-  job.x_stride = args.k;
-  if (packed) {
-    job.x_stride = (args.k + 1) / 2 * 2;
-    float* wide = ctx.workspace().Allocate(DType::kF32, {args.m, job.x_stride}).data<float>();
-    for (int64_t m = 0; m < args.m; ++m) {
+  // A line more, lest rows a power of two apart meet in the same sets of a cache.
+  job.x_stride = (args.k + 1) / 2 * 2 + 16;
+  float* wide = ctx.workspace().Allocate(DType::kF32, {args.m, job.x_stride}).data<float>();
+  job.x = wide;
+  constexpr int64_t kFewRows = 16;  // not worth a thread
+  ParallelFor(ctx, args.m, kFewRows, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
       float* row = wide + m * job.x_stride;
       ConvertElements(args.x.data<BFloat16>() + m * args.k, DType::kBF16, row, DType::kF32, args.k);
-      if (args.k < job.x_stride) row[args.k] = 0;
+      row[args.k] = 0;
     }
-    job.x = wide;
-  } else {
-    job.x = args.x.data<float>();
+  });
+  // Tiles and groups are of about the same size each: two tiles of four rows, not of six and two.
+  job.tiles = (args.m + kTileRows - 1) / kTileRows;
+  const int64_t groups = (job.tiles + kGroupTiles - 1) / kGroupTiles;
+  if (groups == 1) {
+    const int64_t strips = (args.n + kStrip - 1) / kStrip;
+    ParallelFor(ctx, strips, StripGrain(args, args.m), [&](int64_t first, int64_t last) {
+      HWY_DYNAMIC_DISPATCH(PackedOutputs)
+      (job, 0, job.tiles, first * kStrip, std::min(last * kStrip, args.n));
+    });
+    return;
   }
+  // Pieces are groups of tiles x blocks of outputs; a thread's share goes through the groups of
+  // one block after the other.
+  const int64_t blocks = (args.n + kPackedOutputs - 1) / kPackedOutputs;
+  ParallelFor(ctx, blocks * groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t first = piece / groups * kPackedOutputs, group = piece % groups;
+      HWY_DYNAMIC_DISPATCH(PackedOutputs)
+      (job, job.tiles * group / groups, job.tiles * (group + 1) / groups, first,
+       std::min(first + kPackedOutputs, args.n));
+    }
+  });
+}
 
-  // Threads take whole strips; one needs some 64 KB of weight to be worth waking.
-  const int64_t strip_bytes = kStrip * args.k * static_cast<int64_t>(SizeOf(args.dtype));
+void PlainProduct(ExecContext& ctx, const LinearArgs& args) {
+  VectorJob job;
+  job.args = &args;
+  job.x = args.x.data<float>();
+  job.x_stride = args.k;
+  job.sums_stride = args.n;
+  job.sums = ctx.workspace().Allocate(DType::kF32, {args.m, args.n}).data<float>();
   const int64_t strips = (args.n + kStrip - 1) / kStrip;
-  ParallelFor(ctx, strips, std::max<int64_t>(1, 65536 / strip_bytes),
-              [&](int64_t first, int64_t last) {
-                HWY_DYNAMIC_DISPATCH(Outputs)
-                (job, first * kStrip, std::min(last * kStrip, args.n));
-              });
+  ParallelFor(ctx, strips, StripGrain(args, 1), [&](int64_t first, int64_t last) {
+    HWY_DYNAMIC_DISPATCH(PlainOutputsOf)
+    (job, first * kStrip, std::min(last * kStrip, args.n));
+  });
+}
+
+}  // namespace
+
+void LinearVector(ExecContext& ctx, const LinearArgs& args) {
+  const Workspace::Scope scope(ctx.workspace());
+  args.dtype == DType::kBF16 ? PackedProduct(ctx, args) : PlainProduct(ctx, args);
 }
 
 void PackRows(const void* source, int64_t row, int64_t rows, int64_t k, BFloat16* packed) {
