@@ -13,7 +13,7 @@ namespace {
 constexpr int kCells = 32;    // along a side, at most
 constexpr int kSamples = 16;  // along a side of a cell, at most
 
-std::vector<float> Thumbnail(const Frame& frame) {
+std::vector<float> Cells(const Frame& frame) {
   const int rows = std::min(kCells, frame.height), columns = std::min(kCells, frame.width);
   const int step_y = std::max(1, frame.height / rows / kSamples);
   const int step_x = std::max(1, frame.width / columns / kSamples);
@@ -41,6 +41,16 @@ std::vector<float> Thumbnail(const Frame& frame) {
 
 }  // namespace
 
+Thumbnail MakeThumbnail(const Frame& frame) {
+  const size_t expected = size_t{3} * std::max(frame.width, 0) * std::max(frame.height, 0);
+  if (expected == 0 || frame.rgb.size() != expected) {
+    throw InputError("[duplicate-frames] a picture of " + std::to_string(frame.width) + "x" +
+                     std::to_string(frame.height) + " has " + std::to_string(expected) +
+                     " bytes of RGB and is not empty, got " + std::to_string(frame.rgb.size()));
+  }
+  return {.width = frame.width, .height = frame.height, .cells = Cells(frame)};
+}
+
 DuplicateFrameFilter::DuplicateFrameFilter(double threshold) : threshold_(threshold) {
   if (!(threshold >= 0 && threshold < 255)) {
     throw InputError(
@@ -51,26 +61,20 @@ DuplicateFrameFilter::DuplicateFrameFilter(double threshold) : threshold_(thresh
 }
 
 bool DuplicateFrameFilter::Passes(const Frame& frame) {
-  const size_t expected = size_t{3} * std::max(frame.width, 0) * std::max(frame.height, 0);
-  if (expected == 0 || frame.rgb.size() != expected) {
-    throw InputError("[duplicate-frames] a picture of " + std::to_string(frame.width) + "x" +
-                     std::to_string(frame.height) + " has " + std::to_string(expected) +
-                     " bytes of RGB and is not empty, got " + std::to_string(frame.rgb.size()));
-  }
-  std::vector<float> thumbnail = Thumbnail(frame);
-  if (frame.width == width_ && frame.height == height_) {
+  Thumbnail thumbnail = frame.thumbnail ? *frame.thumbnail : MakeThumbnail(frame);
+  if (thumbnail.width == width_ && thumbnail.height == height_) {
     float most = 0;
-    for (size_t i = 0; i < thumbnail.size(); ++i) {
-      most = std::max(most, std::abs(thumbnail[i] - last_[i]));
+    for (size_t i = 0; i < thumbnail.cells.size(); ++i) {
+      most = std::max(most, std::abs(thumbnail.cells[i] - last_[i]));
     }
     if (most <= threshold_) {
       ++duplicates_;
       return false;
     }
   }
-  last_ = std::move(thumbnail);
-  width_ = frame.width;
-  height_ = frame.height;
+  last_ = std::move(thumbnail.cells);
+  width_ = thumbnail.width;
+  height_ = thumbnail.height;
   return true;
 }
 

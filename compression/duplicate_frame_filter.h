@@ -18,6 +18,9 @@
 
 namespace sluice {
 
+// Throws InputError on an empty picture and on one whose bytes do not fit its size.
+Thumbnail MakeThumbnail(const Frame& frame);
+
 // One per stream; used by one thread at a time. A copy is a snapshot.
 class DuplicateFrameFilter {
  public:
@@ -25,8 +28,8 @@ class DuplicateFrameFilter {
   // the same thumbnail are duplicates. Throws InputError unless in [0, 255).
   explicit DuplicateFrameFilter(double threshold);
 
-  // The first frame passes, and so does one of another size than the last that passed. Throws
-  // InputError on an empty picture and on one whose bytes do not fit its size.
+  // The first frame passes, and so does one of another size than the last that passed. Compares the
+  // frame's own thumbnail if it has one. Throws as MakeThumbnail.
   bool Passes(const Frame& frame);
 
   double threshold() const { return threshold_; }

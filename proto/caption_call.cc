@@ -10,8 +10,17 @@
 namespace sluice {
 namespace {
 
-constexpr double kDefaultInterval = 5;
+constexpr double kDefaultInterval = 5, kMostInterval = 1e9;  // seconds
 constexpr char kDefaultInstruction[] = "Describe what happens.";
+
+MediaTime IntervalOf(const v1::CaptionRequest& request) {
+  const double asked = request.interval_media_seconds();
+  if (!(asked >= 0 && asked < kMostInterval)) {
+    throw InputError("[caption] expected interval_media_seconds above 0 and below 1e9, got " +
+                     std::to_string(asked));
+  }
+  return MediaTime::FromSeconds(asked == 0 ? kDefaultInterval : asked);
+}
 
 }  // namespace
 
@@ -179,6 +188,7 @@ void CaptionCall::Run() {
   grpc::Status status;
   StreamId stream;
   try {
+    const MediaTime interval = IntervalOf(request_);
     std::string note;
     const SessionOptions options = hub_.OptionsOf(request_.options(), hub_.options.budget, note);
     if (!note.empty()) LogEvent(spdlog::level::info, "caption_memory", {{"note", note}});
@@ -196,7 +206,7 @@ void CaptionCall::Run() {
     }
     if (wanted) {
       stream = hub_.scheduler.Open(options, hub_.options.budget, events_);
-      Play(*source, stream, *events_);
+      Play(*source, stream, interval);
     }
   } catch (const InputError& error) {
     status = {grpc::StatusCode::INVALID_ARGUMENT, Utf8(error.what())};
@@ -219,10 +229,8 @@ bool CaptionCall::Pause() {
   return !changed_.wait_for(lock, kPace, [this] { return cancelled_; });
 }
 
-void CaptionCall::Play(Source& source, const StreamId& stream, Events& events) {
-  const double asked = request_.interval_media_seconds();
-  if (!(asked >= 0)) throw InputError("[caption] expected interval_media_seconds above 0");
-  const MediaTime interval = MediaTime::FromSeconds(asked == 0 ? kDefaultInterval : asked);
+void CaptionCall::Play(Source& source, const StreamId& stream, MediaTime interval) {
+  Events& events = *events_;
   StreamQuestion question{
       .id = 0,
       .text = request_.instruction().empty() ? kDefaultInstruction : request_.instruction(),
@@ -250,6 +258,7 @@ void CaptionCall::Play(Source& source, const StreamId& stream, Events& events) {
     FramePtr frame = source.Next();
     if (!frame) break;
     if (hub_.draining()) throw Error("[caption] the server shuts down");
+    while (!source.info().live && !hub_.scheduler.HasRoomForPictures() && Pause()) continue;
     bool within = account_->TakeFrame(0, hub_.clock.Now());
     while (!within && !source.info().live && !hub_.draining() && Pause()) {
       within = account_->TakeFrame(0, hub_.clock.Now());

@@ -38,7 +38,7 @@ class CaptionCall final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc:
   CaptionCall(StreamHub& hub, std::shared_ptr<Account> account);
   void Run();
   bool Pause();  // until its account may have another frame, perhaps. False: it was cancelled
-  void Play(Source& source, const StreamId& stream, Events& events);
+  void Play(Source& source, const StreamId& stream, MediaTime interval);
   bool Write(const v1::CaptionResponse& caption);  // waits; false: the call has ended
 
   StreamHub& hub_;

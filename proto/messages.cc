@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <string>
 
 #include "proto/convert.h"
@@ -287,11 +288,13 @@ StreamBudget Granted(const v1::Budgets& asked, const StreamBudget& most) {
     budget.answer_tokens = std::min(asked.answer_tokens(), most.answer_tokens);
   }
   if (asked.has_answer_seconds()) {
-    Check(asked.answer_seconds() > 0, "answer_seconds above 0");
+    Check(asked.answer_seconds() > 0 && std::isfinite(asked.answer_seconds()),
+          "answer_seconds above 0 and finite");
     budget.answer_seconds = Lower(asked.answer_seconds(), most.answer_seconds);
   }
   if (asked.has_frames_per_second()) {
-    Check(asked.frames_per_second() >= 0, "frames_per_second from 0");
+    Check(asked.frames_per_second() >= 0 && std::isfinite(asked.frames_per_second()),
+          "frames_per_second from 0 and finite");
     budget.frames_per_second = Lower(asked.frames_per_second(), most.frames_per_second);
   }
   return budget;

@@ -194,6 +194,11 @@ std::vector<Setting> SettingsOf(ServerConfig& c) {
       {"memory_directory", "Where; the files have no name and go away with the program",
        &c.memory_directory},
       {"queued_frames", "Frames of a stream that may wait", &budget.queued_frames},
+      {"queued_picture_mb",
+       "MiB of pictures of all streams that may wait; 0: a sixteenth of the memory that the "
+       "weights "
+       "leave",
+       &c.queued_picture_mb},
       {"queued_questions", "Questions of a stream that may wait", &budget.queued_questions},
       {"answer_tokens", "Longest answer", &budget.answer_tokens},
       {"answer_seconds", "From asking to the end of the answer, at most", &budget.answer_seconds},
@@ -236,7 +241,7 @@ std::vector<Setting> SettingsOf(ServerConfig& c) {
       {"drain_seconds", "For what is under way at shutdown", &c.service.drain_seconds},
       {"keepalive_seconds", "Of silence, until a client is asked whether it is there",
        &c.service.keepalive_seconds},
-      {"workers", "Threads that decode pictures", &c.service.workers},
+      {"workers", "Threads that decode pictures and resize them", &c.service.workers},
   };
 }
 
@@ -249,6 +254,8 @@ void ReadServerConfig(const std::filesystem::path& file, ServerConfig& config) {
     root = json::parse(in, nullptr, true, true);
   } catch (const json::parse_error& error) {
     throw InputError(place + ": is not JSON at byte " + std::to_string(error.byte));
+  } catch (const json::out_of_range&) {  // 1e999
+    throw InputError(place + ": expected finite numbers, got one that is too large");
   }
   if (!root.is_object()) throw InputError(place + ": expected one JSON object");
   std::vector<Setting> settings = SettingsOf(config);
@@ -286,11 +293,13 @@ ServerConfig WithMemory(ServerConfig config, int64_t memory_bytes, int64_t weigh
   const MemoryShares shares = SharesOf(memory_bytes, weight_bytes, config.scheduler.max_streams);
   if (config.kv_mb == 0 && !gpu) config.kv_mb = shares.kv_mb;
   if (config.stream_host_mb < 0) config.stream_host_mb = shares.stream_host_mb;
+  if (config.queued_picture_mb == 0) config.queued_picture_mb = shares.queued_picture_mb;
+  config.scheduler.queued_bytes = config.queued_picture_mb << 20;
   return config;
 }
 
 ServiceOptions Finished(const ServerConfig& c) {
-  constexpr double kMany = 1e9;
+  constexpr double kMany = 1e9, kLongest = 1e6;
   const StreamBudget& budget = c.service.budget;
   if (!c.dtype.empty() && c.dtype != "f32" && c.dtype != "bf16") {
     throw InputError("[serve] dtype: expected f32 or bf16, got '" + c.dtype + "'");
@@ -313,6 +322,7 @@ ServiceOptions Finished(const ServerConfig& c) {
   Range("max_streams", c.scheduler.max_streams, 1, 1e6);
   Range("frames_per_round", c.scheduler.frames_per_round, 1, 1024);
   Range("queued_frames", budget.queued_frames, 1, 1e6);
+  Range("queued_picture_mb", static_cast<double>(c.queued_picture_mb), 0, 1 << 30);
   Range("queued_questions", budget.queued_questions, 1, 1e6);
   Range("answer_tokens", budget.answer_tokens, 1, kMany);
   Range("answer_seconds", budget.answer_seconds, 0.001, kMany);
@@ -322,6 +332,12 @@ ServiceOptions Finished(const ServerConfig& c) {
   Range("all_saved_streams", c.all_saved_streams, 0, kMany);
   Range("saved_mb", static_cast<double>(c.saved_mb), 0, kMostSavedMb);
   Range("all_saved_mb", static_cast<double>(c.all_saved_mb), 0, kMostSavedMb);
+  Range("linger_seconds", c.service.linger_seconds, 0, kLongest);
+  Range("drain_seconds", c.service.drain_seconds, 0, kLongest);
+  Range("keepalive_seconds", c.service.keepalive_seconds, 1, 1e6);
+  Range("frame_pixels", static_cast<double>(c.service.frame_pixels), 1, 1 << 28);
+  Range("max_sources", c.service.max_sources, 0, 1e6);
+  Range("workers", c.service.workers, 1, 1024);
   Range("state_days", c.service.state_days, 0.001, 1e6);
   Range("max_message_mb", static_cast<double>(c.max_message_mb), 1, 1024);
   Range("network_mb", static_cast<double>(c.network_mb), 2 * static_cast<double>(c.max_message_mb),
@@ -350,7 +366,6 @@ ServiceOptions Finished(const ServerConfig& c) {
   options.decoder.program = c.source_decoder;
   options.decoder.filtered = c.source_isolation == "required";
   options.decoder.memory_bytes = c.source_memory_mb << 20;
-  options.decoder.frame_pixels = c.service.frame_pixels;
   options.decoder.playlists = c.service.sources.playlists;
   options.budget.kv_bytes = c.stream_kv_mb << 20;
   options.memory.host_bytes = std::max<int64_t>(0, c.stream_host_mb) << 20;

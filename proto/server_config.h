@@ -30,14 +30,15 @@ struct ServerConfig {
   int64_t max_message_mb = 8;
   int64_t outgoing_kb = 1024;
   int64_t network_mb = 512;
+  int64_t queued_picture_mb = 0;  // of all streams together; 0: by memory_defaults.h
   std::string certificate, key, client_ca;
   std::vector<std::string> source_directories;
   std::string source_decoder;                 // empty: beside the program
   std::string source_isolation = "required";  // or "off"
   int64_t source_memory_mb = 1024;
-  bool tokens_given = false;  // the file has a list of them, perhaps an empty one
-  SchedulerOptions scheduler;
-  ServiceOptions service;  // its paths and sizes are set by Finish
+  bool tokens_given = false;   // the file has a list of them, perhaps an empty one
+  SchedulerOptions scheduler;  // its queued_bytes are set by WithMemory
+  ServiceOptions service;      // its paths and sizes are set by Finish
 };
 
 struct Setting {

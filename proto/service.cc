@@ -240,17 +240,20 @@ Service::Service(std::shared_ptr<const Vlm> vlm, Scheduler& scheduler, Metrics& 
   Check(options.frame_pixels >= 1 && options.frame_pixels <= 1 << 28,
         "frame_pixels from 1 to 2^28");
   Check(options.outgoing_bytes >= 1 << 10, "outgoing_bytes from 1024");
-  Check(options.linger_seconds >= 0 && options.drain_seconds >= 0,
-        "linger_seconds and drain_seconds from 0");
+  Check(options.linger_seconds >= 0 && options.linger_seconds <= 1e6 &&
+            options.drain_seconds >= 0 && options.drain_seconds <= 1e6,
+        "linger_seconds and drain_seconds from 0 to 1e6");
   Check(options.keepalive_seconds >= 1 && options.keepalive_seconds <= 1e6,
         "keepalive_seconds from 1 to 1e6");
   Check(options.workers >= 1 && options.max_sources >= 0, "workers from 1, max_sources from 0");
   Check(options.connections.all >= 1 && options.connections.per_address >= 1,
         "connections and connections_per_address from 1");
-  Check(options.connections.token_seconds > 0 && options.first_message_seconds > 0,
-        "token_seconds and first_message_seconds above 0");
-  Check(options.idle_seconds > 0 && options.idle_seconds <= 1e6 && options.watchdog_seconds >= 0,
-        "idle_seconds above 0, at most 1e6, watchdog_seconds from 0");
+  Check(options.connections.token_seconds > 0 && options.connections.token_seconds <= 1e6 &&
+            options.first_message_seconds > 0 && options.first_message_seconds <= 1e6,
+        "token_seconds and first_message_seconds above 0, at most 1e6");
+  Check(options.idle_seconds > 0 && options.idle_seconds <= 1e6 && options.watchdog_seconds >= 0 &&
+            options.watchdog_seconds <= 1e6,
+        "idle_seconds above 0, watchdog_seconds from 0, at most 1e6");
   Check(options.network_bytes >= 2 * options.message_bytes,
         "network_bytes from twice message_bytes");
   CheckExposure(options);

@@ -1,10 +1,11 @@
 // The gRPC service of sluice/v1/service.proto over a scheduler, with the standard health service
 // beside it.
 //
-// Connections cost no threads: gRPC's few threads hand every message to a small pool, which decodes
-// pictures and talks to the scheduler; the next message of a connection is read when the last one
-// is dealt with, so a client that sends faster is held up by the network. Only sources that the
-// server opens itself have a thread each.
+// Connections cost no threads: gRPC's few threads hand every message to a small pool, which talks
+// to the scheduler and hands pictures on to a pool of their own, so that pictures that are slow to
+// decode hold up no other messages. The next message of a connection is read when the last one is
+// dealt with, so a client that sends faster is held up by the network. Only sources that the server
+// opens itself have a thread each.
 #ifndef SLUICE_PROTO_SERVICE_H_
 #define SLUICE_PROTO_SERVICE_H_
 
@@ -41,11 +42,11 @@ struct ServiceOptions {
   double watchdog_seconds = 10;       // between two questions to the own health service; 0: none
   int64_t network_bytes = 512 << 20;  // that gRPC may hold of messages on their way
   SourceRules sources;
-  ApartOptions decoder;                // of each source
+  ApartOptions decoder;                // of each source; its frame_pixels are those below
   StreamBudget budget;                 // of each stream, at most
   BlockStoreOptions memory;            // of each stream that has one, at most; when_full is its own
   int64_t message_bytes = 8 << 20;     // larger messages end the call
-  int64_t frame_pixels = 4096 * 2304;  // larger pictures are dropped
+  int64_t frame_pixels = 4096 * 2304;  // larger pictures are dropped, sources of such end
   int64_t outgoing_bytes = 1 << 20;    // that may wait for a client
   double linger_seconds = 60;          // that a stream waits for its client to come back
   // Where streams are saved; empty: nowhere. Made, for this user alone, if it is not there.
@@ -58,7 +59,7 @@ struct ServiceOptions {
   int account_sources = 0;           // of one token that says nothing else; 0: all of them
   double source_stall_seconds = 10;  // without a frame, until a source has failed
   int source_reconnect = 10;         // as ReconnectOptions::most_tries
-  int workers = 2;                   // threads that decode pictures
+  int workers = 2;                   // threads that decode pictures and resize them
 };
 
 // Throws InputError, in one line that tells which setting allows it, on an address that others can

@@ -80,7 +80,7 @@ void SessionCall::ReadNext() {
 }
 
 void SessionCall::OnReadDone(bool ok) {
-  hub_.pool().Post([self = shared_from_this(), ok] {
+  hub_.requests().Post([self = shared_from_this(), ok] {
     if (ok) {
       self->TakeMessage();
     } else if (self->stream_) {  // no more input: what is under way is finished
@@ -142,17 +142,31 @@ void SessionCall::OnWriteDone(bool ok) {
 }
 
 void SessionCall::TakeMessage() {
-  try {
+  Guard([this] {
     if (account_->ExpiredAt(std::chrono::system_clock::now())) {
       return End({StatusCode::UNAUTHENTICATED, "[session] the token has expired or was withdrawn"});
     }
     const auto bytes = static_cast<int64_t>(in_.Length());
-    v1::SessionRequest request;
-    if (!grpc::SerializationTraits<v1::SessionRequest>::Deserialize(&in_, &request).ok()) {
+    const auto request = std::make_shared<v1::SessionRequest>();
+    if (!grpc::SerializationTraits<v1::SessionRequest>::Deserialize(&in_, request.get()).ok()) {
       throw InputError("[session] expected a sluice.v1.SessionRequest, got other bytes");
     }
-    Handle(request, bytes);
-    ReadNext();
+    if (!request->has_frame()) return HandleAndReadNext(*request, bytes);
+    // in_ is kept until it is decoded: what waits for that counts as what gRPC may hold.
+    hub_.pictures().Post([self = shared_from_this(), request, bytes] {
+      self->Guard([&] { self->HandleAndReadNext(*request, bytes); });
+    });
+  });
+}
+
+void SessionCall::HandleAndReadNext(const v1::SessionRequest& request, int64_t bytes) {
+  Handle(request, bytes);
+  ReadNext();
+}
+
+void SessionCall::Guard(const std::function<void()>& work) {
+  try {
+    work();
   } catch (const InputError& error) {
     End({StatusCode::INVALID_ARGUMENT, Utf8(error.what())});
   } catch (const ResourceExhausted& error) {

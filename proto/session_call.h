@@ -6,6 +6,7 @@
 #include <grpcpp/impl/codegen/proto_utils.h>
 #include <grpcpp/support/server_callback.h>
 
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -26,8 +27,9 @@ class SessionWire {
   virtual void EndWith(const grpc::Status& status) = 0;
 };
 
-// Messages are taken as bytes and parsed on the pool: gRPC would not tell a malformed message from
-// the end of the call. One message is under way at a time, so they take effect in order.
+// Messages are taken as bytes and parsed on a thread for requests: gRPC would not tell a malformed
+// message from the end of the call. Pictures are then decoded on a thread of theirs. One message is
+// under way at a time, so they take effect in order.
 class SessionCall final : public LiveStream::Listener,
                           public OpenCall,
                           public std::enable_shared_from_this<SessionCall> {
@@ -54,6 +56,9 @@ class SessionCall final : public LiveStream::Listener,
   SessionCall(StreamHub& hub, std::shared_ptr<Account> account, SessionWire& wire);
   void ReadNext();
   void TakeMessage();
+  void HandleAndReadNext(const v1::SessionRequest& request, int64_t bytes);
+  // Runs `work` and ends the call with what it throws.
+  void Guard(const std::function<void()>& work);
   void Handle(const v1::SessionRequest& request, int64_t bytes);
   void HandleOpen(const v1::Open& open);
   void HandleFrame(const v1::Frame& frame, int64_t bytes);

@@ -17,6 +17,7 @@ namespace sluice {
 namespace {
 
 constexpr double kDefaultFps = 2;
+constexpr int kRequestThreads = 4;  // some may wait for the round in progress
 // Calls without a token whose message is waited for: each may make gRPC keep a message of the
 // longest kind.
 constexpr int kMostStrangers = 8;
@@ -26,6 +27,13 @@ std::string ReplacedAll(std::string text, const std::string& what, const std::st
     text.replace(at, what.size(), with);
   }
   return text;
+}
+
+// Pictures of a source are as large as those that clients send.
+ApartOptions DecoderOf(const ServiceOptions& options) {
+  ApartOptions decoder = options.decoder;
+  decoder.frame_pixels = options.frame_pixels;
+  return decoder;
 }
 
 // Makes the state directory if it is not there.
@@ -65,11 +73,12 @@ StreamHub::StreamHub(std::shared_ptr<const Vlm> model, Scheduler& streams, Metri
       scheduler(streams),
       clock(wall),
       calls(metrics.gauge("sluice_calls_open", "Session and Caption calls in progress.")),
-      sources(options.sources, options.decoder, metrics),
+      sources(options.sources, DecoderOf(options), metrics),
       metrics_(metrics),
       access_(service_options.tokens),
       saved_(options.state_directory, options.all_saved),
-      pool_(std::make_unique<WorkerPool>(service_options.workers)),
+      requests_(std::make_unique<WorkerPool>(kRequestThreads)),
+      pictures_(std::make_unique<WorkerPool>(service_options.workers)),
       watcher_([this] { Watch(); }) {}
 
 StreamHub::~StreamHub() {
@@ -79,10 +88,13 @@ StreamHub::~StreamHub() {
   }
   changed_.notify_all();
   watcher_.join();
-  pool_->WaitUntilIdle();  // what a call asked for last may open a stream
+  // What a call asked for last may open a stream; requests hand pictures on, never the other way.
+  requests_->WaitUntilIdle();
+  pictures_->WaitUntilIdle();
   for (const auto& stream : All()) Close(stream);
   for (Thread& thread : threads_) thread.thread.join();
-  pool_.reset();
+  pictures_.reset();  // first: what it drops may settle a stream, which the others attend to
+  requests_.reset();
 }
 
 std::shared_ptr<Account> StreamHub::Authenticate(std::string_view authorization,
@@ -194,7 +206,7 @@ LiveStream::Terms StreamHub::TermsFor(const std::shared_ptr<Account>& account,
           .generate = {},
           .lease = Account::Open(account),
           .attend = [this, self] {
-            pool_->Post([this, self] {
+            requests_->Post([this, self] {
               if (const auto stream = self->lock()) Attend(stream);
             });
           }};
@@ -506,7 +518,8 @@ void StreamHub::PlaySource(LiveStream& stream, const v1::OpenSource& request) {
       while (info.live || stream.WaitForRoom()) {
         FramePtr frame = source->Next();
         if (!frame) break;
-        // A recording waits for its account's rate; of what is live nothing can wait.
+        // A recording waits for room and for its account's rate; of what is live nothing can wait.
+        while (!info.live && !scheduler.HasRoomForPictures() && stream.Pause(kPace)) continue;
         bool within = stream.account().TakeFrame(0, clock.Now());
         while (!within && !info.live && stream.Pause(kPace)) {
           within = stream.account().TakeFrame(0, clock.Now());

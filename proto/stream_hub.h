@@ -38,7 +38,10 @@ class StreamHub {
   const Clock& clock;
   Gauge& calls;
   SourceOpener sources;
-  WorkerPool& pool() { return *pool_; }
+  // Carries out what clients ask for, pictures aside.
+  WorkerPool& requests() { return *requests_; }
+  // Decodes pictures and pushes them. Slow ones hold up others of their kind alone.
+  WorkerPool& pictures() { return *pictures_; }
 
   // The account behind a call's "authorization" metadata; null, counted and logged, if there is
   // none. peer: as gRPC names it.
@@ -109,7 +112,7 @@ class StreamHub {
   std::list<Thread> threads_;
   std::list<std::weak_ptr<OpenCall>> open_calls_;
   bool ending_ = false, attention_ = false;
-  std::unique_ptr<WorkerPool> pool_;
+  std::unique_ptr<WorkerPool> requests_, pictures_;
   std::thread watcher_;  // ends what nobody comes back for, and what has lost its token
 };
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -14,10 +15,12 @@
 #include <thread>
 #include <utility>
 
+#include "compression/duplicate_frame_filter.h"
 #include "runtime/error.h"
 #include "streaming/logging.h"
 #include "streaming/pipeline.h"
 #include "streaming/session_file.h"
+#include "vision/preprocess.h"
 
 namespace sluice {
 namespace {
@@ -58,6 +61,10 @@ void CheckOptions(const SchedulerOptions& options) {
         std::to_string(options.prompt_rows_per_round) + " and " +
         std::to_string(options.max_streams));
   }
+  if (options.queued_bytes < 0) {
+    throw InputError("[scheduler] queued_bytes must be 0 (no limit) or more, got " +
+                     std::to_string(options.queued_bytes));
+  }
 }
 
 void CheckBudget(const StreamBudget& budget) {
@@ -68,8 +75,10 @@ void CheckBudget(const StreamBudget& budget) {
   require(budget.queued_frames >= 1, "queued_frames must be at least 1");
   require(budget.queued_questions >= 1, "queued_questions must be at least 1");
   require(budget.answer_tokens >= 1, "answer_tokens must be at least 1");
-  require(budget.answer_seconds >= 0, "answer_seconds must be 0 (no limit) or more");
-  require(budget.frames_per_second >= 0, "frames_per_second must be 0 (no limit) or more");
+  require(budget.answer_seconds >= 0 && std::isfinite(budget.answer_seconds),
+          "answer_seconds must be 0 (no limit) or more, and finite");
+  require(budget.frames_per_second >= 0 && std::isfinite(budget.frames_per_second),
+          "frames_per_second must be 0 (no limit) or more, and finite");
 }
 
 // What a running stream may not change must be equal.
@@ -95,7 +104,8 @@ void CheckChange(const SessionOptions& now, const SessionOptions& wanted) {
 }
 
 bool IsWhole(const Frame& frame) {
-  return frame.width > 0 && frame.height > 0 &&
+  return frame.width > 0 && frame.height > 0 && frame.width <= kMaxPictureSide &&
+         frame.height <= kMaxPictureSide &&
          frame.rgb.size() / 3 / static_cast<size_t>(frame.width) ==
              static_cast<size_t>(frame.height) &&
          frame.rgb.size() == size_t{3} * frame.width * frame.height;
@@ -131,6 +141,12 @@ struct WaitingFrame {
   FramePtr frame;
   Order order = 0;
 };
+
+int64_t BytesOf(const WaitingFrame& waiting) {
+  const Frame& frame = *waiting.frame;
+  const size_t cells = frame.thumbnail ? frame.thumbnail->cells.size() : 0;
+  return static_cast<int64_t>(frame.rgb.size() + cells * sizeof(float));
+}
 
 struct WaitingQuestion {
   StreamQuestion question;
@@ -192,6 +208,7 @@ struct Instruments {
     forgotten = &metrics.counter("sluice_memory_frames_forgotten_total",
                                  "Frames that left the window and found no room in any tier.");
     queued_frames = &metrics.gauge("sluice_queued_frames", "Frames that wait.");
+    queued_bytes = &metrics.gauge("sluice_queued_frame_bytes", "Bytes of their pictures.");
     queued_questions = &metrics.gauge("sluice_queued_questions", "Questions that wait.");
     in_progress = &metrics.gauge("sluice_answers_in_progress", "Answers in progress.");
     streams = &metrics.gauge("sluice_streams_open", "Open streams.");
@@ -202,7 +219,7 @@ struct Instruments {
   Counter *pushed, *encoded, *visual_tokens, *patches, *fresh, *answer_tokens, *forgotten;
   Histogram *first_token, *answer, *round;
   Gauge *device_bytes, *host_bytes, *disk_bytes;
-  Gauge *queued_frames, *queued_questions, *in_progress, *streams;
+  Gauge *queued_frames, *queued_bytes, *queued_questions, *in_progress, *streams;
 };
 
 }  // namespace
@@ -265,6 +282,7 @@ struct Scheduler::Stream {
   SessionOptions options;
   bool options_changed = false;
   std::deque<WaitingFrame> frames;
+  int64_t queued_bytes = 0;               // of their pictures
   std::deque<WaitingQuestion> questions;  // by order
   std::optional<WaitingQuestion> asked;   // whose answer is in progress
   bool stepped = false;                   // the answer has read its prompt
@@ -307,6 +325,20 @@ struct Scheduler::Stream {
     return !frames.empty() && (asked ? !holds_session : !QuestionIsReady());
   }
   bool HasWork() const { return asked || unread || !frames.empty() || !questions.empty(); }
+  void AddFrame(WaitingFrame frame) {
+    queued_bytes += BytesOf(frame);
+    frames.push_back(std::move(frame));
+  }
+  WaitingFrame TakeFrame() {
+    WaitingFrame frame = std::move(frames.front());
+    frames.pop_front();
+    queued_bytes -= BytesOf(frame);
+    return frame;
+  }
+  std::deque<WaitingFrame> TakeFrames() {
+    queued_bytes = 0;
+    return std::exchange(frames, {});
+  }
   void CountDrop(int64_t count) { report.frames.dropped += count; }
 };
 
@@ -378,6 +410,9 @@ struct Scheduler::State {
                        [](const StreamPtr& stream) { return stream->HasWork(); });
   }
   void Add(const StreamPtr& stream);
+  std::optional<DropReason> RefusalOf(Stream& stream, const Frame& frame);
+  FramePtr ForTheTower(const FramePtr& frame, bool compared) const;
+  std::optional<std::pair<StreamPtr, WaitingFrame>> TakeForBytes() const;
   StreamPtr FindToAsk(const StreamId& id, const StreamQuestion& question) const;
   std::shared_ptr<const QuestionIds> Encode(const StreamQuestion& question,
                                             const std::function<StreamPtr()>& check) const;
@@ -745,8 +780,7 @@ void Scheduler::State::TakeTurns(std::vector<StreamPtr> order, int64_t most, int
                                 [&](const auto& b) { return b.stream == stream; });
       const size_t before = batch == batches.end() ? 0 : batch->frames.size();
       if (before >= static_cast<size_t>(stream->options.frames_per_batch)) continue;
-      WaitingFrame frame = std::move(stream->frames.front());
-      stream->frames.pop_front();
+      WaitingFrame frame = stream->TakeFrame();
       any = true;
       AskWhatIsDue(*stream, frame);
       if (std::string why = Refusal(*stream, before + 1); !why.empty()) {
@@ -906,7 +940,7 @@ bool Scheduler::State::ReadPrefixes() {
   std::deque<WaitingFrame> frames;
   {
     const std::lock_guard lock(mutex);
-    frames.swap(next->frames);
+    frames = next->TakeFrames();
   }
   Warn(*next, trouble->line);
   for (const WaitingFrame& frame : frames) Drop(*next, {&frame, 1}, DropReason::kMemory);
@@ -945,7 +979,7 @@ void Scheduler::State::End(Stream& stream, AnswerEnd end, const std::string& fai
   bool answering;
   {
     const std::lock_guard lock(mutex);
-    frames.swap(stream.frames);
+    frames = stream.TakeFrames();
     questions.swap(stream.questions);
     answering = stream.asked.has_value();
     stream.failure = failure.empty() ? "it was closed" : failure;
@@ -970,9 +1004,10 @@ void Scheduler::State::UpdateReports() {
   }
   ctx->tracer().Clear();
   const std::lock_guard lock(mutex);
-  int64_t frames = 0, questions = 0, answers = 0, host_bytes = 0, disk_bytes = 0;
+  int64_t frames = 0, frame_bytes = 0, questions = 0, answers = 0, host_bytes = 0, disk_bytes = 0;
   for (const StreamPtr& stream : streams) {
     frames += static_cast<int64_t>(stream->frames.size());
+    frame_bytes += stream->queued_bytes;
     questions += static_cast<int64_t>(stream->questions.size());
     answers += stream->asked ? 1 : 0;
     if (!stream->session) continue;
@@ -997,6 +1032,7 @@ void Scheduler::State::UpdateReports() {
     stream->reuse = reuse;
   }
   instruments.queued_frames->Set(static_cast<double>(frames));
+  instruments.queued_bytes->Set(static_cast<double>(frame_bytes));
   instruments.queued_questions->Set(static_cast<double>(questions));
   instruments.in_progress->Set(static_cast<double>(answers));
   instruments.device_bytes->Set(static_cast<double>(engine->pool().bytes_in_use()));
@@ -1178,49 +1214,90 @@ void Scheduler::Attach(const StreamId& id, std::shared_ptr<StreamEvents> events)
   stream->events.swap(events);
 }
 
+// Why the frame is not taken, or nothing. REQUIRES: mutex.
+std::optional<DropReason> Scheduler::State::RefusalOf(Stream& stream, const Frame& frame) {
+  if (draining || !stream.failure.empty()) return DropReason::kClosing;
+  if (!IsWhole(frame)) return DropReason::kBadFrame;
+  if (stream.newest && (frame.time <= *stream.newest || frame.index <= stream.newest_index)) {
+    return DropReason::kOutOfOrder;
+  }
+  const double rate = stream.budget.frames_per_second;
+  if (rate == 0) return std::nullopt;
+  const WallTime now = clock.Now();
+  stream.allowance =
+      std::min(std::max(1.0, rate), stream.allowance + rate * Seconds(stream.filled, now));
+  stream.filled = now;
+  return stream.allowance < 1 ? std::optional(DropReason::kRate) : std::nullopt;
+}
+
+// The picture as the round needs it, and no larger: what the model sees is the same bit for bit.
+FramePtr Scheduler::State::ForTheTower(const FramePtr& frame, bool compared) const {
+  const PreprocessConfig& config = engine->vlm()->encoder().preprocess_config();
+  if (frame->width <= config.width && frame->height <= config.height) return frame;
+  ExecContext here{ExecOptions()};
+  Frame resized = ResizeForTower(here, *frame, config);
+  if (compared) resized.thumbnail = MakeThumbnail(*frame);
+  return std::make_shared<const Frame>(std::move(resized));
+}
+
+// A frame that must go so that what waits is within queued_bytes, or nothing. REQUIRES: mutex.
+std::optional<std::pair<Scheduler::State::StreamPtr, WaitingFrame>> Scheduler::State::TakeForBytes()
+    const {
+  int64_t bytes = 0;
+  StreamPtr most;
+  for (const StreamPtr& stream : streams) {
+    bytes += stream->queued_bytes;
+    if (!most || stream->queued_bytes > most->queued_bytes) most = stream;
+  }
+  if (options.queued_bytes == 0 || bytes <= options.queued_bytes) return std::nullopt;
+  return std::pair(most, most->TakeFrame());
+}
+
 void Scheduler::Push(const StreamId& id, FrameNumber number, FramePtr frame) {
+  State& state = *state_;
   State::StreamPtr stream;
-  std::optional<WaitingFrame> dropped;
+  std::vector<std::pair<State::StreamPtr, WaitingFrame>> dropped;
   std::optional<DropReason> reason;
-  const MediaTime time = frame->time;
+  bool compared = false;
   {
-    const std::lock_guard lock(state_->mutex);
-    stream = state_->Find(id);
+    const std::lock_guard lock(state.mutex);
+    stream = state.Find(id);
     ++stream->report.frames.pushed;
-    state_->instruments.pushed->Add();
-    const double rate = stream->budget.frames_per_second;
-    if (rate > 0) {
-      const WallTime now = state_->clock.Now();
-      stream->allowance =
-          std::min(std::max(1.0, rate), stream->allowance + rate * Seconds(stream->filled, now));
-      stream->filled = now;
-    }
-    if (state_->draining || !stream->failure.empty()) {
-      reason = DropReason::kClosing;
-    } else if (!IsWhole(*frame)) {
-      reason = DropReason::kBadFrame;
-    } else if (stream->newest &&
-               (time <= *stream->newest || frame->index <= stream->newest_index)) {
-      reason = DropReason::kOutOfOrder;
-    } else if (rate > 0 && stream->allowance < 1) {
-      reason = DropReason::kRate;
-    }
+    state.instruments.pushed->Add();
+    reason = state.RefusalOf(*stream, *frame);
+    compared = stream->options.duplicate_threshold.has_value();
+  }
+  // Without the lock, and only what is taken.
+  if (!reason) {
+    const auto trouble = Try([&] { frame = state.ForTheTower(frame, compared); }, false);
+    if (trouble) reason = trouble->memory ? DropReason::kMemory : DropReason::kBadFrame;
+  }
+  {
+    const std::lock_guard lock(state.mutex);
+    if (!reason) reason = state.RefusalOf(*stream, *frame);  // it may have ended meanwhile
     if (reason) {
-      dropped = WaitingFrame{number, std::move(frame), 0};
+      dropped.emplace_back(stream, WaitingFrame{number, std::move(frame), 0});
     } else {
-      if (rate > 0) stream->allowance -= 1;
-      stream->newest = time;
+      if (stream->budget.frames_per_second > 0) stream->allowance -= 1;
+      stream->newest = frame->time;
       stream->newest_index = frame->index;
+      reason = DropReason::kQueueFull;  // of the ones that make room
       if (static_cast<int>(stream->frames.size()) >= stream->budget.queued_frames) {
-        reason = DropReason::kQueueFull;
-        dropped = std::move(stream->frames.front());
-        stream->frames.pop_front();
+        dropped.emplace_back(stream, stream->TakeFrame());
       }
-      stream->frames.push_back({number, std::move(frame), state_->next_order++});
+      stream->AddFrame({number, std::move(frame), state.next_order++});
+      while (auto too_many = state.TakeForBytes()) dropped.push_back(std::move(*too_many));
     }
   }
-  state_->changed.notify_all();
-  if (dropped) state_->Drop(*stream, {&*dropped, 1}, *reason);
+  state.changed.notify_all();
+  for (auto& [of, waiting] : dropped) state.Drop(*of, {&waiting, 1}, *reason);
+}
+
+bool Scheduler::HasRoomForPictures() const {
+  const std::lock_guard lock(state_->mutex);
+  int64_t bytes = 0;
+  for (const State::StreamPtr& stream : state_->streams) bytes += stream->queued_bytes;
+  return state_->options.queued_bytes == 0 || bytes <= state_->options.queued_bytes / 2;
 }
 
 // Who may be asked that. REQUIRES: mutex.

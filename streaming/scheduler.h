@@ -47,6 +47,9 @@ struct SchedulerOptions {
   int frames_per_round = 8;
   int64_t prompt_rows_per_round = 512;
   int max_streams = 64;
+  // Of pictures of all streams that wait; where there are more the stream with the most of them
+  // loses its oldest frame, kQueueFull. 0: no limit.
+  int64_t queued_bytes = 0;
 };
 
 // What one stream may take. 0: no limit of its own.
@@ -151,8 +154,13 @@ class Scheduler {
   void Attach(const StreamId& stream, std::shared_ptr<StreamEvents> events);
 
   // A frame later than the last, by its media time and by Frame::index (others are dropped,
-  // kOutOfOrder).
+  // kOutOfOrder). A picture larger than the model's input is brought to that size here, on the
+  // caller's thread, so that large ones neither hold up the round nor fill the queue; ones with a
+  // side of more than kMaxPictureSide are dropped, kBadFrame.
   void Push(const StreamId& stream, FrameNumber number, FramePtr frame);
+  // Whether half of queued_bytes is free: what can wait, as a recording can, is pushed then, so
+  // that nothing of it is dropped for what cannot.
+  bool HasRoomForPictures() const;
   // Throws InputError on a blank question, one of more bytes than kMostPromptBytes or more tokens
   // than the context holds, a number in use, options out of range; ResourceExhausted when as many
   // wait as the budget allows. The question is tokenized here, on the caller's thread: a tenth of a

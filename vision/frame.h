@@ -4,11 +4,18 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "runtime/clock.h"
 
 namespace sluice {
+
+// What a frame is compared by with earlier ones (compression/duplicate_frame_filter.h).
+struct Thumbnail {
+  int width = 0, height = 0;  // pixels of the picture it was made of
+  std::vector<float> cells;   // [rows, columns, 3]
+};
 
 struct Frame {
   int width = 0;             // pixels
@@ -16,6 +23,8 @@ struct Frame {
   std::vector<uint8_t> rgb;  // [height, width, 3], rows contiguous
   MediaTime time;            // presentation time
   int64_t index = 0;         // number of this frame among those sampled from the source
+  // Of the picture that came, where it was resized since and its stream looks for duplicates.
+  std::optional<Thumbnail> thumbnail;
 };
 using FramePtr = std::shared_ptr<const Frame>;
 

@@ -31,6 +31,16 @@ void CheckPicture(const char* place, size_t bytes, int width, int height) {
   }
 }
 
+void CheckConfig(const PreprocessConfig& config) {
+  // Larger inputs would make the resized picture's longer side exceed 31 bits.
+  if (config.fit == PictureFit::kCenterCrop &&
+      (config.width != config.height || config.width > kMaxCropSide)) {
+    throw Error("[preprocess] a centre crop must be square with sides of at most " +
+                std::to_string(kMaxCropSide) + ", got " + std::to_string(config.width) + "x" +
+                std::to_string(config.height));
+  }
+}
+
 BicubicResizer MakeResizer(const Frame& frame, const PreprocessConfig& config) {
   if (config.fit == PictureFit::kStretch) {
     return BicubicResizer(frame.width, frame.height, config.width, config.height);
@@ -59,6 +69,15 @@ void PreprocessOnGpu(ExecContext& ctx, std::span<const FramePtr> frames,
   }
 }
 
+// rgb: [height, width of the resizer's window, 3].
+void ResizeInto(ExecContext& ctx, const BicubicResizer& resizer, const uint8_t* in, int width,
+                uint8_t* rgb) {
+  resizer.Run(ctx, in, [&](int y, const uint8_t* rgbx) {
+    uint8_t* row = rgb + int64_t{3} * width * y;
+    for (int x = 0; x < width; ++x) std::memcpy(row + 3 * x, rgbx + 4 * x, 3);
+  });
+}
+
 }  // namespace
 
 void ResizeBicubic(ExecContext& ctx, std::span<const uint8_t> in, int in_width, int in_height,
@@ -66,10 +85,22 @@ void ResizeBicubic(ExecContext& ctx, std::span<const uint8_t> in, int in_width, 
   CheckPicture("resize", in.size(), in_width, in_height);
   CheckPicture("resize", out.size(), out_width, out_height);
   const BicubicResizer resizer(in_width, in_height, out_width, out_height);
-  resizer.Run(ctx, in.data(), [&](int y, const uint8_t* rgbx) {
-    uint8_t* row = out.data() + int64_t{3} * out_width * y;
-    for (int x = 0; x < out_width; ++x) std::memcpy(row + 3 * x, rgbx + 4 * x, 3);
-  });
+  ResizeInto(ctx, resizer, in.data(), out_width, out.data());
+}
+
+Frame ResizeForTower(ExecContext& ctx, const Frame& frame, const PreprocessConfig& config) {
+  CheckConfig(config);
+  CheckPicture("preprocess", frame.rgb.size(), frame.width, frame.height);
+  Frame resized;
+  resized.width = config.width;
+  resized.height = config.height;
+  resized.time = frame.time;
+  resized.index = frame.index;
+  resized.thumbnail = frame.thumbnail;
+  resized.rgb.resize(size_t{3} * config.width * config.height);
+  ResizeInto(ctx.host(), MakeResizer(frame, config), frame.rgb.data(), config.width,
+             resized.rgb.data());
+  return resized;
 }
 
 void Preprocess(ExecContext& ctx, std::span<const FramePtr> frames, const PreprocessConfig& config,
@@ -80,12 +111,7 @@ void Preprocess(ExecContext& ctx, std::span<const FramePtr> frames, const Prepro
     throw Error("[preprocess] out must be contiguous " + expected.ToString() + " f32, got " +
                 out.shape().ToString() + " " + Name(out.dtype()));
   }
-  // Larger inputs would make the resized picture's longer side exceed 31 bits.
-  if (config.fit == PictureFit::kCenterCrop && (width != height || width > kMaxCropSide)) {
-    throw Error("[preprocess] a centre crop must be square with sides of at most " +
-                std::to_string(kMaxCropSide) + ", got " + std::to_string(width) + "x" +
-                std::to_string(height));
-  }
+  CheckConfig(config);
   std::array<float, 3> mean, deviation;
   for (int c = 0; c < 3; ++c) {
     mean[c] = config.mean[c] * 255.0f;
@@ -106,10 +132,18 @@ void Preprocess(ExecContext& ctx, std::span<const FramePtr> frames, const Prepro
   std::optional<BicubicResizer> resizer;
   for (size_t f = 0; f < frames.size(); ++f) {
     const Frame& frame = *frames[f];
+    float* planes = out.data<float>() + f * 3 * height * width;
+    if (frame.width == width && frame.height == height) {  // every weight would be 0 or 1
+      for (int64_t i = 0; i < height * width; ++i) {
+        for (int c = 0; c < 3; ++c) {
+          planes[c * height * width + i] = normalised[c][frame.rgb[3 * i + c]];
+        }
+      }
+      continue;
+    }
     if (!resizer || !resizer->Fits(frame.width, frame.height)) {
       resizer.emplace(MakeResizer(frame, config));
     }
-    float* planes = out.data<float>() + f * 3 * height * width;
     resizer->Run(ctx, frame.rgb.data(), [&](int y, const uint8_t* rgbx) {
       for (int c = 0; c < 3; ++c) {
         float* row = planes + (c * height + y) * width;

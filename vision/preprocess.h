@@ -46,6 +46,10 @@ void ResizeBicubic(ExecContext& ctx, std::span<const uint8_t> in, int in_width, 
 void Preprocess(ExecContext& ctx, std::span<const FramePtr> frames, const PreprocessConfig& config,
                 TensorView out);
 
+// The first half of Preprocess, in host memory: `frame` with its picture in the size of the tower's
+// input, of which Preprocess makes the same values bit for bit. Throws InputError as it does.
+Frame ResizeForTower(ExecContext& ctx, const Frame& frame, const PreprocessConfig& config);
+
 }  // namespace sluice
 
 #endif  // SLUICE_VISION_PREPROCESS_H_

@@ -81,6 +81,7 @@ void LogLimits(const ServerConfig& config, const ServiceOptions& options) {
             {"stream_kv_mb", config.stream_kv_mb},
             {"stream_host_mb", config.stream_host_mb},
             {"stream_disk_mb", config.stream_disk_mb},
+            {"queued_picture_mb", config.queued_picture_mb},
             {"max_sources", options.max_sources},
             {"account_sources", options.account_sources},
             {"saved_streams", options.saved.streams},
