@@ -3,6 +3,8 @@
 #include <gio/gio.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <memory>
 #include <regex>
 
@@ -59,12 +61,18 @@ std::string WhyUnreachable(const std::string& url, std::chrono::milliseconds tim
     return "the secure connection (TLS) to " + place + " failed: " + error->message;
   }
   if (g_error_matches(error.get(), G_IO_ERROR, G_IO_ERROR_CONNECTION_REFUSED)) {
-    return "connection refused: nothing listens at " + place;
+    return MeaningOfConnectError(ECONNREFUSED, place);
   }
   if (g_error_matches(error.get(), G_IO_ERROR, G_IO_ERROR_TIMED_OUT)) {
-    return "timed out: " + place + " does not answer";
+    return MeaningOfConnectError(ETIMEDOUT, place);
   }
   return "cannot connect to " + place + ": " + error->message;
+}
+
+std::string MeaningOfConnectError(int error, const std::string& place) {
+  if (error == ECONNREFUSED) return "connection refused: nothing listens at " + place;
+  if (error == ETIMEDOUT) return "timed out: " + place + " does not answer";
+  return "cannot connect to " + place + ": " + std::strerror(error);
 }
 
 std::string MeaningOfStatus(const std::string& text) {

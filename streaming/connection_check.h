@@ -13,6 +13,9 @@ namespace sluice {
 // bounds each step but the resolving of the name.
 std::string WhyUnreachable(const std::string& url, std::chrono::milliseconds timeout);
 
+// What connect(2)'s errno `error` means for `place`, a host and port.
+std::string MeaningOfConnectError(int error, const std::string& place);
+
 // What an answer such as "Not Found (404)" within `text` means, or "".
 std::string MeaningOfStatus(const std::string& text);
 

@@ -8,10 +8,11 @@
 #include <optional>
 #include <string_view>
 
+#include "streaming/mp4_header.h"
+
 namespace sluice {
 namespace {
 
-constexpr uint64_t kMaxHeaderBytes = uint64_t{64} << 20;
 constexpr int kMaxBoxes = 1 << 20;  // fragmented recordings have some a second
 
 uint64_t BigEndian(std::string_view bytes) {
@@ -50,65 +51,12 @@ class File {
 
 // ---- MP4 ----------------------------------------------------------------------------------------
 
-struct Box {
-  std::string type;
-  uint64_t header = 8;
-  uint64_t size = 0;  // with the header; 0: to the end
-};
-
-std::optional<Box> ReadBox(std::string_view head) {
-  if (head.size() < 8) return std::nullopt;
-  Box box{.type = std::string(head.substr(4, 4)), .size = BigEndian(head.substr(0, 4))};
-  if (box.size == 1) {
-    if (head.size() < 16) return std::nullopt;
-    box.header = 16;
-    box.size = BigEndian(head.substr(8, 8));
-  }
-  if (box.size != 0 && box.size < box.header) return std::nullopt;
-  return box;
-}
-
-// The contents of the first box `type` among those in `boxes`.
-std::optional<std::string_view> Find(std::string_view boxes, std::string_view type) {
-  while (const std::optional<Box> box = ReadBox(boxes)) {
-    const uint64_t size = box->size == 0 ? boxes.size() : box->size;
-    if (size > boxes.size()) return std::nullopt;
-    if (box->type == type) return boxes.substr(box->header, size - box->header);
-    boxes.remove_prefix(size);
-  }
-  return std::nullopt;
-}
-
-// Whether the first track whose description holds an 'nclx' colour box says "full range".
-bool FullRange(std::string_view tracks) {
-  while (const std::optional<Box> box = ReadBox(tracks)) {
-    const uint64_t size = box->size == 0 ? tracks.size() : box->size;
-    if (size > tracks.size()) return false;
-    std::optional<std::string_view> inner;
-    if (box->type == "trak") inner = tracks.substr(box->header, size - box->header);
-    for (const char* type : {"mdia", "minf", "stbl", "stsd"}) {
-      if (inner) inner = Find(*inner, type);
-    }
-    tracks.remove_prefix(size);
-    // After the count: an entry's header of 8 bytes and a picture's description of 78.
-    constexpr size_t kEntry = 8, kDescription = 8 + 78;
-    if (!inner || inner->size() < kEntry + kDescription) continue;
-    const std::optional<std::string_view> colr = Find(inner->substr(kEntry + kDescription), "colr");
-    if (colr && colr->size() >= 11 && colr->starts_with("nclx")) return (*colr)[10] & 0x80;
-  }
-  return false;
-}
-
 ContainerFacts ReadMp4(File& file) {
   ContainerFacts facts;
   uint64_t at = 0;
   for (int i = 0; i < kMaxBoxes && at < file.size(); ++i) {
-    const std::optional<Box> box = ReadBox(file.Read(at, 16));
+    const std::optional<Mp4Box> box = ReadMp4Box(file.Read(at, 16));
     if (!box || box->size == 0) break;
-    if (box->type == "moov" && box->size <= kMaxHeaderBytes) {
-      const std::string moov = file.Read(at + box->header, box->size - box->header);
-      facts.full_range = FullRange(moov);
-    }
     if (box->size > file.size() - at) {
       facts.cut_off = Promise(at + box->size, file.size());
       break;
@@ -173,11 +121,7 @@ ContainerFacts ReadPng(File& file) {
     const std::string head = file.Read(at, 12);
     if (head.size() < 12 || head.substr(4, 4) == "IDAT") break;
     if (head.substr(4, 4) == "acTL") {
-      const uint64_t pictures = BigEndian(std::string_view(head).substr(8, 4));
-      if (pictures > 1) {
-        facts.unread = "only the first of its " + std::to_string(pictures) +
-                       " pictures is read; make a video or a GIF of it";
-      }
+      if (BigEndian(std::string_view(head).substr(8, 4)) > 1) facts.moving = MovingFormat::kPng;
       break;
     }
     at += 12 + BigEndian(std::string_view(head).substr(0, 4));
@@ -197,8 +141,9 @@ ContainerFacts ReadContainerFacts(const std::filesystem::path& path) {
     const std::string extended = file.Read(12, 9);
     constexpr char kMoves = 2;
     ContainerFacts facts;
-    facts.moving_webp =
-        extended.size() == 9 && extended.starts_with("VP8X") && extended[8] & kMoves;
+    if (extended.size() == 9 && extended.starts_with("VP8X") && extended[8] & kMoves) {
+      facts.moving = MovingFormat::kWebp;
+    }
     return facts;
   }
   if (head.starts_with("RIFF") && head.substr(8) == "AVI ") return ReadAvi(file);

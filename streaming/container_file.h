@@ -1,5 +1,5 @@
 // What a recording's file says about itself that GStreamer does not tell: sizes of the containers'
-// outermost parts, and the colour range in an MP4's header.
+// outermost parts, and whether a picture moves.
 #ifndef SLUICE_STREAMING_CONTAINER_FILE_H_
 #define SLUICE_STREAMING_CONTAINER_FILE_H_
 
@@ -8,11 +8,12 @@
 
 namespace sluice {
 
+enum class MovingFormat { kNone, kPng, kWebp };
+
 struct ContainerFacts {
   std::string cut_off;  // of a file that is shorter than its header says: both sizes
   std::string unread;   // what the file holds that GStreamer passes over
-  bool moving_webp = false;
-  bool full_range = false;  // an MP4's 'colr' box says that colours use all 256 levels
+  MovingFormat moving = MovingFormat::kNone;
 };
 
 // Reads headers of MP4, Matroska, AVI, PNG and WebP; of other files, and of what is unreadable, all

@@ -206,6 +206,50 @@ FramePtr GstSource::ToFrame(GstSample* sample) {
 
 // ---- On GStreamer's threads -----------------------------------------------------------------
 
+// What a parser drops is a sign of life.
+GstPadProbeReturn GstSource::OnParserInput(GstPad*, GstPadProbeInfo* info, gpointer data) {
+  auto* input = static_cast<ParserInput*>(data);
+  if (input->passes) return GST_PAD_PROBE_REMOVE;
+  const GstClockTime pts = GST_BUFFER_PTS(GST_PAD_PROBE_INFO_BUFFER(info));
+  if (!GST_CLOCK_TIME_IS_VALID(input->first)) input->first = pts;
+  const std::lock_guard lock(input->source->state_.mutex);
+  input->source->state_.last_picture = steady_clock::now();
+  return GST_PAD_PROBE_OK;
+}
+
+GstPadProbeReturn GstSource::OnParserOutput(GstPad*, GstPadProbeInfo* info, gpointer data) {
+  auto* input = static_cast<ParserInput*>(data);
+  input->passes = true;
+  const GstClockTime pts = GST_BUFFER_PTS(GST_PAD_PROBE_INFO_BUFFER(info));
+  if (GST_CLOCK_TIME_IS_VALID(pts) && GST_CLOCK_TIME_IS_VALID(input->first) && pts > input->first) {
+    input->source->unseen_ns_ = static_cast<int64_t>(pts - input->first);
+  }
+  return GST_PAD_PROBE_REMOVE;
+}
+
+GstPadProbeReturn GstSource::OnMp4Bytes(GstPad*, GstPadProbeInfo* info, gpointer data) {
+  auto* input = static_cast<Mp4Input*>(data);
+  if (!(GST_PAD_PROBE_INFO_TYPE(info) & GST_PAD_PROBE_TYPE_BUFFER)) {
+    GstEvent* event = GST_PAD_PROBE_INFO_EVENT(info);
+    if (GST_EVENT_TYPE(event) != GST_EVENT_SEGMENT) return GST_PAD_PROBE_OK;
+    const GstSegment* segment = nullptr;
+    gst_event_parse_segment(event, &segment);
+    input->at = segment->format == GST_FORMAT_BYTES ? segment->start : 0;
+    return GST_PAD_PROBE_OK;
+  }
+  GstBuffer* buffer = GST_PAD_PROBE_INFO_BUFFER(info);
+  if (GST_PAD_PROBE_INFO_TYPE(info) & GST_PAD_PROBE_TYPE_PULL) {
+    input->at = GST_PAD_PROBE_INFO_OFFSET(info);
+  }
+  GstMapInfo map;
+  if (!gst_buffer_map(buffer, &map, GST_MAP_READ)) return GST_PAD_PROBE_OK;
+  input->finder.Read(input->at, {reinterpret_cast<const char*>(map.data), map.size});
+  input->at += map.size;
+  gst_buffer_unmap(buffer, &map);
+  if (input->finder.full_range()) input->source->full_range_ = true;
+  return GST_PAD_PROBE_OK;
+}
+
 GstPadProbeReturn GstSource::OnDecoderInput(GstPad* pad, GstPadProbeInfo* info, gpointer data) {
   auto* input = static_cast<DecoderInput*>(data);
   GstSource* self = input->source;
@@ -284,11 +328,22 @@ void GstSource::NoteWithheld() {
 
 std::vector<std::string> GstSource::LeftOut() const {
   std::vector<std::string> parts;
+  if (unseen_ns_ > 0) {
+    char seconds[32];
+    std::snprintf(seconds, sizeof seconds, "%.3g", static_cast<double>(unseen_ns_) * 1e-9);
+    parts.push_back("its first " + std::string(seconds) +
+                    " s, before the first key frame, could not be shown");
+  }
   if (withheld_ > 0) {
     parts.push_back(std::to_string(withheld_) +
                     " pictures before the first key frame could not be shown");
   }
   if (corrupted_ > 0) parts.push_back(std::to_string(corrupted_) + " pictures are damaged");
+  if (concealed_ && concealed_->count() > 0) {
+    parts.push_back(std::to_string(concealed_->count()) +
+                    " pictures are damaged, the decoder made up what it could not read" +
+                    (concealed_->shared() ? " (some may be another source's)" : ""));
+  }
   return parts;
 }
 
@@ -305,7 +360,7 @@ void GstSource::ChooseOutput(const GstVideoInfo& video) {
 
 // GStreamer's reader of MP4 passes over the range that a file's header states.
 void GstSource::ReplaceRange(GstPadProbeInfo* info, GstVideoInfo video) const {
-  if (!request_.container.full_range || !GST_VIDEO_INFO_IS_YUV(&video)) return;
+  if (!full_range_ || !GST_VIDEO_INFO_IS_YUV(&video)) return;
   if (video.colorimetry.range == GST_VIDEO_COLOR_RANGE_0_255) return;
   video.colorimetry.range = GST_VIDEO_COLOR_RANGE_0_255;
   const GChars colorimetry(gst_video_colorimetry_to_string(&video.colorimetry));
@@ -361,7 +416,8 @@ GstPadProbeReturn GstSource::OnDecoded(GstPad*, GstPadProbeInfo* info, gpointer 
     case GST_EVENT_FLUSH_STOP:
       self->sampler_.Reset();
       self->clean_ = self->new_part_ = false;
-      self->withheld_ = self->corrupted_ = self->joined_at_ns_ = 0;
+      self->withheld_ = self->corrupted_ = self->joined_at_ns_ = self->unseen_ns_ = 0;
+      if (self->concealed_) self->concealed_->Reset();
       self->Notify([](State& s) {
         s.past_end = false;
         s.first_after_seek.reset();

@@ -91,40 +91,39 @@ void GstSource::WatchDecodebin(GstElement* bin) {
   g_signal_connect(bin, "no-more-pads", G_CALLBACK(&GstSource::OnNoMorePads), this);
 }
 
-void GstSource::BuildMovingWebp() {
+void GstSource::BuildMovingPicture() {
   const GChars path(g_filename_from_uri(request_.location.c_str(), nullptr, nullptr));
   try {
-    webp_ = std::make_unique<MovingWebp>(path.get(), options_.max_side_pixels);
+    moving_ = OpenMovingPicture(request_.container.moving, path.get(), options_.max_side_pixels);
   } catch (const Error& error) {
     Throw(error.what());
   }
   GstElement* pictures = Add("appsrc");
   const CapsPtr caps(gst_caps_new_simple(
-      "video/x-raw", "format", G_TYPE_STRING, "RGBA", "width", G_TYPE_INT, webp_->width(), "height",
-      G_TYPE_INT, webp_->height(), "framerate", GST_TYPE_FRACTION, 0, 1, nullptr));
+      "video/x-raw", "format", G_TYPE_STRING, "RGBA", "width", G_TYPE_INT, moving_->width(),
+      "height", G_TYPE_INT, moving_->height(), "framerate", GST_TYPE_FRACTION, 0, 1, nullptr));
   g_object_set(pictures, "caps", caps.get(), "format", GST_FORMAT_TIME, nullptr);
   GstAppSrcCallbacks callbacks = {};
-  callbacks.need_data = &GstSource::OnWebpWanted;
+  callbacks.need_data = &GstSource::OnPictureWanted;
   gst_app_src_set_callbacks(GST_APP_SRC(pictures), &callbacks, this, nullptr);
   gst_element_link(pictures, convert_);
-  info_.codec = "WebP";
+  info_.codec = request_.container.moving == MovingFormat::kPng ? "APNG" : "WebP";
   state_.video_linked = true;
 }
 
-void GstSource::OnWebpWanted(GstAppSrc* pictures, guint, gpointer data) {
+void GstSource::OnPictureWanted(GstAppSrc* pictures, guint, gpointer data) {
   auto* self = static_cast<GstSource*>(data);
   try {
-    const MovingWebp::Picture picture = self->webp_->Next();
+    const MovingPicture::Picture picture = self->moving_->Next();
     if (!picture.rgba) {
       gst_app_src_end_of_stream(pictures);
       return;
     }
     GstBuffer* buffer = gst_buffer_new_memdup(
-        picture.rgba, size_t{4} * self->webp_->width() * self->webp_->height());
-    GST_BUFFER_PTS(buffer) = static_cast<GstClockTime>(picture.begin_ms) * GST_MSECOND;
+        picture.rgba, size_t{4} * self->moving_->width() * self->moving_->height());
+    GST_BUFFER_PTS(buffer) = static_cast<GstClockTime>(picture.begin.count());
     GST_BUFFER_DURATION(buffer) =
-        static_cast<GstClockTime>(std::max<int64_t>(picture.end_ms - picture.begin_ms, 0)) *
-        GST_MSECOND;
+        static_cast<GstClockTime>(std::max<int64_t>((picture.end - picture.begin).count(), 0));
     gst_app_src_push_buffer(pictures, buffer);
   } catch (const Error& error) {
     self->Notify([&](State& s) {
@@ -137,7 +136,7 @@ void GstSource::OnWebpWanted(GstAppSrc* pictures, guint, gpointer data) {
 void GstSource::BuildInput() {
   switch (request_.kind) {
     case SourceRequest::Kind::kUri: {
-      if (request_.container.moving_webp) return BuildMovingWebp();
+      if (request_.container.moving != MovingFormat::kNone) return BuildMovingPicture();
       GstElement* bin = Add("uridecodebin");
       g_object_set(bin, "uri", request_.location.c_str(), nullptr);
       g_signal_connect(bin, "source-setup", G_CALLBACK(&GstSource::OnSourceSetup), this);
@@ -368,6 +367,28 @@ GstPadProbeReturn GstSource::OnPlaylistData(GstPad*, GstPadProbeInfo* info, gpoi
   return GST_PAD_PROBE_OK;
 }
 
+void GstSource::WatchParser(GstElement* parser) {
+  const PadPtr sink(gst_element_get_static_pad(parser, "sink"));
+  const PadPtr src(gst_element_get_static_pad(parser, "src"));
+  if (!sink || !src) return;
+  auto* input = new ParserInput{.source = this};
+  gst_pad_add_probe(sink.get(), GST_PAD_PROBE_TYPE_BUFFER, &GstSource::OnParserInput, input,
+                    nullptr);
+  gst_pad_add_probe(src.get(), GST_PAD_PROBE_TYPE_BUFFER, &GstSource::OnParserOutput, input,
+                    nullptr);
+  // Kept with the parser, which outlives its pads.
+  g_object_set_data_full(G_OBJECT(parser), "sluice-input", input,
+                         [](gpointer input) { delete static_cast<ParserInput*>(input); });
+}
+
+void GstSource::CountConcealed(GstElement* decoder) {
+  auto* factory = GST_PLUGIN_FEATURE(gst_element_get_factory(decoder));
+  const gchar* plugin = factory ? gst_plugin_feature_get_plugin_name(factory) : nullptr;
+  if (!plugin || std::string_view(plugin) != "libav") return;
+  const std::lock_guard lock(state_.mutex);
+  if (!concealed_) concealed_.emplace();
+}
+
 void GstSource::OnElementAdded(GstBin*, GstBin*, GstElement* element, gpointer data) {
   auto* self = static_cast<GstSource*>(data);
   // A camera's picture stream would otherwise be held back until two megabytes of it arrived, in
@@ -375,6 +396,14 @@ void GstSource::OnElementAdded(GstBin*, GstBin*, GstElement* element, gpointer d
   if (FactoryName(element) == "multipartdemux") {
     self->multipart_ = true;
     g_object_set(element, "single-stream", TRUE, nullptr);
+  }
+  if (FactoryName(element) == "qtdemux") {
+    const PadPtr pad(gst_element_get_static_pad(element, "sink"));
+    gst_pad_add_probe(pad.get(),
+                      static_cast<GstPadProbeType>(GST_PAD_PROBE_TYPE_BUFFER |
+                                                   GST_PAD_PROBE_TYPE_EVENT_DOWNSTREAM),
+                      &GstSource::OnMp4Bytes, new Mp4Input{.source = self},
+                      [](gpointer input) { delete static_cast<Mp4Input*>(input); });
   }
   const gchar* klass = gst_element_get_metadata(element, GST_ELEMENT_METADATA_KLASS);
   const std::string_view role = klass ? klass : "";
@@ -388,7 +417,9 @@ void GstSource::OnElementAdded(GstBin*, GstBin*, GstElement* element, gpointer d
   if (role.find("Demuxer") != role.npos || role.find("Parser") != role.npos) {
     const std::lock_guard lock(self->state_.mutex);
     self->state_.demuxers.emplace_back(GST_ELEMENT(gst_object_ref(element)));
+    if (IsPictureParser(element)) self->WatchParser(element);
   } else if (role.find("Decoder/Video") != role.npos || role.find("Decoder/Image") != role.npos) {
+    self->CountConcealed(element);
     const PadPtr pad(gst_element_get_static_pad(element, "sink"));
     if (!pad) return;
     auto* input = new DecoderInput;

@@ -124,13 +124,14 @@ bool GstSource::WaitForChange(uint64_t seen, SteadyTime asked, milliseconds at_m
       std::snprintf(seconds, sizeof seconds, "%.3g", allowed.count() * 1e-3);
       const bool nothing_came = !state_.video_linked && state_.demuxers.empty();
       lock.unlock();
-      if (nothing_came && CanLookForCause()) {
-        const std::string why =
-            WhyUnreachable(request_.location, std::min(allowed, kLookingForCause));
+      const bool asked_for_cause = nothing_came && IsRemote();
+      if (asked_for_cause) {
+        const std::string why = WhyUnreachable(std::min(allowed, kLookingForCause));
         if (!why.empty()) Throw(why);
       }
-      Throw("nothing arrived for " + std::string(seconds) +
-            " s; check that the source is up, or raise the stall timeout");
+      Throw("nothing arrived for " + std::string(seconds) + " s" +
+            (asked_for_cause ? ", although the server can be reached" : "") +
+            "; check that the source is up, or raise the stall timeout");
     }
     state_.changed.wait_until(
         lock, at_most == milliseconds::max() ? deadline : std::min(deadline, entered + at_most));
@@ -165,14 +166,16 @@ bool GstSource::IsNetworkCamera() const {
   return request_.location.starts_with("http") && multipart_;
 }
 
-// A source that keeps to one place may connect nowhere else, and who made its connection knows.
-bool GstSource::CanLookForCause() const { return IsRemote() && !request_.one_place; }
+// Connects once more, to the same place, unless it is known what failed.
+std::string GstSource::WhyUnreachable(milliseconds at_most) const {
+  const std::string known = request_.why_unreachable ? request_.why_unreachable() : "";
+  return known.empty() ? sluice::WhyUnreachable(request_.location, at_most) : known;
+}
 
 void GstSource::ThrowNoConnection(const std::string& error) const {
   const std::string meaning = MeaningOfStatus(error);
   if (!meaning.empty()) Throw(meaning);
-  if (!CanLookForCause()) Throw(error);
-  const std::string why = WhyUnreachable(request_.location, kLookingForCause);
+  const std::string why = WhyUnreachable(kLookingForCause);
   if (!why.empty()) Throw(why);
   Throw("the server can be reached, but gives nothing that can be read: " + error);
 }

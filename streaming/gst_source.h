@@ -25,10 +25,12 @@
 #include <string>
 #include <vector>
 
+#include "streaming/concealed_pictures.h"
 #include "streaming/container_file.h"
 #include "streaming/frame_sampler.h"
 #include "streaming/gst_types.h"
-#include "streaming/moving_webp.h"
+#include "streaming/moving_picture.h"
+#include "streaming/mp4_header.h"
 #include "streaming/picture_orientation.h"
 #include "streaming/redact.h"
 #include "streaming/source.h"
@@ -50,10 +52,12 @@ struct SourceRequest {
   std::shared_ptr<void> descriptor = {};
   // No redirect is followed, RTSP keeps to its one TCP connection: for URIs that were checked.
   bool one_place = false;
+  // Why the connection failed, as far as who makes it knows, or "". Called on any thread.
+  std::function<std::string()> why_unreachable = {};
 };
 // What a source string means (source.h), with what can be checked without GStreamer's elements.
-// Throws InputError.
-SourceRequest ParseSource(const std::string& source);
+// Messages name a file `label` where there is one. Throws InputError.
+SourceRequest ParseSource(const std::string& source, const std::string& label = "");
 
 // How long a stream may be silent before it has failed. Segments of a growing playlist come whole,
 // one after the other is written: up to two more of the longest seen, or of what is usual.
@@ -121,11 +125,25 @@ class GstSource final : public Source {
     int nal_length_bytes = 0;
   };
 
+  // Of a parser of coded pictures, which drops those before the first whose format is stated.
+  struct ParserInput {
+    GstSource* source;
+    GstClockTime first = GST_CLOCK_TIME_NONE;  // that came in
+    bool passes = false;                       // something came out
+  };
+
+  // Bytes on their way to an MP4's demuxer, which are pushed or fetched.
+  struct Mp4Input {
+    GstSource* source;
+    Mp4RangeFinder finder = {};
+    uint64_t at = 0;  // of the next that are pushed
+  };
+
   // Building.
   GstElement* Add(const char* factory);
   void BuildInput();
   void BuildOutput();
-  void BuildMovingWebp();
+  void BuildMovingPicture();
   void WatchDecodebin(GstElement* bin);
 
   // Waiting. Each returns with state_.mutex free.
@@ -136,7 +154,7 @@ class GstSource final : public Source {
   void WaitForFormat();
   std::string DemuxerGaveUp();
   bool IsRemote() const;
-  bool CanLookForCause() const;
+  std::string WhyUnreachable(std::chrono::milliseconds at_most) const;
   bool IsNetworkCamera() const;
   [[noreturn]] void ThrowNoConnection(const std::string& error) const;
   void SeekToBegin();
@@ -159,12 +177,17 @@ class GstSource final : public Source {
   static void OnNoMorePads(GstElement*, gpointer self);
   static void OnSourceSetup(GstElement*, GstElement* source, gpointer self);
   static void OnElementAdded(GstBin*, GstBin*, GstElement* element, gpointer self);
-  static void OnWebpWanted(GstAppSrc*, guint bytes, gpointer self);
+  static void OnPictureWanted(GstAppSrc*, guint bytes, gpointer self);
   static void OnPlaylistPad(GstElement*, GstPad* pad, gpointer self);
   static GstPadProbeReturn OnPlaylistData(GstPad*, GstPadProbeInfo* info, gpointer self);
+  static GstPadProbeReturn OnParserInput(GstPad*, GstPadProbeInfo* info, gpointer input);
+  static GstPadProbeReturn OnParserOutput(GstPad*, GstPadProbeInfo* info, gpointer input);
+  static GstPadProbeReturn OnMp4Bytes(GstPad*, GstPadProbeInfo* info, gpointer input);
   static GstPadProbeReturn OnDecoderInput(GstPad*, GstPadProbeInfo* info, gpointer input);
   static GstPadProbeReturn OnDecoded(GstPad*, GstPadProbeInfo* info, gpointer self);
   GstPadProbeReturn OnPicture(GstPadProbeInfo* info);
+  void WatchParser(GstElement* parser);
+  void CountConcealed(GstElement* decoder);
   bool IsWanted(GstPad* pad, GstCaps* caps, const GList* able);
   void NoteWithheld();
   void ReadOrientation(const DecoderInput& input, GstBuffer* buffer);
@@ -187,7 +210,8 @@ class GstSource final : public Source {
   GstAppSink* sink_ = nullptr;
   GstSample* stashed_ = nullptr;  // owned: a live source's first picture, read for its format
 
-  std::unique_ptr<MovingWebp> webp_;  // used by the thread of the element that asks for pictures
+  std::unique_ptr<MovingPicture>
+      moving_;  // used by the thread of the element that asks for pictures
 
   State state_;
 
@@ -208,11 +232,14 @@ class GstSource final : public Source {
   bool new_part_ = false;     // a stream began, but no picture of it came yet
   int64_t joined_at_ns_ = 0;  // added to stream times that begin again where parts are joined
   // Read by both sides.
-  std::atomic<int64_t> withheld_ = 0;  // pictures that need others which came before the start
+  std::atomic<int64_t> withheld_ = 0;   // pictures that need others which came before the start
+  std::atomic<int64_t> unseen_ns_ = 0;  // what parsers dropped before that
   std::atomic<Orientation> coded_orientation_ = Orientation::kUpright;  // as coded pictures say
   std::atomic<int64_t> fed_ = 0;  // pictures given to a decoder that can be counted
   std::atomic<int64_t> decoded_ = 0;
   std::atomic<int64_t> corrupted_ = 0;          // pictures that the decoder marked as damaged
+  std::optional<ConcealedPictures> concealed_;  // from when a decoder of libav is there
+  std::atomic<bool> full_range_ = false;        // an MP4's header says so
   std::atomic<bool> multipart_ = false;         // picture after picture, as cameras send them
   std::atomic<int64_t> origin_ns_ = kNoOrigin;  // stream time of the first picture
   std::atomic<int64_t> newest_ns_ = 0;          // media time of the newest decoded picture

@@ -3,6 +3,7 @@
 #include <gst/pbutils/pbutils.h>
 
 #include <algorithm>
+#include <string_view>
 
 namespace sluice {
 
@@ -53,6 +54,12 @@ std::string FactoryName(GstElement* element) {
   return factory ? GST_OBJECT_NAME(factory) : GST_OBJECT_NAME(element);
 }
 
+bool IsPictureParser(GstElement* element) {
+  const gchar* klass = gst_element_get_metadata(element, GST_ELEMENT_METADATA_KLASS);
+  const std::string_view role = klass ? klass : "";
+  return role.find("Parser") != role.npos && role.find("Video") != role.npos;
+}
+
 const char* CutOffHint(GstElement* element) {
   if (FactoryName(element) != "qtdemux") return "";
   return " (it may be cut off: its index, 'moov', is often written last)";
@@ -74,13 +81,15 @@ std::string Describe(GstMessage* message) {
   g_clear_error(&error);
   g_free(debug);
 
+  GstObject* source = GST_MESSAGE_SRC(message);
+  if (undetermined && GST_IS_ELEMENT(source) && IsPictureParser(GST_ELEMENT(source))) {
+    return "none of its pictures can be shown: it holds no key frame that states their format";
+  }
   if (undetermined) return "not a media file: " + line;
   const size_t last_line = detail.rfind('\n');
   if (last_line != std::string::npos) line += " (" + detail.substr(last_line + 1) + ")";
   std::replace(line.begin(), line.end(), '\n', ' ');
-  if (GST_IS_ELEMENT(GST_MESSAGE_SRC(message))) {
-    line += CutOffHint(GST_ELEMENT(GST_MESSAGE_SRC(message)));
-  }
+  if (GST_IS_ELEMENT(source)) line += CutOffHint(GST_ELEMENT(source));
   return line;
 }
 

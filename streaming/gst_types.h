@@ -37,6 +37,9 @@ PadPtr InnermostPad(GstPad* pad);
 // The name of what the decoder behind a decodebin's pad reads.
 std::string CodecBehind(GstPad* pad);
 
+// Whether it takes a stream of coded pictures apart ("Codec/Parser/Converter/Video").
+bool IsPictureParser(GstElement* element);
+
 // A hint for what reads a container whose index is often missing; else "".
 const char* CutOffHint(GstElement* element);
 // One line of what an element said. The debug text's last line often holds the only detail.

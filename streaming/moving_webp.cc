@@ -1,55 +1,63 @@
-#include "streaming/moving_webp.h"
-
 #include <webp/decode.h>
+#include <webp/demux.h>
 
 #include <algorithm>
-#include <fstream>
-#include <iterator>
+#include <utility>
 
 #include "runtime/error.h"
+#include "streaming/moving_picture.h"
 
 namespace sluice {
 namespace {
 
-constexpr uint64_t kMaxBytes = uint64_t{256} << 20;
+using std::chrono::milliseconds;
+
+class MovingWebp final : public MovingPicture {
+ public:
+  MovingWebp(std::string bytes, int max_side_pixels) : bytes_(std::move(bytes)) {
+    const WebPData data = {reinterpret_cast<const uint8_t*>(bytes_.data()), bytes_.size()};
+    // The size is looked at before memory for it is taken.
+    WebPBitstreamFeatures features;
+    if (WebPGetFeatures(data.bytes, data.size, &features) != VP8_STATUS_OK) {
+      throw Error("damaged: its header cannot be read");
+    }
+    CheckSides(features.width, features.height, max_side_pixels);
+    decoder_.reset(WebPAnimDecoderNew(&data, nullptr));
+    if (!decoder_ || !WebPAnimDecoderGetInfo(decoder_.get(), &info_)) {
+      throw Error("damaged: its pictures cannot be found");
+    }
+  }
+
+  int width() const override { return static_cast<int>(info_.canvas_width); }
+  int height() const override { return static_cast<int>(info_.canvas_height); }
+
+  Picture Next() override {
+    if (!WebPAnimDecoderHasMoreFrames(decoder_.get())) return {};
+    uint8_t* rgba = nullptr;
+    int end_ms = 0;
+    if (!WebPAnimDecoderGetNext(decoder_.get(), &rgba, &end_ms)) {
+      throw Error("a picture at " + std::to_string(next_ms_) + " ms cannot be decoded");
+    }
+    const Picture picture{
+        .rgba = rgba, .begin = milliseconds(next_ms_), .end = milliseconds(end_ms)};
+    next_ms_ = std::max<int64_t>(end_ms, next_ms_ + 1);  // pictures may be said to last 0 ms
+    return picture;
+  }
+
+ private:
+  struct Delete {
+    void operator()(WebPAnimDecoder* decoder) const { WebPAnimDecoderDelete(decoder); }
+  };
+  const std::string bytes_;
+  std::unique_ptr<WebPAnimDecoder, Delete> decoder_;
+  WebPAnimInfo info_ = {};
+  int64_t next_ms_ = 0;
+};
 
 }  // namespace
 
-MovingWebp::MovingWebp(const std::filesystem::path& path, int max_side_pixels) {
-  const uint64_t size = std::filesystem::file_size(path);
-  if (size > kMaxBytes) {
-    throw Error("a moving WebP may have " + std::to_string(kMaxBytes) + " bytes, it has " +
-                std::to_string(size) + "; make a video of it");
-  }
-  std::ifstream in(path, std::ios::binary);
-  bytes_.assign(std::istreambuf_iterator<char>(in), {});
-  const WebPData data = {reinterpret_cast<const uint8_t*>(bytes_.data()), bytes_.size()};
-  // The size is looked at before memory for it is taken.
-  WebPBitstreamFeatures features;
-  if (WebPGetFeatures(data.bytes, data.size, &features) != VP8_STATUS_OK) {
-    throw Error("damaged: its header cannot be read");
-  }
-  if (std::max(features.width, features.height) > max_side_pixels) {
-    throw Error("pictures are " + std::to_string(features.width) + "x" +
-                std::to_string(features.height) + ", the longest side allowed is " +
-                std::to_string(max_side_pixels));
-  }
-  decoder_.reset(WebPAnimDecoderNew(&data, nullptr));
-  if (!decoder_ || !WebPAnimDecoderGetInfo(decoder_.get(), &info_)) {
-    throw Error("damaged: its pictures cannot be found");
-  }
-}
-
-MovingWebp::Picture MovingWebp::Next() {
-  if (!WebPAnimDecoderHasMoreFrames(decoder_.get())) return {};
-  uint8_t* rgba = nullptr;
-  int end_ms = 0;
-  if (!WebPAnimDecoderGetNext(decoder_.get(), &rgba, &end_ms)) {
-    throw Error("a picture at " + std::to_string(next_ms_) + " ms cannot be decoded");
-  }
-  const Picture picture{.rgba = rgba, .begin_ms = next_ms_, .end_ms = end_ms};
-  next_ms_ = std::max<int64_t>(end_ms, next_ms_ + 1);  // pictures may be said to last 0 ms
-  return picture;
+std::unique_ptr<MovingPicture> ReadMovingWebp(std::string bytes, int max_side_pixels) {
+  return std::make_unique<MovingWebp>(std::move(bytes), max_side_pixels);
 }
 
 }  // namespace sluice

@@ -146,7 +146,7 @@ SourceRequest TestRequest(const std::string& source) {
 
 }  // namespace
 
-SourceRequest ParseSource(const std::string& source) {
+SourceRequest ParseSource(const std::string& source, const std::string& label) {
   if (source.empty()) throw InputError("[source] the source is an empty string; name a file");
   if (source.find('\0') != std::string::npos) throw InputError("[source] the source holds a NUL");
   if (source == "-") return PipeRequest("standard input", STDIN_FILENO);
@@ -156,7 +156,8 @@ SourceRequest ParseSource(const std::string& source) {
     return UriRequest(source);
   }
   std::error_code error;
-  return fs::is_fifo(source, error) ? FifoRequest(source) : FileRequest(source, source);
+  if (fs::is_fifo(source, error)) return FifoRequest(source);
+  return FileRequest(label.empty() ? source : label, source);
 }
 
 std::unique_ptr<Source> Source::Open(const std::string& source, const SourceOptions& options) {

@@ -26,8 +26,8 @@
 #include "streaming/decode/plugins.h"
 #include "streaming/gst_source.h"
 
-// In place of the C library's, for the libraries that decode. Once the filter is set, the kernel
-// refuses the calls behind the library's own.
+// In place of the C library's, for what reads the file by its name. Once the filter is set, the
+// kernel refuses the calls behind the library's own.
 extern "C" int open64(const char* path, int flags, ...) {
   va_list arguments;
   va_start(arguments, flags);
@@ -44,6 +44,18 @@ extern "C" FILE* fopen64(const char* path, const char* mode) {  // as streams of
   const int fd = reads ? open64(path, O_RDONLY | O_CLOEXEC) : -1;
   if (!reads) errno = EROFS;
   return fd < 0 ? nullptr : fdopen(fd, mode);
+}
+extern "C" int stat(const char* path, struct stat* status) noexcept {
+  if (std::strcmp(path, sluice::apart::kFilePath) != 0) {
+    return fstatat(AT_FDCWD, path, status, 0);
+  }
+  return fstatat(sluice::apart::kFileFd, "", status, AT_EMPTY_PATH);
+}
+extern "C" int access(const char* path, int mode) noexcept {
+  if (std::strcmp(path, sluice::apart::kFilePath) != 0) return faccessat(AT_FDCWD, path, mode, 0);
+  if ((mode & (W_OK | X_OK)) == 0) return 0;
+  errno = EACCES;
+  return -1;
 }
 extern "C" int connect(int socket, const sockaddr* address, socklen_t size) {
   return sluice::decode::AskedConnect(socket, address, size);
@@ -91,10 +103,13 @@ void Decode(const apart::Request& request) {
   LoadElements(request.elements, request.playlists);
   if (request.network) UseAskedNetwork(request.host, request.addresses);
   uint8_t* const frames = MapFrames(request.slot_bytes);
-  SourceRequest what = ParseSource(request.source);
+  if (request.filtered) FilterSystemCalls(request.network);
+
+  // From here on what strangers have written is read.
+  SourceRequest what = ParseSource(request.source, request.label);
   what.label = request.label;
   what.one_place = true;
-  if (request.filtered) FilterSystemCalls(request.network);
+  what.why_unreachable = WhyNotConnected;
 
   // Never destroyed: taking a pipeline down can wait for a decoder that hangs.
   auto* source = new GstSource(std::move(what), request.options);

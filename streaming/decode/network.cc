@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "streaming/apart/wire.h"
+#include "streaming/connection_check.h"
 
 namespace sluice::decode {
 namespace {
@@ -40,6 +41,23 @@ struct Pinned {
 Pinned& TheHost() {
   static Pinned host;
   return host;
+}
+
+// Of the connection that was asked for last.
+struct LastConnection {
+  std::mutex mutex;
+  std::string place;
+  int error = 0;
+};
+LastConnection& TheLast() {
+  static LastConnection last;
+  return last;
+}
+void NoteConnection(const std::string& place, int error) {
+  LastConnection& last = TheLast();
+  const std::lock_guard lock(last.mutex);
+  last.place = place;
+  last.error = error;
 }
 
 // The addresses of a name as GLib's list; null and `error` if there is none.
@@ -152,8 +170,14 @@ int AskedConnect(int socket, const sockaddr* address, socklen_t size) {
     errno = EACCES;
     return -1;
   }
+  const Pinned& pinned = TheHost();
+  const bool is_pinned = std::find(pinned.addresses.begin(), pinned.addresses.end(), dial.text) !=
+                         pinned.addresses.end();
+  const std::string place = (is_pinned ? pinned.host : dial.text) + ":" + std::to_string(dial.port);
+  NoteConnection(place, ETIMEDOUT);  // if nobody waits for its end
   apart::UniqueFd connection;
   const DialReply reply = Ask(dial, &connection);
+  NoteConnection(place, reply.error);
   if (reply.error != 0 || !connection) {
     errno = reply.error != 0 ? reply.error : ECONNABORTED;
     return -1;
@@ -164,6 +188,13 @@ int AskedConnect(int socket, const sockaddr* address, socklen_t size) {
     return -1;
   }
   return 0;
+}
+
+std::string WhyNotConnected() {
+  LastConnection& last = TheLast();
+  const std::lock_guard lock(last.mutex);
+  if (last.error == EACCES) return "connecting to " + last.place + " is not allowed";
+  return last.error == 0 ? "" : MeaningOfConnectError(last.error, last.place);
 }
 
 }  // namespace sluice::decode

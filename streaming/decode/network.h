@@ -17,6 +17,10 @@ void UseAskedNetwork(const std::string& host, std::vector<std::string> addresses
 // where `socket` does not. Thread-safe.
 int AskedConnect(int socket, const sockaddr* address, socklen_t size);
 
+// Why the last connection that was asked for is not there, in words, or "": it was refused, or it
+// is still being made. Thread-safe.
+std::string WhyNotConnected();
+
 }  // namespace sluice::decode
 
 #endif  // SLUICE_STREAMING_DECODE_NETWORK_H_

@@ -13,6 +13,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <filesystem>
@@ -235,8 +236,41 @@ TEST(ApartSourceTest, PicturesOfMorePixelsThanAllowedAreRefused) {
 TEST(ApartSourceTest, AFileThatIsNoneIsRefusedAsEverywhere) {
   const TemporaryDirectory directory;
   std::ofstream(directory.path() / "text.mp4") << "nothing to see here, move along";
-  EXPECT_THAT(Refusal(FileInput(directory.path() / "text.mp4")),
-              AllOf(HasSubstr("[source] 'text.mp4': "), Not(HasSubstr("/proc/"))));
+  std::ofstream(directory.path() / "none.mp4");
+  for (const std::string name : {"text.mp4", "none.mp4"}) {
+    EXPECT_THAT(Refusal(FileInput(directory.path() / name)),
+                AllOf(HasSubstr("[source] '" + name + "': "), Not(HasSubstr("/proc/"))));
+  }
+}
+
+// The place in the file is looked at before the filter: what was read without it is seen.
+TEST(ApartSourceTest, NothingOfAFileIsReadBeforeTheFilterIsSet) {
+  const TemporaryDirectory directory;
+  const fs::path path = directory.path() / "boxes.mp4";
+  {
+    const std::string box("\0\0\0\x08\x66ree", 8);
+    std::ofstream out(path, std::ios::binary);
+    for (int i = 0; i < 20000; ++i) out << box;  // takes long to walk
+  }
+  std::atomic<bool> done = false;
+  std::future<std::string> refusal = std::async(std::launch::async, [&] {
+    const std::string line = Refusal(FileInput(path));
+    done = true;
+    return line;
+  });
+  bool read_unfiltered = false;
+  for (bool filtered = false; !filtered && !done;) {
+    for (const pid_t pid : Decoders()) {
+      const fs::path process = "/proc/" + std::to_string(pid);
+      const std::string place = ReadFile(process / "fdinfo" / "6");
+      const std::string status = ReadFile(process / "status");
+      read_unfiltered |= place.starts_with("pos:\t") && !place.starts_with("pos:\t0\n") &&
+                         status.find("Seccomp:\t0") != std::string::npos;
+      filtered |= status.find("Seccomp:\t2") != std::string::npos;
+    }
+  }
+  EXPECT_FALSE(read_unfiltered);
+  EXPECT_NE(refusal.get(), "it was opened");
 }
 
 TEST(ApartSourceTest, AMissingDecoderIsNamed) {
@@ -275,6 +309,24 @@ TEST(ApartSourceTest, AHostIsReachedAtTheAddressThatWasCheckedUnderItsOwnName) {
   EXPECT_EQ(source->info().width, 640);
   ASSERT_FALSE(server.requests().empty());
   EXPECT_THAT(server.requests()[0], HasSubstr("Host: cam.sluice.invalid:"));
+}
+
+TEST(ApartSourceTest, WhyThereIsNoConnectionIsSaidAsInThisProcess) {
+  const int nobody = testing::HttpServer([](const std::string&) { return std::string(); }).port();
+  const std::string place = "cam.sluice.invalid:" + std::to_string(nobody);
+  EXPECT_THAT(Refusal(HttpInput("cam.sluice.invalid", nobody, "/a.mp4")),
+              HasSubstr("connection refused: nothing listens at " + place));
+
+  const testing::SilentPlace silent;
+  SourceOptions options = Every(1);
+  options.stall_timeout = std::chrono::milliseconds(500);
+  EXPECT_THAT(Refusal(HttpInput("cam.sluice.invalid", silent.port(), "/a.mp4"), {}, options),
+              HasSubstr("timed out: cam.sluice.invalid:" + std::to_string(silent.port())));
+
+  const testing::NoTlsServer plain;
+  ApartInput secure = HttpInput("cam.sluice.invalid", plain.port(), "/a.mp4");
+  secure.uri.insert(4, "s");
+  EXPECT_THAT(Refusal(std::move(secure)), HasSubstr("the secure connection (TLS) to "));
 }
 
 TEST(ApartSourceTest, RedirectsAreNotFollowedAndOtherPortsAreOutOfReach) {

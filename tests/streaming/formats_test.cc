@@ -4,8 +4,6 @@
 #include <gst/gst.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
-#include <webp/encode.h>
-#include <webp/mux.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -14,12 +12,15 @@
 
 #include "runtime/error.h"
 #include "streaming/source.h"
+#include "tests/support/moving_pictures.h"
 
 namespace sluice {
 namespace {
 
 namespace fs = std::filesystem;
-using testing::HasSubstr;
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::Not;
 
 struct Outcome {
   SourceInfo info;
@@ -55,7 +56,7 @@ Outcome Read(const std::string& path, std::optional<double> begin = std::nullopt
   return out;
 }
 
-class FormatsTest : public testing::Test {
+class FormatsTest : public ::testing::Test {
  protected:
   static void SetUpTestSuite() { gst_init(nullptr, nullptr); }
   void SetUp() override {
@@ -67,7 +68,7 @@ class FormatsTest : public testing::Test {
       if (!factory) GTEST_SKIP() << "GStreamer's " << name << " is missing";
       gst_object_unref(factory);
     }
-    const auto* test = testing::UnitTest::GetInstance()->current_test_info();
+    const auto* test = ::testing::UnitTest::GetInstance()->current_test_info();
     directory_ = fs::temp_directory_path() /
                  ("sluice_formats_" + std::to_string(getpid()) + "_" + test->name());
     fs::create_directories(directory_);
@@ -281,30 +282,7 @@ TEST_F(FormatsTest, TurnsAJpegAsItsExifSays) {
 }
 
 TEST_F(FormatsTest, ReadsEveryPictureOfAMovingWebpWithItsTime) {
-  WebPAnimEncoderOptions options;
-  ASSERT_TRUE(WebPAnimEncoderOptionsInit(&options));
-  WebPAnimEncoder* encoder = WebPAnimEncoderNew(32, 24, &options);
-  for (int i = 0; i < 4; ++i) {
-    WebPConfig config;
-    WebPPicture picture;
-    ASSERT_TRUE(WebPConfigInit(&config) && WebPPictureInit(&picture));
-    config.lossless = 1;
-    picture.use_argb = 1;
-    picture.width = 32;
-    picture.height = 24;
-    ASSERT_TRUE(WebPPictureAlloc(&picture));
-    std::fill_n(picture.argb, picture.argb_stride * 24, 0xff000000u + 0x010101u * (60u * i + 20));
-    EXPECT_TRUE(WebPAnimEncoderAdd(encoder, &picture, i * i * 100, &config));
-    WebPPictureFree(&picture);
-  }
-  EXPECT_TRUE(WebPAnimEncoderAdd(encoder, nullptr, 2000, nullptr));
-  WebPData data;
-  WebPDataInit(&data);
-  ASSERT_TRUE(WebPAnimEncoderAssemble(encoder, &data));
-  const std::string bytes(reinterpret_cast<const char*>(data.bytes), data.size);
-  WebPDataClear(&data);
-  WebPAnimEncoderDelete(encoder);
-
+  const std::string bytes = testing::MovingWebp({20, 80, 140, 200});
   const Outcome out = Read(Write("a.webp", bytes));
   EXPECT_EQ(out.error, "");
   EXPECT_EQ(out.warning, "");
@@ -335,6 +313,38 @@ TEST_F(FormatsTest, MapsWideLightAndColoursToOrdinaryOnes) {
   EXPECT_NEAR(read("bt2020"), 200, 4);
   EXPECT_GT(read("bt2100-pq"), 245);        // about 1500 cd/m2
   EXPECT_NEAR(read("bt2100-hlg"), 242, 4);  // 250 cd/m2: m = 1.23, T(m) = 0.885
+}
+
+TEST_F(FormatsTest, SaysWhatATransportStreamThatWasJoinedMidwayDoesNotShow) {
+  const std::string whole =
+      Bytes(Make("a.ts", Pictures("white", 100) + kX264 + " ! mpegtsmux ! FILE"));
+  constexpr size_t kPacket = 188;
+  const size_t third = whole.size() / kPacket / 3 * kPacket;
+  const Outcome out = Read(Write("midway.ts", whole.substr(third)));
+  EXPECT_EQ(out.error, "");
+  EXPECT_THAT(out.warning, AllOf(HasSubstr("its first 0."),
+                                 HasSubstr("before the first key frame, could not be shown")));
+  EXPECT_THAT(out.frames.size(), ::testing::AnyOf(50u, 75u));
+  for (const FramePtr& frame : out.frames) EXPECT_GT(Brightness(*frame), 250);
+
+  const std::string end =
+      Read(Write("end.ts", whole.substr(whole.size() - whole.size() / kPacket / 8 * kPacket)))
+          .error;
+  EXPECT_THAT(end, AllOf(HasSubstr("no key frame"), Not(HasSubstr("not a media file"))));
+}
+
+TEST_F(FormatsTest, CountsDamagedPicturesThatTheDecoderConceals) {
+  std::string bytes = Bytes(Make("a.mp4", Pictures("snow", 50) + kX264 + " ! mp4mux ! FILE"));
+  // In the middle of two pictures, whose beginnings say what they are.
+  const size_t data = bytes.find("mdat"), size = bytes.size() - data;
+  for (const size_t part : {3, 6}) {
+    std::fill_n(bytes.begin() + static_cast<ptrdiff_t>(data + size * part / 10), 8, '\x55');
+  }
+  const Outcome out = Read(Write("hurt.mp4", bytes));
+  EXPECT_EQ(out.error, "");
+  EXPECT_GT(out.frames.size(), 45u);
+  EXPECT_THAT(out.warning, HasSubstr(" pictures are damaged, the decoder made up"));
+  EXPECT_EQ(Read(directory_ / "a.mp4").warning, "");
 }
 
 TEST_F(FormatsTest, CountsPicturesThatCannotBeDecoded) {

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <future>
 #include <string>
 #include <thread>
 #include <vector>
@@ -25,6 +26,8 @@ namespace sluice {
 namespace {
 
 using sluice::testing::HttpServer;
+using sluice::testing::NoTlsServer;
+using sluice::testing::SilentPlace;
 using std::chrono::milliseconds;
 using std::chrono::seconds;
 using ::testing::AllOf;
@@ -115,6 +118,22 @@ TEST_F(NetworkSourceTest, AFileWithoutALengthIsAFile) {
   }
 }
 
+TEST_F(NetworkSourceTest, TheRangeThatAnMp4StatesIsHonoured) {
+  if (!HasElement("x264enc")) GTEST_SKIP() << "x264enc is not installed";
+  std::string bytes = Media(
+      "videoconvert ! video/x-raw,format=I420,colorimetry=bt709 ! x264enc ! h264parse ! mp4mux",
+      10);
+  const auto first_level = [&] {
+    const HttpServer server([&](const std::string&) { return HttpServer::Ok("video/mp4", bytes); });
+    return static_cast<int>(Source::Open(Url(server, "/a.mp4"), All())->Next()->rgb.at(0));
+  };
+  const int narrow = first_level();  // of a white of 191
+  const size_t colr = bytes.find("colrnclx");
+  ASSERT_NE(colr, std::string::npos);
+  bytes[colr + 14] = static_cast<char>(0x80);
+  EXPECT_NEAR(first_level(), 16 + narrow * 219 / 255, 3);
+}
+
 TEST_F(NetworkSourceTest, BeginOfAFileThatCannotBeSoughtIsReachedByPassingOver) {
   const std::string bytes = Media("jpegenc ! matroskamux");
   const HttpServer server(
@@ -178,6 +197,28 @@ TEST_F(NetworkSourceTest, SaysWhyThereIsNoConnection) {
   }
 }
 
+TEST_F(NetworkSourceTest, SaysThatNobodyAnswers) {
+  const SilentPlace silent;
+  const std::string place = "127.0.0.1:" + std::to_string(silent.port());
+  SourceOptions options = All();
+  options.stall_timeout = milliseconds(100);
+  EXPECT_THAT(ErrorOf("http://" + place + "/x.mp4", options),
+              HasSubstr("timed out: " + place + " does not answer"));
+}
+
+TEST_F(NetworkSourceTest, SaysThatAServerWhichCanBeReachedSendsNothing) {
+  std::promise<void> asked;
+  const HttpServer server([&, over = asked.get_future().share()](const std::string&) {
+    over.wait();
+    return std::string();
+  });
+  SourceOptions options = All();
+  options.stall_timeout = milliseconds(100);
+  EXPECT_THAT(ErrorOf(Url(server, "/x.mp4"), options),
+              HasSubstr("nothing arrived for 0.1 s, although the server can be reached"));
+  asked.set_value();
+}
+
 TEST_F(NetworkSourceTest, SaysWhatTheServerAnswered) {
   const HttpServer server([](const std::string& request) {
     if (request.starts_with("GET /401")) return Empty("401 Unauthorized");
@@ -194,27 +235,10 @@ TEST_F(NetworkSourceTest, SaysWhatTheServerAnswered) {
 
 TEST_F(NetworkSourceTest, SaysThatTlsFailed) {
   if (!g_tls_backend_supports_tls(g_tls_backend_get_default())) GTEST_SKIP() << "GLib has no TLS";
-  const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  sockaddr_in address = {};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t size = sizeof address;
-  ASSERT_EQ(bind(listener, reinterpret_cast<sockaddr*>(&address), size), 0);
-  ASSERT_EQ(listen(listener, 8), 0);
-  getsockname(listener, reinterpret_cast<sockaddr*>(&address), &size);
-  std::thread server([listener] {
-    for (int client = 0; (client = accept(listener, nullptr, nullptr)) >= 0; close(client)) {
-      char hello[64];
-      if (recv(client, hello, sizeof hello, 0) > 0)
-        send(client, "this is no TLS\n", 15, MSG_NOSIGNAL);
-    }
-  });
-  const std::string place = "127.0.0.1:" + std::to_string(ntohs(address.sin_port));
+  const NoTlsServer server;
+  const std::string place = "127.0.0.1:" + std::to_string(server.port());
   EXPECT_THAT(ErrorOf("https://" + place + "/x.mp4"),
               HasSubstr("the secure connection (TLS) to " + place + " failed"));
-  shutdown(listener, SHUT_RDWR);
-  server.join();
-  close(listener);
 }
 
 TEST_F(NetworkSourceTest, KeepsSecretsOutOfWhatLibrariesSay) {

@@ -16,32 +16,45 @@
 
 namespace sluice::testing {
 
+// A socket of a server on loopback.
+class Listener {
+ public:
+  explicit Listener(int backlog) : fd_(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)) {
+    address_.sin_family = AF_INET;
+    address_.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t size = sizeof address_;
+    if (bind(fd_, reinterpret_cast<sockaddr*>(&address_), size) != 0 || listen(fd_, backlog) != 0 ||
+        getsockname(fd_, reinterpret_cast<sockaddr*>(&address_), &size) != 0) {
+      std::abort();
+    }
+  }
+  ~Listener() { close(fd_); }
+  Listener(const Listener&) = delete;
+  Listener& operator=(const Listener&) = delete;
+
+  int fd() const { return fd_; }
+  int port() const { return ntohs(address_.sin_port); }
+  const sockaddr* address() const { return reinterpret_cast<const sockaddr*>(&address_); }
+
+ private:
+  const int fd_;
+  sockaddr_in address_ = {};
+};
+
 class HttpServer {
  public:
   // The whole answer, with its status line and headers, to a request with its headers.
   using Handler = std::function<std::string(const std::string& request)>;
 
   explicit HttpServer(Handler handler) : handler_(std::move(handler)) {
-    listener_ = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    sockaddr_in address = {};
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    socklen_t size = sizeof address;
-    if (bind(listener_, reinterpret_cast<sockaddr*>(&address), size) != 0 ||
-        listen(listener_, 8) != 0 ||
-        getsockname(listener_, reinterpret_cast<sockaddr*>(&address), &size) != 0) {
-      std::abort();
-    }
-    port_ = ntohs(address.sin_port);
     thread_ = std::thread([this] { Serve(); });
   }
   ~HttpServer() {
-    shutdown(listener_, SHUT_RDWR);
+    shutdown(listener_.fd(), SHUT_RDWR);
     thread_.join();
-    close(listener_);
   }
 
-  int port() const { return port_; }
+  int port() const { return listener_.port(); }
   std::vector<std::string> requests() const {
     const std::lock_guard lock(mutex_);
     return requests_;
@@ -56,7 +69,7 @@ class HttpServer {
  private:
   void Serve() {
     for (;;) {
-      const int client = accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC);
+      const int client = accept4(listener_.fd(), nullptr, nullptr, SOCK_CLOEXEC);
       if (client < 0) return;
       std::string request;
       char buffer[4096];
@@ -80,9 +93,54 @@ class HttpServer {
   }
 
   const Handler handler_;
-  int listener_ = -1, port_ = 0;
+  const Listener listener_{8};
   mutable std::mutex mutex_;
   std::vector<std::string> requests_;
+  std::thread thread_;
+};
+
+// An address at which nobody answers: connections already wait there that nobody accepts.
+class SilentPlace {
+ public:
+  SilentPlace() {
+    for (int& waiting : waiting_) {
+      waiting = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+      connect(waiting, listener_.address(), sizeof(sockaddr_in));
+    }
+  }
+  ~SilentPlace() {
+    for (const int waiting : waiting_) close(waiting);
+  }
+
+  int port() const { return listener_.port(); }
+
+ private:
+  const Listener listener_{0};
+  int waiting_[3];
+};
+
+// Answers what is no TLS to whatever it is sent.
+class NoTlsServer {
+ public:
+  NoTlsServer()
+      : thread_([this] {
+          for (int client = 0; (client = accept(listener_.fd(), nullptr, nullptr)) >= 0;
+               close(client)) {
+            char hello[64];
+            if (recv(client, hello, sizeof hello, 0) > 0) {
+              send(client, "this is no TLS\n", 15, MSG_NOSIGNAL);
+            }
+          }
+        }) {}
+  ~NoTlsServer() {
+    shutdown(listener_.fd(), SHUT_RDWR);
+    thread_.join();
+  }
+
+  int port() const { return listener_.port(); }
+
+ private:
+  const Listener listener_{8};
   std::thread thread_;
 };
 
