@@ -21,9 +21,8 @@
 namespace sluice {
 
 struct VlmOptions {
-  // f32 or bf16; default: bf16 on a GPU, else CpuInfo::BestComputeType()
-  std::optional<DType> compute_type;
-  Device device = Device::kCpu;  // where the weights lie and everything runs
+  DType compute_type = DType::kBF16;  // or f32
+  Device device = Device::kCpu;       // where the weights lie and everything runs
   // Of the projections of the tower and the decoder's layers. Norms, embeddings and the lm_head
   // stay as they are. 8 bits need a GPU and bf16.
   WeightFormat weights = WeightFormat::kPlain;

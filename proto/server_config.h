@@ -14,7 +14,7 @@ namespace sluice {
 
 struct ServerConfig {
   std::string model;                // empty: the bundled one
-  std::string dtype;                // "f32", "bf16"; empty: the machine's best
+  std::string dtype;                // "f32", "bf16"; empty: bf16
   int threads = 0;                  // 0: physical cores
   std::string device;               // "cpu", "cuda"; empty: a GPU if there is one
   std::string weights;              // "bf16", "fp8", "int8"; empty: bf16

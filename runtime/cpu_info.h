@@ -5,8 +5,6 @@
 #include <cstdint>
 #include <string>
 
-#include "runtime/dtype.h"
-
 namespace sluice {
 
 struct CpuInfo {
@@ -17,8 +15,6 @@ struct CpuInfo {
   int64_t memory_bytes = 0;
 
   static CpuInfo Detect();
-  // bf16 where the machine multiplies bf16 natively (AVX512-BF16 or AMX), else f32.
-  DType BestComputeType() const { return amx_bf16 || avx512_bf16 ? DType::kBF16 : DType::kF32; }
   // int8 products on the widest vectors there are.
   bool Int8Dot() const { return avx512 ? avx512_vnni : avx_vnni; }
   std::string IsaName() const;  // "AMX-BF16", "AVX512-BF16", "AVX-512", "AVX2", "baseline"

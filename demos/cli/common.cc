@@ -18,8 +18,7 @@ namespace sluice::cli {
 void AddModelFlags(CLI::App& command, ModelFlags& flags) {
   command.add_option("--model", flags.model,
                      "Checkpoint directory in Hugging Face layout (default: the bundled model)");
-  command
-      .add_option("--dtype", flags.dtype, "Compute in f32 or bf16 (default: the machine's best)")
+  command.add_option("--dtype", flags.dtype, "Compute in f32 or bf16 (default: bf16)")
       ->check(CLI::IsMember({"f32", "bf16"}));
   command.add_option("--threads", flags.threads, "Threads (default: physical cores)")
       ->check(CLI::Range(1, 1024));

@@ -27,7 +27,7 @@ using Json = nlohmann::ordered_json;
 // Which checkpoint, and how to compute with it.
 struct ModelFlags {
   std::string model;                // empty: the bundled one
-  std::string dtype;                // empty: the machine's best
+  std::string dtype;                // empty: bf16
   int threads = 0;                  // 0: physical cores
   std::string device;               // "cpu", "cuda"; empty: a GPU if there is one
   std::string weights;              // "bf16", "fp8", "int8"; empty: bf16

@@ -168,8 +168,7 @@ void AddServe(CLI::App& app) {
       ->trigger_on_parse();
   command->add_option("--model", config->model,
                       "Checkpoint directory in Hugging Face layout (default: the bundled model)");
-  command->add_option("--dtype", config->dtype,
-                      "Compute in f32 or bf16 (default: the machine's best)");
+  command->add_option("--dtype", config->dtype, "Compute in f32 or bf16 (default: bf16)");
   command->add_option("--threads", config->threads, "Threads (default: physical cores)");
   command->add_option("--device", config->device, "cpu or cuda (default: a GPU if there is one)");
   command->add_option("--weights", config->weights, kWeightsHelp);

@@ -10,7 +10,6 @@
 #include "llm/families/known_fields.h"
 #include "llm/json_file.h"
 #include "runtime/archive.h"
-#include "runtime/cpu_info.h"
 #include "runtime/error.h"
 
 namespace sluice {
@@ -85,9 +84,7 @@ Llava::Llava(const std::filesystem::path& directory, const VlmOptions& options,
   info_.notice = ReadNotice(directory);
   info_.device = options.device;
   info_.weights = options.weights;
-  info_.compute_type = options.compute_type              ? *options.compute_type
-                       : options.device == Device::kCuda ? DType::kBF16
-                                                         : CpuInfo::Detect().BestComputeType();
+  info_.compute_type = options.compute_type;
   if (info_.compute_type != DType::kF32 && info_.compute_type != DType::kBF16) {
     throw InputError(std::string("[vlm] the compute type must be f32 or bf16, got ") +
                      Name(info_.compute_type));

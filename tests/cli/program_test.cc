@@ -394,10 +394,10 @@ TEST_F(ProgramTest, MethodsRefuseSettingsThatMeanNothing) {
 TEST_F(ProgramTest, RecallAnswersWhatTheWindowHasForgotten) {
   // Sanitizers look at one short film: they take a minute for what is asked of the others.
   const int farthest = testing::kSanitized ? 12 : 40;
-  const Outcome outcome = Sluice(
-      "eval --json --memory --memory-window 392 --memory-recall 16 " +
-      std::string(testing::kSanitized ? "--clips 1 --recall-distances 12"
-                                      : "--clips 2 --recall-distances 12,40"));
+  const Outcome outcome =
+      Sluice("eval --json --memory --memory-window 392 --memory-recall 16 " +
+             std::string(testing::kSanitized ? "--clips 1 --recall-distances 12"
+                                             : "--clips 2 --recall-distances 12,40"));
   ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
   double recall = 0, window = 0;
   const json report = json::parse(outcome.out);

@@ -190,18 +190,15 @@ TEST(CpuInfoTest, HonoursAffinity) {
   }).join();
 }
 
-TEST(CpuInfoTest, NamesTheBestInstructionSetAndItsComputeType) {
+TEST(CpuInfoTest, NamesTheBestInstructionSet) {
   CpuInfo info;
   EXPECT_EQ(info.IsaName(), "baseline");
-  EXPECT_EQ(info.BestComputeType(), DType::kF32);
   info.avx2 = true;
   EXPECT_EQ(info.IsaName(), "AVX2");
   info.avx512 = true;
   EXPECT_EQ(info.IsaName(), "AVX-512");
-  EXPECT_EQ(info.BestComputeType(), DType::kF32);
   info.avx512_bf16 = true;
   EXPECT_EQ(info.IsaName(), "AVX512-BF16");
-  EXPECT_EQ(info.BestComputeType(), DType::kBF16);
   info.amx_bf16 = true;
   EXPECT_EQ(info.IsaName(), "AMX-BF16");
 }
