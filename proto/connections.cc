@@ -23,6 +23,7 @@
 
 #include "proto/json_log.h"
 #include "runtime/error.h"
+#include "runtime/thread_name.h"
 
 namespace sluice {
 namespace {
@@ -390,7 +391,10 @@ void Connections::Start(HandOver hand_over) {
   epoll_event event = {.events = EPOLLIN, .data = {}};
   event.data.fd = state_->wake.get();
   epoll_ctl(state_->poll.get(), EPOLL_CTL_ADD, state_->wake.get(), &event);
-  state_->thread = std::thread([state = state_.get()] { state->Run(); });
+  state_->thread = std::thread([state = state_.get()] {
+    NameThread("connections");
+    state->Run();
+  });
 }
 
 void Connections::Stop() {

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "runtime/error.h"
+#include "runtime/thread_name.h"
 
 namespace sluice {
 namespace {
@@ -141,7 +142,10 @@ MetricsEndpoint::MetricsEndpoint(const Metrics& metrics, const std::string& list
                      "; --metrics takes another ADDRESS:PORT, or nothing to turn metrics off");
   }
   state_->Accept();
-  state_->thread = std::thread([state = state_.get()] { state->context.run(); });
+  state_->thread = std::thread([state = state_.get()] {
+    NameThread("metrics");
+    state->context.run();
+  });
 }
 
 MetricsEndpoint::~MetricsEndpoint() {

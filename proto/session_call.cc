@@ -80,7 +80,7 @@ void SessionCall::ReadNext() {
 }
 
 void SessionCall::OnReadDone(bool ok) {
-  hub_.requests().Post([self = shared_from_this(), ok] {
+  hub_.requests().Post(account_.get(), [self = shared_from_this(), ok] {
     if (ok) {
       self->TakeMessage();
     } else if (self->stream_) {  // no more input: what is under way is finished
@@ -153,7 +153,7 @@ void SessionCall::TakeMessage() {
     }
     if (!request->has_frame()) return HandleAndReadNext(*request, bytes);
     // in_ is kept until it is decoded: what waits for that counts as what gRPC may hold.
-    hub_.pictures().Post([self = shared_from_this(), request, bytes] {
+    hub_.pictures().Post(account_.get(), [self = shared_from_this(), request, bytes] {
       self->Guard([&] { self->HandleAndReadNext(*request, bytes); });
     });
   });

@@ -11,6 +11,7 @@
 #include "proto/json_log.h"
 #include "proto/messages.h"
 #include "runtime/error.h"
+#include "runtime/thread_name.h"
 #include "streaming/defaults.h"
 
 namespace sluice {
@@ -77,8 +78,8 @@ StreamHub::StreamHub(std::shared_ptr<const Vlm> model, Scheduler& streams, Metri
       metrics_(metrics),
       access_(service_options.tokens),
       saved_(options.state_directory, options.all_saved),
-      requests_(std::make_unique<WorkerPool>(kRequestThreads)),
-      pictures_(std::make_unique<WorkerPool>(service_options.workers)),
+      requests_(std::make_unique<WorkerPool>("requests", kRequestThreads)),
+      pictures_(std::make_unique<WorkerPool>("pictures", service_options.workers)),
       watcher_([this] { Watch(); }) {}
 
 StreamHub::~StreamHub() {
@@ -206,7 +207,7 @@ LiveStream::Terms StreamHub::TermsFor(const std::shared_ptr<Account>& account,
           .generate = {},
           .lease = Account::Open(account),
           .attend = [this, self] {
-            requests_->Post([this, self] {
+            requests_->Post(nullptr, [this, self] {
               if (const auto stream = self->lock()) Attend(stream);
             });
           }};
@@ -389,6 +390,7 @@ void StreamHub::Close(const std::shared_ptr<LiveStream>& stream) {
 }
 
 void StreamHub::Watch() {
+  NameThread("watch");
   using Seconds = std::chrono::duration<double>;
   const double patience = std::min(options.linger_seconds, options.first_message_seconds);
   const Seconds period(std::min(1.0, patience / 4 + 0.01));
@@ -480,6 +482,7 @@ void StreamHub::Spawn(std::shared_ptr<Account> account, std::function<void()> jo
   Thread& thread = threads_.emplace_back();
   thread.account = std::move(account);
   thread.thread = std::thread([&thread, job = std::move(job)]() mutable {
+    NameThread("source");
     job();
     job = nullptr;
     thread.done = true;

@@ -17,6 +17,7 @@
 
 #include "compression/duplicate_frame_filter.h"
 #include "runtime/error.h"
+#include "runtime/thread_name.h"
 #include "streaming/logging.h"
 #include "streaming/pipeline.h"
 #include "streaming/session_file.h"
@@ -1059,7 +1060,11 @@ Scheduler::Scheduler(std::shared_ptr<const Engine> engine, const SchedulerOption
   CheckOptions(options);
   state_ = std::make_unique<State>(std::move(engine), options, clock, metrics);
   state_->manual = manual;
-  if (!manual) state_->thread = std::thread([state = state_.get()] { state->Work(); });
+  if (manual) return;
+  state_->thread = std::thread([state = state_.get()] {
+    NameThread("scheduler");
+    state->Work();
+  });
 }
 
 Scheduler::~Scheduler() {

@@ -4,7 +4,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <filesystem>
 #include <string>
+#include <system_error>
 
 #include "demos/cli/commands.h"
 #include "demos/cli/help.h"
@@ -30,7 +32,9 @@ int Fail(int code, const char* line) {
 void LimitSpinning(char** argv) {
   if (std::getenv("GOMP_SPINCOUNT") != nullptr || std::getenv("OMP_WAIT_POLICY") != nullptr) return;
   setenv("GOMP_SPINCOUNT", "3000", 1);
-  execv("/proc/self/exe", argv);
+  std::error_code error;  // by its path, so that the process goes by its name
+  const auto program = std::filesystem::read_symlink("/proc/self/exe", error);
+  if (!error) execv(program.c_str(), argv);
 }
 
 }  // namespace

@@ -30,6 +30,7 @@
 #include <vector>
 
 #include "runtime/error.h"
+#include "runtime/thread_name.h"
 #include "streaming/apart/request.h"
 
 namespace sluice {
@@ -163,6 +164,7 @@ class Decoder {
     std::promise<int> started;
     std::future<int> error = started.get_future();
     keeper_ = std::thread([this, &program, &fds, started = std::move(started)]() mutable {
+      NameThread("decoder");
       const int failed = Spawn(program, fds);
       started.set_value(failed);  // the constructor's variables may be gone after this
       if (failed == 0) Keep();

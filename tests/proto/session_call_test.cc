@@ -170,7 +170,7 @@ TEST_F(SessionCallTest, PicturesThatAreSlowToDecodeHoldUpPicturesAlone) {
   asks.Open();
   asks.SendFrame(1);
   EXPECT_TRUE(asks.Receive().has_frame_ack());
-  hub_->pictures().Post([slow = gate.get_future().share()] { slow.wait(); });
+  hub_->pictures().Post(nullptr, [slow = gate.get_future().share()] { slow.wait(); });
   sends.SendFrame(1);
   asks.Ask(7, 3);
   EXPECT_EQ(asks.ReceiveUntil(Kind::kAnswer).answer().frames_seen(), 1);
