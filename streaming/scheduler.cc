@@ -372,20 +372,20 @@ struct Scheduler::State {
         instruments(metrics),
         ctx(engine->NewContext()) {}
 
-  // Keeps rounds out, or is one: between its construction and its end nobody else has one.
+  // Keeps rounds out, or is one: between its construction and its end nobody else has one. Served
+  // in the order of coming: whoever saves streams without end holds up no round for longer than a
+  // save.
   class Exclusive {
    public:
-    Exclusive(State& state, bool visitor) : state_(state) {
+    explicit Exclusive(State& state) : state_(state) {
       std::unique_lock lock(state.mutex);
-      if (visitor) ++state.visitors;  // goes before the next round
-      state.changed.wait(lock, [&] { return !state.busy; });
-      if (visitor) --state.visitors;
-      state.busy = true;
+      const uint64_t turn = state.turns_taken++;
+      state.changed.wait(lock, [&] { return state.turns_over == turn; });
     }
     ~Exclusive() {
       {
         const std::lock_guard lock(state_.mutex);
-        state_.busy = false;
+        ++state_.turns_over;
       }
       state_.changed.notify_all();
     }
@@ -457,9 +457,9 @@ struct Scheduler::State {
   std::condition_variable changed;
   std::vector<StreamPtr> streams;  // in the order of opening
   Order next_order = 1;
-  uint64_t read_turns = 0;  // parts of long prompts
-  int visitors = 0;
-  bool busy = false, draining = false, stopping = false, manual = false;
+  uint64_t read_turns = 0;                   // parts of long prompts
+  uint64_t turns_taken = 0, turns_over = 0;  // of Exclusive
+  bool draining = false, stopping = false, manual = false;
   std::thread thread;
 };
 
@@ -1045,10 +1045,10 @@ void Scheduler::State::Work() {
   for (;;) {
     {
       std::unique_lock lock(mutex);
-      changed.wait(lock, [&] { return stopping || (visitors == 0 && !busy && HasWork()); });
+      changed.wait(lock, [&] { return stopping || HasWork(); });
       if (stopping) return;
     }
-    const Exclusive round(*this, /*visitor=*/false);
+    const Exclusive round(*this);
     RunRound();
   }
 }
@@ -1165,7 +1165,7 @@ void Persist(Archive& archive, StreamId& id, StreamBudget& budget, StreamReport&
 
 void Scheduler::Save(const StreamId& id, const std::filesystem::path& file,
                      const std::function<void(Archive&)>& owner) {
-  const State::Exclusive exclusive(*state_, /*visitor=*/true);
+  const State::Exclusive exclusive(*state_);
   State::StreamPtr stream;
   StreamReport report;
   std::vector<Standing> standing;
@@ -1185,7 +1185,7 @@ void Scheduler::Save(const StreamId& id, const std::filesystem::path& file,
 
 StreamReport Scheduler::Restore(const std::filesystem::path& file, const BlockStoreOptions& most,
                                 const Owner& owner) {
-  const State::Exclusive exclusive(*state_, /*visitor=*/true);
+  const State::Exclusive exclusive(*state_);
   auto stream = std::make_shared<Stream>();
   stream->session = LoadSession(*state_->ctx, *state_->engine, file, most, [&](Archive& archive) {
     Persist(archive, stream->id, stream->budget, stream->report, stream->standing);
@@ -1412,7 +1412,7 @@ StreamReport Scheduler::Report(const StreamId& id) const {
 }
 
 StreamReport Scheduler::Close(const StreamId& id) {
-  const State::Exclusive exclusive(*state_, /*visitor=*/true);
+  const State::Exclusive exclusive(*state_);
   State::StreamPtr stream;
   {
     const std::lock_guard lock(state_->mutex);
@@ -1447,12 +1447,13 @@ void Scheduler::Drain(double seconds) {
     return;
   }
   std::unique_lock lock(state_->mutex);
-  state_->changed.wait_for(lock, std::chrono::duration<double>(seconds),
-                           [&] { return !state_->busy && !state_->HasWork(); });
+  state_->changed.wait_for(lock, std::chrono::duration<double>(seconds), [&] {
+    return state_->turns_taken == state_->turns_over && !state_->HasWork();
+  });
 }
 
 bool Scheduler::RunRound() {
-  const State::Exclusive round(*state_, /*visitor=*/false);
+  const State::Exclusive round(*state_);
   return state_->RunRound();
 }
 
