@@ -175,7 +175,8 @@ std::vector<Setting> SettingsOf(ServerConfig& c) {
       {"source_memory_mb", "MiB of memory of one source's decoder", &c.source_memory_mb},
       {"source_cpu_seconds", "CPU time that a decoder may take for one picture",
        &c.service.decoder.frame_cpu_seconds},
-      {"max_sources", "Sources open at a time", &c.service.max_sources},
+      {"max_sources", "Sources open at a time; -1: as many as the memory bears, 16 at most",
+       &c.max_sources},
       {"account_sources", "Of one token; 0: half of max_sources where there are several tokens",
        &c.service.account_sources},
       {"max_streams", "Streams at a time", &c.scheduler.max_streams},
@@ -290,10 +291,12 @@ void ReadServerConfig(const std::filesystem::path& file, ServerConfig& config) {
 }
 
 ServerConfig WithMemory(ServerConfig config, int64_t memory_bytes, int64_t weight_bytes, bool gpu) {
-  const MemoryShares shares = SharesOf(memory_bytes, weight_bytes, config.scheduler.max_streams);
+  const MemoryShares shares =
+      SharesOf(memory_bytes, weight_bytes, config.scheduler.max_streams, config.source_memory_mb);
   if (config.kv_mb == 0 && !gpu) config.kv_mb = shares.kv_mb;
   if (config.stream_host_mb < 0) config.stream_host_mb = shares.stream_host_mb;
   if (config.queued_picture_mb == 0) config.queued_picture_mb = shares.queued_picture_mb;
+  config.service.max_sources = config.max_sources < 0 ? shares.sources : config.max_sources;
   config.scheduler.queued_bytes = config.queued_picture_mb << 20;
   return config;
 }
@@ -336,7 +339,7 @@ ServiceOptions Finished(const ServerConfig& c) {
   Range("drain_seconds", c.service.drain_seconds, 0, kLongest);
   Range("keepalive_seconds", c.service.keepalive_seconds, 1, 1e6);
   Range("frame_pixels", static_cast<double>(c.service.frame_pixels), 1, 1 << 28);
-  Range("max_sources", c.service.max_sources, 0, 1e6);
+  Range("max_sources", c.max_sources, -1, 1e6);
   Range("workers", c.service.workers, 1, 1024);
   Range("state_days", c.service.state_days, 0.001, 1e6);
   Range("max_message_mb", static_cast<double>(c.max_message_mb), 1, 1024);

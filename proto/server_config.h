@@ -31,6 +31,7 @@ struct ServerConfig {
   int64_t outgoing_kb = 1024;
   int64_t network_mb = 512;
   int64_t queued_picture_mb = 0;  // of all streams together; 0: by memory_defaults.h
+  int max_sources = -1;           // -1: by memory_defaults.h
   std::string certificate, key, client_ca;
   std::vector<std::string> source_directories;
   std::string source_decoder;                 // empty: beside the program

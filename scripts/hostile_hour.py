@@ -103,6 +103,7 @@ class Server:
         }
         (work / "serve.json").write_text(json.dumps(config))
         self.log_file = work / "log"
+        self.honest_streams = collections.deque(maxlen=16)  # their ids, the newest ones
         self.process = subprocess.Popen([program, "serve", "--config", work / "serve.json"],
                                         stdout=subprocess.DEVNULL, stderr=open(self.log_file, "wb"))
         deadline = time.monotonic() + 60
@@ -227,7 +228,7 @@ def play_honestly(server, pictures, kind, questions, findings, waits, until):
     while time.monotonic() < until:
         try:
             with Session(server, HONEST) as session:
-                session.until("opened")
+                server.honest_streams.append(session.until("opened").opened.stream_id)
                 begin, pending, number = time.monotonic(), list(questions), 0
                 for index, picture in enumerate(pictures):
                     while pending and pending[0]["at"] < index / FPS:
@@ -355,13 +356,14 @@ def attack_the_state_directory(server, findings, random_source):
             fill(session)
             session.send(save=session.messages.Save())
             session.until("saved", "refused", "warning")
-    stolen = next(iter(os.listdir(server.state)), None) if server.state.exists() else None
     from sluice.v1 import service_pb2 as messages
-    for name in (stolen, "../../etc/passwd", "0" * 32, "%n%n", "a" * 100_000):
-        if name:
-            resume = messages.Open(resume_stream_id=name)
-            with Session(server, HOSTILE, open_message=resume) as session, contextlib.suppress(EOFError):
-                session.until("opened")
+    others = list(server.honest_streams)
+    random_source.shuffle(others)
+    for name in (*others[:3], "../../etc/passwd", "0" * 32, "%n%n", "a" * 100_000):
+        resume = messages.Open(resume_stream_id=name)
+        with contextlib.suppress(grpc.RpcError, EOFError), Session(server, HOSTILE, open_message=resume) as session:
+            session.until("opened")
+            findings.add("a stream was resumed with another's token")
 
 
 def attack_with_sources(server, findings, random_source, canary=None):
