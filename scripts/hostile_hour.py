@@ -224,13 +224,22 @@ class Findings:
 
 
 def play_honestly(server, pictures, kind, questions, findings, waits, until):
-    """Plays the clip in real time, again and again, asks its questions in time and checks the answers."""
+    """Plays the clip in real time, again and again, asks its questions in time and checks the answers. Half-way it
+    saves its stream and goes on with it over another connection."""
     while time.monotonic() < until:
         try:
-            with Session(server, HONEST) as session:
-                server.honest_streams.append(session.until("opened").opened.stream_id)
+            with contextlib.ExitStack() as sessions:
+                session = sessions.enter_context(Session(server, HONEST))
+                stream = session.until("opened").opened.stream_id
+                server.honest_streams.append(stream)
                 begin, pending, number = time.monotonic(), list(questions), 0
                 for index, picture in enumerate(pictures):
+                    if index == len(pictures) // 2:
+                        session.send(save=session.messages.Save())
+                        session.until("saved")
+                        resume = session.messages.Open(resume_stream_id=stream)
+                        session = sessions.enter_context(Session(server, HONEST, open_message=resume))
+                        session.until("opened")
                     while pending and pending[0]["at"] < index / FPS:
                         question, number = pending.pop(0), number + 1
                         asked = time.monotonic()
@@ -245,6 +254,8 @@ def play_honestly(server, pictures, kind, questions, findings, waits, until):
                     told = session.frame(index, **{kind: picture})
                     if told.WhichOneof("message") == "frame_dropped":
                         findings.add(f"an honest frame was dropped: {told.frame_dropped}")
+                session.send(close=session.messages.Close())
+                session.until("closed")
         except (grpc.RpcError, EOFError) as error:
             findings.add(f"an honest session ended: {getattr(error, 'code', lambda: error)()}")
 
