@@ -61,10 +61,12 @@ bool Account::TakeFrame(int64_t bytes, WallTime now) {
 }
 
 int Account::sources(int otherwise) const {
+  const std::lock_guard lock(mutex_);
   return token_.sources > 0 ? token_.sources : otherwise;
 }
 
 SavedLimits Account::saved(const SavedLimits& otherwise) const {
+  const std::lock_guard lock(mutex_);
   return {.streams = token_.saved_streams > 0 ? token_.saved_streams : otherwise.streams,
           .bytes = token_.saved_mb > 0 ? token_.saved_mb << 20 : otherwise.bytes};
 }

@@ -123,7 +123,7 @@ void CaptionCall::OnReadDone(bool ok) {
       const std::lock_guard lock(mutex_);
       running_ = false;
     }
-    End({grpc::StatusCode::RESOURCE_EXHAUSTED, error.what()});
+    End({grpc::StatusCode::RESOURCE_EXHAUSTED, ErrorLine(error.what())});
   }
 }
 
@@ -209,11 +209,11 @@ void CaptionCall::Run() {
       Play(*source, stream, interval);
     }
   } catch (const InputError& error) {
-    status = {grpc::StatusCode::INVALID_ARGUMENT, Utf8(error.what())};
+    status = {grpc::StatusCode::INVALID_ARGUMENT, ErrorLine(error.what())};
   } catch (const ResourceExhausted& error) {
-    status = {grpc::StatusCode::RESOURCE_EXHAUSTED, Utf8(error.what())};
+    status = {grpc::StatusCode::RESOURCE_EXHAUSTED, ErrorLine(error.what())};
   } catch (const std::exception& error) {
-    status = {grpc::StatusCode::INTERNAL, Utf8(error.what())};
+    status = {grpc::StatusCode::INTERNAL, ErrorLine(error.what())};
   }
   if (!stream.empty()) hub_.scheduler.Close(stream);
   {

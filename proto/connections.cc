@@ -199,14 +199,12 @@ struct Connections::State {
     while (!stopping) {
       epoll_event events[64];
       const int count = epoll_wait(poll.get(), events, std::size(events), WaitMs());
-      for (int i = 0; i < count; ++i) {
-        const int descriptor = events[i].data.fd;
-        if (descriptor == wake.get()) continue;
-        if (std::ranges::any_of(listeners,
-                                [&](const Handle& each) { return each.get() == descriptor; })) {
-          Accept(descriptor);
-        } else {
-          Ended(descriptor);
+      // What has ended comes first: newcomers may get its numbers.
+      for (const bool ended : {true, false}) {
+        for (int i = 0; i < count; ++i) {
+          const int descriptor = events[i].data.fd;
+          if (descriptor == wake.get() || IsListener(descriptor) == ended) continue;
+          ended ? Ended(descriptor) : Accept(descriptor);
         }
       }
       for (const int late : TakeOverdue()) {
@@ -219,6 +217,11 @@ struct Connections::State {
       strangers.Set(table.without_token());
     }
     listeners.clear();  // whoever waits to be accepted is turned away
+  }
+
+  bool IsListener(int descriptor) const {
+    return std::ranges::any_of(
+        listeners, [descriptor](const Handle& each) { return each.get() == descriptor; });
   }
 
   int WaitMs() {
@@ -303,7 +306,13 @@ struct Connections::State {
     // Its end is always told, nothing else is asked for.
     epoll_event event = {.events = 0, .data = {}};
     event.data.fd = watch.get();
-    epoll_ctl(poll.get(), EPOLL_CTL_ADD, watch.Release(), &event);
+    if (epoll_ctl(poll.get(), EPOLL_CTL_ADD, watch.get(), &event) != 0) {
+      failed.Add();
+      const std::lock_guard lock(mutex);
+      table.Remove(watch.get());
+      return Abort(socket.Release());
+    }
+    watch.Release();
     SetFlag(socket.get(), IPPROTO_TCP, TCP_NODELAY);
     hand_over(socket.Release(), false);
   }
@@ -314,12 +323,19 @@ struct Connections::State {
       const std::lock_guard lock(mutex);
       if (!table.Remove(watch)) return;  // closed here, in the same round
     }
-    close(watch);
+    Forget(watch);
   }
 
   // gRPC sees the end of its descriptor and closes it. REQUIRES: no longer in the table.
   void CloseNow(int watch) {
     shutdown(watch, SHUT_RDWR);
+    Forget(watch);
+  }
+
+  // While gRPC's descriptor of the same socket is open, closing alone would not end the events, and
+  // they would go on under a number that a newcomer may have.
+  void Forget(int watch) {
+    epoll_ctl(poll.get(), EPOLL_CTL_DEL, watch, nullptr);
     close(watch);
   }
 

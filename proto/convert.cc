@@ -93,6 +93,15 @@ std::string Utf8(std::string_view text) {
   return out;
 }
 
+std::string ErrorLine(std::string_view text) {
+  constexpr size_t kMost = 500;
+  std::string line(text.substr(0, kMost));
+  for (char& c : line) {
+    if (static_cast<unsigned char>(c) < ' ' || c == 0x7F) c = ' ';
+  }
+  return Utf8(line) + (text.size() > kMost ? "..." : "");
+}
+
 std::string RunReportJson(const RunResult& result, const Tracer& tracer) {
   v1::RunReport report;
   *report.mutable_source() = ToProto(result.source);

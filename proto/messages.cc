@@ -14,6 +14,7 @@ namespace sluice {
 namespace {
 
 constexpr int kMaxStopStrings = 16;
+constexpr size_t kMaxStopBytes = 256;
 constexpr double kMaxMediaSeconds = 1e9;
 
 [[noreturn]] void Unknown(const std::string& field, int value) {
@@ -262,6 +263,13 @@ GenerateOptions FromProto(const v1::Generation& message, const GenerateOptions& 
   if (message.stop_strings_size() > kMaxStopStrings) {
     throw InputError("[options] expected at most 16 stop_strings, got " +
                      std::to_string(message.stop_strings_size()));
+  }
+  for (const std::string& stop : message.stop_strings()) {
+    if (stop.size() > kMaxStopBytes) {
+      throw InputError("[options] expected stop_strings of at most " +
+                       std::to_string(kMaxStopBytes) + " bytes, got one of " +
+                       std::to_string(stop.size()));
+    }
   }
   if (message.stop_strings_size() > 0) {
     options.stop_strings.assign(message.stop_strings().begin(), message.stop_strings().end());

@@ -41,17 +41,21 @@ void SavedStreams::Admit(const std::string& id, const std::string& owner,
   const std::string end = EndOf(owner);
   SavedLimits of_all, of_account;
   std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator(directory_, error)) {
+  std::filesystem::directory_iterator at(directory_, error);
+  for (; !error && at != std::filesystem::directory_iterator(); at.increment(error)) {
+    const auto& entry = *at;
     const std::string name = entry.path().filename().string();
     if (!std::string_view(name).ends_with(kSuffix) || name == id + end) continue;
-    const auto size = static_cast<int64_t>(entry.file_size(error));
-    if (error) continue;  // removed meanwhile
+    std::error_code gone;
+    const auto size = static_cast<int64_t>(entry.file_size(gone));
+    if (gone) continue;  // removed meanwhile
     ++of_all.streams;
     of_all.bytes += size;
     if (!name.ends_with(end)) continue;
     ++of_account.streams;
     of_account.bytes += size;
   }
+  if (error) throw Error("[save] the directory for saved streams cannot be read");
   Check(of_account, account, "of this token");
   Check(of_all, all_, "on this server");
 }
@@ -62,10 +66,13 @@ void SavedStreams::RemoveOld(double days) const {
       Time::clock::now() - std::chrono::duration_cast<Time::duration>(
                                std::chrono::duration<double, std::ratio<86400>>(days));
   std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator(directory_, error)) {
+  std::filesystem::directory_iterator at(directory_, error);
+  for (; !error && at != std::filesystem::directory_iterator(); at.increment(error)) {
+    const auto& entry = *at;
     if (entry.path().filename().string().find(kSuffix) == std::string::npos) continue;
-    const Time time = entry.last_write_time(error);
-    if (!error && time < oldest) std::filesystem::remove(entry.path(), error);
+    std::error_code gone;
+    const Time time = entry.last_write_time(gone);
+    if (!gone && time < oldest) std::filesystem::remove(entry.path(), gone);
   }
 }
 

@@ -69,7 +69,7 @@ void SessionCall::OnDone() {
 
 std::optional<WallTime> SessionCall::waiting_since() const {
   const std::lock_guard lock(mutex_);
-  return stream_ ? std::nullopt : std::optional(begun_);
+  return heard_ ? std::nullopt : std::optional(begun_);
 }
 
 void SessionCall::ReadNext() {
@@ -80,6 +80,10 @@ void SessionCall::ReadNext() {
 }
 
 void SessionCall::OnReadDone(bool ok) {
+  {
+    const std::lock_guard lock(mutex_);
+    heard_ = true;
+  }
   hub_.requests().Post(account_.get(), [self = shared_from_this(), ok] {
     if (ok) {
       self->TakeMessage();
@@ -168,13 +172,13 @@ void SessionCall::Guard(const std::function<void()>& work) {
   try {
     work();
   } catch (const InputError& error) {
-    End({StatusCode::INVALID_ARGUMENT, Utf8(error.what())});
+    End({StatusCode::INVALID_ARGUMENT, ErrorLine(error.what())});
   } catch (const ResourceExhausted& error) {
-    End({StatusCode::RESOURCE_EXHAUSTED, Utf8(error.what())});
+    End({StatusCode::RESOURCE_EXHAUSTED, ErrorLine(error.what())});
   } catch (const std::bad_alloc&) {
     End({StatusCode::RESOURCE_EXHAUSTED, "[session] this machine has no memory left"});
   } catch (const std::exception& error) {
-    End({StatusCode::INTERNAL, Utf8(error.what())});
+    End({StatusCode::INTERNAL, ErrorLine(error.what())});
   }
 }
 
@@ -234,7 +238,7 @@ void SessionCall::HandleOpen(const v1::Open& open) {
     try {
       stream = hub_.Find(open.resume_stream_id(), account_);
     } catch (const InputError& error) {  // of the file: another model, a damaged one
-      return End({StatusCode::FAILED_PRECONDITION, Utf8(error.what())});
+      return End({StatusCode::FAILED_PRECONDITION, ErrorLine(error.what())});
     }
     if (!stream) {
       return End({StatusCode::NOT_FOUND,
@@ -268,7 +272,7 @@ void SessionCall::HandleFrame(const v1::Frame& message, int64_t bytes) {
   const int64_t index = stream_->FrameReceived();
   const auto refuse = [&](v1::DropReason reason, const char* label, const std::string& detail) {
     hub_.CountRefusedFrame(label);
-    stream_->FrameRefused(message.number(), message.media_seconds(), reason, detail);
+    stream_->FrameRefused(message.number(), message.media_seconds(), reason, ErrorLine(detail));
   };
   if (!account_->TakeFrame(bytes, hub_.clock.Now())) {
     return refuse(v1::DROP_REASON_QUOTA, "quota", "");
@@ -352,7 +356,7 @@ void SessionCall::HandleSave() {
 }
 
 void SessionCall::Refuse(const char* request, QuestionId question, const std::string& error) {
-  stream_->Send(Refused(request, question, error));
+  stream_->Send(Refused(request, question, ErrorLine(error)));
 }
 
 }  // namespace sluice

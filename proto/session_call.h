@@ -78,7 +78,7 @@ class SessionCall final : public LiveStream::Listener,
 
   // gRPC may call back from within what it is asked to do.
   mutable std::recursive_mutex mutex_;
-  bool writing_ = false, done_ = false;
+  bool heard_ = false, writing_ = false, done_ = false;
   v1::SessionResponse sending_;
   grpc::ByteBuffer in_, out_;
 };

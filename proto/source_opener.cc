@@ -34,7 +34,9 @@ std::shared_ptr<Source> SourceOpener::Open(const std::string& url, const SourceO
     // The rules are asked again each time: a name may lead elsewhere by then.
     std::shared_ptr<Source> source = KeepOpen(RedactUrl(url), kept, [this, url, kept](const auto&) {
       ApartInput input = CheckSource(url, rules_);
-      return OpenApart(std::move(input), kept, decoder_);
+      ApartOptions decoder = decoder_;
+      decoder.playlists = decoder.playlists && input.further != nullptr;
+      return OpenApart(std::move(input), kept, decoder);
     });
     Sources(decoder_.filtered ? "opened_filtered" : "opened_unfiltered").Add();
     return source;

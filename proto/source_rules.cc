@@ -147,6 +147,14 @@ std::vector<std::string> CheckedAddresses(const SourceUrl& url, const SourceRule
   return addresses;
 }
 
+// What a pattern says that allows all of an HTTP host; others: nothing.
+std::optional<SourceUrl> WholeHost(const std::string& pattern) {
+  if (IsTest(pattern)) return std::nullopt;
+  SourceUrl rule = ParseSourcePattern(pattern);
+  if (!rule.scheme.starts_with("http") || rule.path != "/*") return std::nullopt;
+  return rule;
+}
+
 }  // namespace
 
 bool IsPublicAddress(const std::string& address) {
@@ -209,7 +217,12 @@ ApartInput CheckSource(const std::string& text, const SourceRules& rules, const 
   for (std::string& address : CheckedAddresses(url, rules, resolve)) {
     input.endpoints.push_back({.address = std::move(address), .port = url.port});
   }
-  if (rules.playlists) {
+  // Its own host stays in reach of what it plays: all of that must be allowed.
+  const auto whole = [&url](const std::string& pattern) {
+    const auto rule = WholeHost(pattern);
+    return rule && rule->port == url.port && Matches(rule->host, url.host, '.');
+  };
+  if (rules.playlists && std::any_of(rules.urls.begin(), rules.urls.end(), whole)) {
     input.further = [rules, resolve](const std::string& host) {
       return CheckFurtherHost(host, rules, resolve);
     };
@@ -221,14 +234,13 @@ std::vector<Endpoint> CheckFurtherHost(const std::string& host, const SourceRule
                                        const Resolver& resolve) {
   std::vector<Endpoint> endpoints;
   for (const std::string& pattern : rules.urls) {
-    if (IsTest(pattern)) continue;
-    SourceUrl rule = ParseSourcePattern(pattern);
-    if (!rule.scheme.starts_with("http") || rule.path != "/*") continue;
+    const auto rule = WholeHost(pattern);
+    if (!rule) continue;
     // Read as a URL's host is, whatever the playlist had.
-    const SourceUrl url = ParseSourceUrl(rule.scheme + "://" + host + "/");
-    if (!Matches(rule.host, url.host, '.')) continue;
+    const SourceUrl url = ParseSourceUrl(rule->scheme + "://" + host + "/");
+    if (!Matches(rule->host, url.host, '.')) continue;
     for (std::string& address : CheckedAddresses(url, rules, resolve)) {
-      endpoints.push_back({.address = std::move(address), .port = rule.port});
+      endpoints.push_back({.address = std::move(address), .port = rule->port});
     }
   }
   return endpoints;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <system_error>
 #include <vector>
 
 #include "proto/convert.h"
@@ -165,6 +166,7 @@ std::vector<std::shared_ptr<LiveStream>> StreamHub::All() const {
 SessionOptions StreamHub::OptionsOf(const v1::ModelOptions& message, const StreamBudget& budget,
                                     std::string& note) const {
   SessionOptions session = FromProto(message, vlm->generation_defaults(), options.memory);
+  session.generate.max_new_tokens = std::min(session.generate.max_new_tokens, budget.answer_tokens);
   if (message.has_memory() || message.no_memory()) return session;
   note = AddDefaultMemory(*vlm, options.memory, budget.kv_bytes, session).value_or("");
   return session;
@@ -232,17 +234,16 @@ void StreamHub::Save(LiveStream& stream) {
   std::string owner = stream.account().owner();
   const auto file = saved_.FileOf(stream.id, owner);
   if (file.empty()) throw InputError("[save] this server has no directory for saved streams");
+  const std::lock_guard one_by_one(save_mutex_);  // so that each counts what those before wrote
   try {
     saved_.Admit(stream.id, owner, stream.account().saved(options.saved));
-  } catch (const ResourceExhausted&) {  // whose line names the limit and nothing else
-    SavedCounter("refused").Add();
-    throw;
-  }
-  try {
     scheduler.Save(stream.id, file, [&](Archive& archive) {
       archive.Text("owner", owner);
       stream.Persist(archive);
     });
+  } catch (const ResourceExhausted&) {  // whose line names the limit and nothing else
+    SavedCounter("refused").Add();
+    throw;
   } catch (const Error& error) {
     SavedCounter("failed").Add();
     LogEvent(spdlog::level::warn, "stream_not_saved",
@@ -400,12 +401,17 @@ void StreamHub::Watch() {
     changed_.wait_for(lock, period, [this] { return ending_ || attention_; });
     attention_ = false;
     lock.unlock();
-    EndCalls();
-    EndStreams();
-    const WallTime now = clock.Now();
-    if (!options.state_directory.empty() && (!cleaned || now - *cleaned >= std::chrono::hours(1))) {
-      saved_.RemoveOld(options.state_days);
-      cleaned = now;
+    try {
+      EndCalls();
+      EndStreams();
+      const WallTime now = clock.Now();
+      if (!options.state_directory.empty() &&
+          (!cleaned || now - *cleaned >= std::chrono::hours(1))) {
+        cleaned = now;
+        saved_.RemoveOld(options.state_days);
+      }
+    } catch (const std::exception& error) {  // no memory, say; the next time may do better
+      LogEvent(spdlog::level::err, "watch_failed", {{"error", error.what()}});
     }
     lock.lock();
   }
@@ -481,12 +487,17 @@ void StreamHub::Spawn(std::shared_ptr<Account> account, std::function<void()> jo
   }
   Thread& thread = threads_.emplace_back();
   thread.account = std::move(account);
-  thread.thread = std::thread([&thread, job = std::move(job)]() mutable {
-    NameThread("source");
-    job();
-    job = nullptr;
-    thread.done = true;
-  });
+  try {
+    thread.thread = std::thread([&thread, job = std::move(job)]() mutable {
+      NameThread("source");
+      job();
+      job = nullptr;
+      thread.done = true;
+    });
+  } catch (const std::system_error&) {
+    threads_.pop_back();
+    throw ResourceExhausted("[source] this server can start no more threads now; try again later");
+  }
 }
 
 void StreamHub::CountRefusedFrame(const char* reason) {
@@ -542,7 +553,7 @@ void StreamHub::PlaySource(LiveStream& stream, const v1::OpenSource& request) {
       if (source->warning()) ended.set_error(Utf8(*source->warning()));
     }
   } catch (const std::exception& error) {
-    ended.set_error(Utf8(error.what()));
+    ended.set_error(ErrorLine(error.what()));
   }
   stream.Send(std::move(end));
   stream.SourceEnds();

@@ -105,6 +105,7 @@ class StreamHub {
   RareEvent refused_tokens_;
   const SavedStreams saved_;
   std::mutex files_mutex_;  // of saved streams; taken before any other
+  std::mutex save_mutex_;   // of Save; after files_mutex_, before any other
   std::atomic<bool> draining_ = false;
   mutable std::mutex mutex_;
   std::condition_variable changed_;

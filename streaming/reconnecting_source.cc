@@ -69,7 +69,7 @@ FramePtr ReconnectingSource::Next() {
     try {
       FramePtr frame = source_->Next();
       return frame ? Continued(std::move(frame)) : nullptr;
-    } catch (const InputError& error) {
+    } catch (const Error& error) {  // a decoder that died is one, too
       if (options_.reconnect.most_tries == 0) throw;
       broke = error.what();
     }
@@ -97,7 +97,7 @@ bool ReconnectingSource::OpenAgain(const std::string& broke) {
       source_ = open_([this](Source* source) { SetCurrent(source); });
       SetCurrent(source_.get());
       return true;
-    } catch (const InputError& error) {
+    } catch (const Error& error) {
       SetCurrent(nullptr);
       why = error.what();
     }

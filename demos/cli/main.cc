@@ -1,4 +1,5 @@
 // The program `sluice`. Exit codes: 0 ok, 1 something failed at run time, 2 wrong usage or input.
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -37,9 +38,18 @@ void LimitSpinning(char** argv) {
   if (!error) execv(program.c_str(), argv);
 }
 
+// What is opened later must not become what a caller closed: writing to it fails instead.
+void HoldStandardDescriptors() {
+  for (const int descriptor : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
+    if (fcntl(descriptor, F_GETFD) >= 0) continue;
+    (void)!open("/dev/null", descriptor == STDIN_FILENO ? O_WRONLY : O_RDONLY);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  HoldStandardDescriptors();
   LimitSpinning(argv);
   CLI::App app("Watches video and answers questions about it, on your own machine.", "sluice");
   app.set_version_flag("--version", "sluice " SLUICE_VERSION);

@@ -358,6 +358,7 @@ class ApartSource final : public Source {
     }
     const Report report = NextReport(steady_clock::now() + kOpenStalls * source.stall_timeout);
     if (report.kind != Report::Kind::kOpened) ThrowOdd();
+    if (report.duration_ns >= 0 && !IsTime(report.duration_ns)) ThrowOdd();
     info_.live = report.live != 0;
     info_.endless = report.endless != 0;
     if (report.duration_ns >= 0) info_.duration = MediaTime::FromNanoseconds(report.duration_ns);
@@ -394,6 +395,11 @@ class ApartSource final : public Source {
   std::optional<std::string> warning() const override { return warning_; }
 
  private:
+  // Within thirty years of the beginning: sums of a few never overflow.
+  static bool IsTime(int64_t nanoseconds) {
+    constexpr int64_t kMost = 1'000'000'000'000'000'000;
+    return nanoseconds >= -kMost && nanoseconds <= kMost;
+  }
   [[noreturn]] void Throw(const std::string& what) const {
     throw Error("[source] '" + label_ + "': " + what);
   }
@@ -441,7 +447,7 @@ class ApartSource final : public Source {
   FramePtr ToFrame(const Report& report) {
     const int64_t pixels = int64_t{report.width} * report.height;
     if (report.width <= 0 || report.height <= 0 || report.slot >= apart::kSlots ||
-        pixels > frames_.slot_bytes() / 3) {
+        pixels > frames_.slot_bytes() / 3 || !IsTime(report.time_ns) || report.index < 0) {
       ThrowOdd();
     }
     auto frame = std::make_shared<Frame>();

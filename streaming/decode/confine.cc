@@ -1,9 +1,11 @@
 #include "streaming/decode/confine.h"
 
 #include <fcntl.h>
+#include <netinet/in.h>
 #include <sched.h>
 #include <seccomp.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -88,7 +90,7 @@ void FilterSystemCalls(bool network) {
 
   for (const char* name :
        {// memory
-        "brk", "madvise", "membarrier", "mmap", "mprotect", "mremap", "munmap",
+        "brk", "madvise", "membarrier", "mprotect", "mremap", "munmap",
         // threads
         "exit", "exit_group", "futex", "futex_waitv", "get_robust_list", "getcpu", "gettid",
         "restart_syscall", "rseq", "sched_getaffinity", "sched_getparam", "sched_getscheduler",
@@ -108,6 +110,9 @@ void FilterSystemCalls(bool network) {
         "getuid", "sysinfo", "uname"}) {
     Allow(filter, name);
   }
+  // Shared memory would not count as the process's own, which is limited.
+  constexpr uint64_t kSharing = 0xF;  // MAP_TYPE
+  AllowIf(filter, "mmap", SCMP_CMP(3, SCMP_CMP_MASKED_EQ, kSharing, MAP_PRIVATE));
   AllowIf(filter, "clone", Has(0, CLONE_THREAD | CLONE_VM));
   // Its flags lie in memory, where no filter looks: glibc then takes clone.
   Check(seccomp_rule_add(filter.get(), SCMP_ACT_ERRNO(ENOSYS), SCMP_SYS(clone3), 0), "clone3");
@@ -128,7 +133,10 @@ void FilterSystemCalls(bool network) {
   if (network) {
     constexpr uint64_t kType = 0xF;  // without SOCK_NONBLOCK and SOCK_CLOEXEC
     for (const uint64_t family : {AF_INET, AF_INET6}) {
-      AllowIf(filter, "socket", Is(0, family), SCMP_CMP(1, SCMP_CMP_MASKED_EQ, kType, SOCK_STREAM));
+      for (const uint64_t protocol : {0, int{IPPROTO_TCP}}) {  // SCTP connects without `connect`
+        AllowIf(filter, "socket", Is(0, family),
+                SCMP_CMP(1, SCMP_CMP_MASKED_EQ, kType, SOCK_STREAM), Is(2, protocol));
+      }
     }
   }
   for (const char* name :

@@ -116,5 +116,12 @@ TEST(ConvertTest, TextThatIsNotUtf8IsRepaired) {
   EXPECT_EQ(report["not_asked"], 2);
 }
 
+TEST(ErrorLineTest, IsOneShortLineWhateverAClientSent) {
+  EXPECT_EQ(ErrorLine("[options] got 'a\n\x1b[31mb'"), "[options] got 'a  [31mb'");
+  const std::string line = ErrorLine(std::string(3000000, 'x'));
+  EXPECT_LE(line.size(), 512u);
+  EXPECT_TRUE(line.ends_with("..."));
+}
+
 }  // namespace
 }  // namespace sluice

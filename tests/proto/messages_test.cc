@@ -127,5 +127,13 @@ TEST(MessagesTest, ABudgetIsGrantedUpToTheServersOwn) {
   EXPECT_THROW(Granted(asked, most), InputError);
 }
 
+TEST(MessagesTest, AStopStringIsNoLongerThanAnyAnswerNeeds) {
+  v1::Generation generation;
+  generation.add_stop_strings(std::string(256, 'x'));
+  EXPECT_NO_THROW(FromProto(generation, GenerateOptions()));
+  generation.add_stop_strings(std::string(257, 'x'));
+  EXPECT_THROW(FromProto(generation, GenerateOptions()), InputError);
+}
+
 }  // namespace
 }  // namespace sluice

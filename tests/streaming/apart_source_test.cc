@@ -5,8 +5,10 @@
 #include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/ptrace.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -397,6 +399,14 @@ TEST(ConfineTest, NothingIsOpenedSentOrStarted) {
   EXPECT_EXIT(TryTo([&] { return refused(syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0) >= 0); }),
               ExitedWithCode(0), "");
   EXPECT_EXIT(TryTo([&] { return refused(socket(AF_INET, SOCK_DGRAM, 0) >= 0); }),
+              ExitedWithCode(0), "");
+  EXPECT_EXIT(TryTo([&] { return refused(socket(AF_INET, SOCK_STREAM, IPPROTO_SCTP) >= 0); }),
+              ExitedWithCode(0), "");
+  // Shared memory is not in what a process may have.
+  EXPECT_EXIT(TryTo([&] {
+                return refused(mmap(nullptr, 4096, PROT_READ | PROT_WRITE,
+                                    MAP_SHARED | MAP_ANONYMOUS, -1, 0) != MAP_FAILED);
+              }),
               ExitedWithCode(0), "");
   EXPECT_EXIT(TryTo([&] { return refused(socket(AF_UNIX, SOCK_STREAM, 0) >= 0); }),
               ExitedWithCode(0), "");
