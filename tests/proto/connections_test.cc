@@ -208,16 +208,20 @@ TEST_F(ConnectionsTest, WhenAllHaveShownATokenANewcomerIsTurnedAwayUntilOneGoes)
 
 TEST_F(ConnectionsTest, AfterAllDescriptorsWereTakenConnectionsAreAcceptedAgain) {
   Start();
-  EXPECT_TRUE(GetModel(NewChannel(port())).ok());
+  const auto channel = NewChannel(port());  // stays open: its end would give descriptors back
+  EXPECT_TRUE(GetModel(channel).ok());
   rlimit before = {};
   getrlimit(RLIMIT_NOFILE, &before);
   std::vector<int> taken;
+  const auto take_all = [&taken] {
+    for (int handle; (handle = open("/dev/null", O_RDONLY | O_CLOEXEC)) >= 0;)
+      taken.push_back(handle);
+  };
   // What is open may lie above the new limit; nothing can be opened then.
   const rlimit none = {.rlim_cur = 16, .rlim_max = before.rlim_max};
   const int made = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
   ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &none), 0);
-  for (int handle; (handle = open("/dev/null", O_RDONLY | O_CLOEXEC)) >= 0;)
-    taken.push_back(handle);
+  take_all();
   sockaddr_in address = {};
   address.sin_family = AF_INET;
   address.sin_port = htons(static_cast<uint16_t>(port()));
@@ -227,6 +231,7 @@ TEST_F(ConnectionsTest, AfterAllDescriptorsWereTakenConnectionsAreAcceptedAgain)
   for (int i = 0; i < 2000 && Count("sluice_accept_failures_total") == 0; ++i) usleep(1000);
   EXPECT_GE(Count("sluice_accept_failures_total"), 1);
   EXPECT_LE(Count("sluice_accept_failures_total"), 25);
+  take_all();                         // what the watchdog has given back meanwhile
   EXPECT_FALSE(service_->Answers());  // not even the watchdog gets a descriptor
   for (const int handle : taken) close(handle);
   ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &before), 0);
